@@ -1,0 +1,231 @@
+"""The recipe schema: every key of a YAML recipe, its type, bound, default and documentation.
+
+The string under a field is its documentation and its ``--help``; there is no second list. Torch-free.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, strict types, unknown keys refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ModelSection(Section):
+    """Which policy to train and how its log-probs are computed."""
+
+    path: str
+    """Hub id or local directory of the policy; a directory that holds a PEFT adapter is loaded with its base."""
+    revision: str | None = None
+    """Hub revision (commit, tag or branch); pin it to make a run reproducible."""
+    tokenizer: str | None = None
+    """Hub id or directory of the tokenizer; default: the model's own."""
+    chat_template: str | None = None
+    """Path of a Jinja file that replaces the tokenizer's chat template."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype the weights are loaded in; `auto` is the dtype they were saved in."""
+    layout: Literal["auto", "packed", "padded"] = "auto"
+    """Token layout. `packed`: each prompt once, its responses as branches, no padding. `padded`: the plain
+    layout. `auto`: packed where the architecture's attention can take it, else padded, and says which."""
+    disable_dropout: bool = True
+    """Set every dropout to 0, as the papers of this family do."""
+    trust_remote_code: bool = False
+    """Run model code that comes with a hub repository. Only for repositories you trust."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """bitsandbytes quantisation of the frozen base (QLoRA); needs CUDA and a `peft` section."""
+
+
+class PeftSection(Section):
+    """A PEFT adapter. Every key besides `type` and `adapter` goes to that type's peft config unchanged."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    type: str = "lora"
+    """peft type (`lora`, `adalora`, `loha`, `ia3`, …); variants such as DoRA are keys of the type (`use_dora: true`)."""
+    adapter: str | None = None
+    """Train on from this saved adapter; the reference is then this adapter, not the bare base. Takes no other key."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that go to the peft config as they are."""
+        return dict(self.model_extra or {})
+
+
+class ColumnMap(Section):
+    """Which column of a data file holds what; name only what differs from the defaults."""
+
+    prompt: str | None = "prompt"
+    """Prompt column (text or chat messages); `null` for data whose prompt is the common start of both sides."""
+    chosen: str = "chosen"
+    """Preferred response: text, one message, or a whole dialogue."""
+    rejected: str | None = "rejected"
+    """Dispreferred response, same shapes as `chosen`; `null` for SFT rows."""
+    score_chosen: str | None = None
+    """Column with the score of `chosen`; a dot descends (`metadata.score_chosen`)."""
+    score_rejected: str | None = None
+    """Column with the score of `rejected`."""
+    system: str | None = None
+    """Column with a system message put before the prompt."""
+    id: str | None = None
+    """Column that identifies the row in logs and rejects; default: file name and row number."""
+
+
+class SourceSection(Section):
+    """One data source of a mixture."""
+
+    path: str
+    """Local file, directory or glob (json, jsonl, parquet, csv; .gz too), or a hub data set id."""
+    split: str | None = None
+    """Split of a hub data set, e.g. `train_prefs`. Not for local files."""
+    subset: str | None = None
+    """Configuration name of a hub data set. Not for local files."""
+    revision: str | None = None
+    """Revision of a hub data set. Not for local files."""
+    format: Literal["auto", "text", "chat", "hh", "sharegpt"] = "auto"
+    """How a row is read. `text`: plain strings, no template. `chat`: message lists, or strings that become one
+    turn each. `hh`: "Human:/Assistant:" transcripts. `sharegpt`: from/value turns. `auto`: message lists are
+    chat, from/value turns sharegpt, transcripts without a prompt column hh, other strings text."""
+    columns: ColumnMap = ColumnMap()
+    """Column map."""
+    weight: PositiveFloat = 1.0
+    """How many times an epoch passes over this source: 0.25 draws a quarter of its rows, 2 takes each twice."""
+    max_rows: PositiveInt | None = None
+    """Read only the first rows of the source."""
+    drop_ties: bool = False
+    """Reject rows whose two scores are equal (counted as `tie`); needs both score columns."""
+
+
+class DataSection(Section):
+    """Preference pairs (or SFT rows) to train and evaluate on."""
+
+    train: tuple[SourceSection, ...] = Field(min_length=1, strict=False)
+    """Sources of the training mixture."""
+    eval: tuple[SourceSection, ...] = Field(default=(), strict=False)
+    """Sources of the held-out set."""
+    eval_frac: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training rows held out by `seed` when `eval` is not given."""
+    max_length_tokens: PositiveInt = 2048
+    """Longest prompt + response, in tokens. A longer row is rejected and counted, never cut."""
+    max_prompt_tokens: PositiveInt | None = None
+    """Longest prompt, in tokens; longer rows are rejected and counted. Default: only the total is bounded."""
+    seed: int = 0
+    """Seed of the train/eval split and of mixture draws."""
+    cache_dir: str | None = None
+    """Where tokenised data is cached; default: `$PREFOPT_CACHE` or `~/.cache/prefopt`."""
+    num_workers: PositiveInt = 1
+    """Processes that tokenise."""
+
+
+class RegimeSection(Section):
+    """Where the next batch comes from."""
+
+    name: Literal["offline"] = "offline"
+    """`offline`: a fixed data set, shuffled by `train.seed` each epoch."""
+
+
+class ReferenceSection(Section):
+    """Which frozen weights the log-ratio is taken against."""
+
+    name: Literal["initial", "model", "none"] = "initial"
+    """`initial`: the policy as loaded, adapter included. `model`: other weights, from `path`. `none`."""
+    path: str | None = None
+    """Hub id or directory of the reference, with `name: model`. Same tokenizer as the policy."""
+    revision: str | None = None
+    """Hub revision of `path`."""
+    cache_dir: str | None = None
+    """Store of reference log-probs, shared by runs, losses and learning rates; default as `data.cache_dir`."""
+
+
+class TrainSection(Section):
+    """Optimisation: batch, schedule, precision, checkpoints."""
+
+    learning_rate: PositiveFloat
+    """Peak learning rate. Typical: 3e-7 to 1e-6 for full fine-tuning, 5e-6 to 5e-5 for LoRA."""
+    global_batch_size: PositiveInt = 128
+    """Pairs (rows for SFT) per optimizer step, over all processes and accumulation steps."""
+    micro_batch_size: PositiveInt | None = None
+    """Most pairs in one forward of one process; default: as many as `micro_batch_tokens` holds."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Most tokens in one forward of one process (in the layout that runs). Lower it when memory is short."""
+    num_epochs: PositiveFloat = 1.0
+    """Passes over the training data."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps instead of after `num_epochs`."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning-rate schedule after warm-up."""
+    warmup_frac: Fraction = 0.1
+    """Share of all steps with linear warm-up."""
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """`adamw` (torch, fused where the device has it); `rmsprop` is what the DPO authors used."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW first-moment decay."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW second-moment decay."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """AdamW denominator floor; 1e-4 stabilises online DPO (arXiv:2506.21495)."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay; norms and biases are exempt."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the global gradient norm to this; `null` does not clip."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Mixed precision of the forward. Weights keep `model.dtype`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = 42
+    """Seed of adapter initialisation, data order and dropout."""
+    resume: str = "auto"
+    """`auto`: from the newest complete checkpoint of `run.output_dir`, if any; `never`; or a checkpoint path."""
+    save_every: PositiveInt | None = None
+    """Steps between checkpoints; default: one at the end (and on Ctrl-C)."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    eval_every: PositiveInt | None = None
+    """Steps between passes over the eval set; default: before the first step and after the last."""
+    log_every: PositiveInt = 1
+    """Steps between rows of `metrics.jsonl`."""
+
+
+class RunSection(Section):
+    """Where the run lives and who is told."""
+
+    output_dir: str
+    """Run directory: run.json, metrics.jsonl, rejects.jsonl, checkpoints/ and final/."""
+    name: str | None = None
+    """Name shown by trackers; default: the directory's name."""
+    trackers: tuple[str, ...] = Field(default=(), strict=False)
+    """Trackers of accelerate to log to: tensorboard, wandb, mlflow, comet_ml, aim, clearml, trackio, …"""
+
+
+class Recipe(Section):
+    """A whole run. `objective` takes a `name` and that objective's hyper-parameters."""
+
+    stage: Literal["preference", "sft", "reward_model"] = "preference"
+    """What is trained: a policy on preferences, a policy by SFT, or a reward model (the last two through TRL)."""
+    model: ModelSection
+    peft: PeftSection | None = None
+    """Leave out for full fine-tuning."""
+    data: DataSection
+    objective: dict[str, Any] | None = None
+    """`name` and hyper-parameters, e.g. `{name: simpo, beta: 2.0, gamma: 1.0}`."""
+    regime: RegimeSection = RegimeSection()
+    reference: ReferenceSection | None = None
+    """Default: `initial` where the objective needs a reference."""
+    train: TrainSection
+    run: RunSection
+    plugins: tuple[str, ...] = Field(default=(), strict=False)
+    """Python files (relative to the recipe) imported first: where your own objectives are defined."""
+
+    @property
+    def reference_name(self) -> str:
+        """The reference in force: what the recipe says, else `initial` (the trainer skips an unneeded one)."""
+        return self.reference.name if self.reference else "initial"

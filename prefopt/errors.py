@@ -1,0 +1,47 @@
+"""Errors that explain themselves: what was set, what is required, why, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PrefoptError(Exception):
+    """Base of every error this project raises on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(PrefoptError):
+    """One or more problems of a recipe, all reported at once.
+
+    Args:
+        problems: one self-contained sentence (or two) each, starting with ``section.key = value``.
+        source: the file the recipe came from, shown once as a heading.
+    """
+
+    def __init__(self, problems: str | Iterable[str], *, source: str | None = None) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.source = source
+        head = f"{source}: " if source else ""
+        count = len(self.problems)
+        title = f"{head}{count} problem{'s' if count != 1 else ''}"
+        super().__init__("\n".join([title, *(f"  - {problem}" for problem in self.problems)]))
+
+
+class DataError(PrefoptError):
+    """A data file that cannot be read as what the recipe says it is; names file and line."""
+
+
+class ModelError(PrefoptError):
+    """A model, tokenizer or adapter that cannot be loaded or does not fit the recipe."""
+
+
+class TrainingError(PrefoptError):
+    """A run that must stop: non-finite loss, wrong reference, a checkpoint that cannot be written."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns ``did you mean 'x'? Known: …`` for an unknown ``name``, nearest names first."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Known: {', '.join(names)}."

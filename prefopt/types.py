@@ -1,0 +1,128 @@
+"""The nouns every layer shares: token groups, response log-probs, objective outputs.
+
+Shape letters: R responses, P pairs, T response tokens (padded width), N response tokens of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response as token ids, terminal EOS included, with an optional scalar score."""
+
+    ids: tuple[int, ...]
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The responses to one prompt.
+
+    ``pairs`` lists ``(chosen, rejected)`` indices into ``responses``: nothing anywhere infers a pair
+    from the order of rows. A preference pair is a group of two with ``pairs=((0, 1),)``.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    responses: tuple[Response, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prefix-shared layout: the prompt once, then every response."""
+        return len(self.prompt_ids) + sum(len(response.ids) for response in self.responses)
+
+
+@dataclass(frozen=True)
+class ResponseBatch:
+    """Groups of one micro-batch, with everything a loss may need, one row a response.
+
+    Deliberately not a mapping: under DeepSpeed, mapping batches have every float tensor cast to the
+    engine dtype, which turns a stored reference log-prob of -612.9 into -612.0 in bfloat16.
+    """
+
+    groups: tuple[Group, ...]
+    pairs: Tensor
+    """(P, 2) int64 row indices, chosen then rejected."""
+    rewards: Tensor | None = None
+    """(R,) fp32, NaN where a response has no score."""
+    advantages: Tensor | None = None
+    """(R,) fp32."""
+    reference_logps: Tensor | None = None
+    """(R, T) fp32, zero outside the response."""
+    behavior_logps: Tensor | None = None
+    """(R, T) fp32, log-probs of the policy that sampled."""
+    policy_version: Tensor | None = None
+    """(R,) int64, version of the policy that sampled."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(group.id for group in self.groups)
+
+    @property
+    def response_lengths(self) -> list[int]:
+        """Token counts of the R responses, row by row."""
+        return [len(response.ids) for group in self.groups for response in group.responses]
+
+
+@dataclass(frozen=True)
+class ResponseLogps:
+    """Token log-probs of R responses: what an objective sees, and all it sees.
+
+    ``policy``, ``reference`` and ``behavior`` are (R, T) fp32 natural logs, zero outside ``mask``.
+    """
+
+    policy: Tensor
+    mask: Tensor
+    """(R, T) bool, True on response tokens (terminal EOS included)."""
+    pairs: Tensor
+    """(P, 2) int64 row indices, chosen then rejected."""
+    reference: Tensor | None = None
+    behavior: Tensor | None = None
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        """(R,) fp32 token counts, from the mask and never from values."""
+        return self.mask.sum(-1).float()
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """(R, T) policy minus reference; raises if the objective did not declare ``Need.REFERENCE``."""
+        if self.reference is None:
+            raise ValueError(
+                "no reference log-probs: declare needs={Need.REFERENCE} on the objective"
+            )
+        return self.policy - self.reference
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """Unreduced losses: the trainer, and only the trainer, divides and sums.
+
+    ``losses`` (P,) is divided by the number of pairs of the global batch. ``token_losses`` (P,), where
+    present, is each pair's sum over its chosen tokens (nats) and is divided by the number of chosen
+    tokens of the global batch, so that a token-mean NLL term does not depend on how the batch is split.
+    """
+
+    losses: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Per-pair (P,) detached values, named ``area/name``; averaged over the pairs of a logging window."""
+    token_losses: Tensor | None = None
+
+
+def pair_index(groups: tuple[Group, ...]) -> Tensor:
+    """(P, 2) row indices of every pair of ``groups``, rows counted group by group."""
+    rows: list[tuple[int, int]] = []
+    start = 0
+    for group in groups:
+        rows += [(start + chosen, start + rejected) for chosen, rejected in group.pairs]
+        start += len(group.responses)
+    return torch.tensor(rows, dtype=torch.long).reshape(-1, 2)

@@ -1,0 +1,159 @@
+"""Token layouts: how the groups of a micro-batch lie in memory for one forward pass.
+
+``packed`` writes each prompt once and its responses after it as branches, groups end to end in one row:
+no padding, no prompt computed twice. ``padded`` is the plain layout, one row a response; it is the parity
+reference and the fallback. Both describe the same N response tokens, so nothing downstream can tell
+which one ran.
+
+Shape letters: B rows of the layout, L its width, N response tokens, R responses, T longest response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from prefopt.types import Group, ResponseBatch, pair_index
+
+
+@dataclass(frozen=True)
+class GroupSpan:
+    """Where a group lies in the packed row: a prompt of ``prompt`` tokens, then its branches."""
+
+    start: int
+    prompt: int
+    branches: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.prompt + sum(self.branches)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """One forward pass: inputs, and which hidden state predicts which response token.
+
+    The last token of a response is predicted but never an input: nothing follows it.
+    """
+
+    input_ids: Tensor
+    """(B, L) int64."""
+    position_ids: Tensor
+    """(B, L) int64; a branch continues from the end of its prompt."""
+    predict: Tensor
+    """(N,) int64 indices into the flattened (B·L) hidden states."""
+    targets: Tensor
+    """(N,) int64 token ids."""
+    slots: Tensor
+    """(N,) int64 indices into the flattened (R·T) result."""
+    num_rows: int
+    """R."""
+    width: int
+    """T."""
+    spans: tuple[GroupSpan, ...] | None = None
+    """Packed only: the groups, in order."""
+    attention_mask: Tensor | None = None
+    """Padded only: (B, L) int64, 1 on real tokens."""
+
+    @property
+    def packed(self) -> bool:
+        return self.spans is not None
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens computed, padding included."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device | str) -> TokenLayout:
+        """The same layout with every tensor on ``device``."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+def response_mask(batch: ResponseBatch) -> Tensor:
+    """(R, T) bool, True on response tokens."""
+    lengths = torch.tensor(batch.response_lengths)
+    return torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+
+
+def make_batch(groups: Sequence[Group]) -> ResponseBatch:
+    """A batch of groups with their pairs and scores; log-probs are filled in by whoever has them."""
+    groups = tuple(groups)
+    scores = [response.score for group in groups for response in group.responses]
+    rewards = None
+    if any(score is not None for score in scores):
+        rewards = torch.tensor([float("nan") if score is None else score for score in scores])
+    return ResponseBatch(groups=groups, pairs=pair_index(groups), rewards=rewards)
+
+
+def pack(groups: Sequence[Group]) -> TokenLayout:
+    """Prefix-shared layout of ``groups``: (1, L) with L = Σ prompt + Σ (response - 1)."""
+    ids: list[int] = []
+    positions: list[int] = []
+    predict: list[int] = []
+    targets: list[int] = []
+    spans: list[GroupSpan] = []
+    for group in groups:
+        start, prompt = len(ids), len(group.prompt_ids)
+        ids += group.prompt_ids
+        positions += range(prompt)
+        for response in group.responses:
+            branch = len(response.ids) - 1
+            # The last prompt token predicts the first token of every branch.
+            predict += [start + prompt - 1, *range(len(ids), len(ids) + branch)]
+            targets += response.ids
+            ids += response.ids[:-1]
+            positions += range(prompt, prompt + branch)
+        spans.append(GroupSpan(start, prompt, tuple(len(r.ids) - 1 for r in group.responses)))
+    return _layout(groups, [ids], [positions], predict, targets, spans=tuple(spans))
+
+
+def pad(groups: Sequence[Group], *, pad_id: int = 0) -> TokenLayout:
+    """Plain layout of ``groups``: one right-padded row a response, each with its own copy of the prompt."""
+    rows = [
+        (len(group.prompt_ids), [*group.prompt_ids, *response.ids])
+        for group in groups
+        for response in group.responses
+    ]
+    width = max(len(row) for _, row in rows) - 1
+    predict, targets = [], []
+    for index, (prompt, row) in enumerate(rows):
+        predict += range(index * width + prompt - 1, index * width + len(row) - 1)
+        targets += row[prompt:]
+    inputs = [row[:-1] + [pad_id] * (width - len(row) + 1) for _, row in rows]
+    mask = [[1] * (len(row) - 1) + [0] * (width - len(row) + 1) for _, row in rows]
+    positions = [list(range(width))] * len(rows)
+    return _layout(groups, inputs, positions, predict, targets, attention_mask=torch.tensor(mask))
+
+
+def _layout(
+    groups: Sequence[Group],
+    inputs: list[list[int]],
+    positions: list[list[int]],
+    predict: list[int],
+    targets: list[int],
+    *,
+    spans: tuple[GroupSpan, ...] | None = None,
+    attention_mask: Tensor | None = None,
+) -> TokenLayout:
+    lengths = [len(response.ids) for group in groups for response in group.responses]
+    width = max(lengths)
+    slots = [row * width + column for row, length in enumerate(lengths) for column in range(length)]
+    return TokenLayout(
+        input_ids=torch.tensor(inputs),
+        position_ids=torch.tensor(positions),
+        predict=torch.tensor(predict),
+        targets=torch.tensor(targets),
+        slots=torch.tensor(slots),
+        num_rows=len(lengths),
+        width=width,
+        spans=spans,
+        attention_mask=attention_mask,
+    )

@@ -42,6 +42,8 @@ class TrainingError(PrefoptError):
 def suggest(name: str, known: Iterable[str]) -> str:
     """Returns ``did you mean 'x'? Known: …`` for an unknown ``name``, nearest names first."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    # difflib ranks 'dpop' nearer to 'dop' than 'dpo'; swapped letters are the likelier slip.
+    near.sort(key=lambda candidate: sorted(candidate) != sorted(name))
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}Known: {', '.join(names)}."

@@ -23,6 +23,17 @@ logger = logging.getLogger(__name__)
 # bfloat16; a response that sees its sibling, or a missing softcap, gives 0.1 to 10.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
+# The same weights in another batch composition, stored and computed again: rounding, nothing else.
+_LOG_RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def log_ratio_tolerance(model: nn.Module, precision: str) -> float:
+    """Largest mean |log-ratio| (nats a token) that rounding explains when policy equals reference."""
+    if precision != "fp32":
+        return _LOG_RATIO_TOLERANCE[torch.bfloat16 if precision == "bf16" else torch.float16]
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return max(_LOG_RATIO_TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
+
 
 def build_logp_model(model: nn.Module, layout: str = "auto") -> LogpModel:
     """The log-prob engine of a loaded model in the layout asked for, checked against its own forward.

@@ -178,5 +178,5 @@ def _gathered(head: nn.Linear) -> Iterator[None]:
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([p for p in head.parameters()]):
+    with deepspeed.zero.GatheredParameters(list(head.parameters())):
         yield

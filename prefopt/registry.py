@@ -10,7 +10,7 @@ import enum
 import importlib
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,21 @@ class ObjectiveSpec:
         return {
             p.name: (hints[p.name], ... if p.default is required else p.default) for p in keywords
         }
+
+
+@dataclass(frozen=True)
+class BoundObjective:
+    """An objective with its hyper-parameters filled in: what the trainer calls."""
+
+    spec: ObjectiveSpec
+    params: Mapping[str, Any]
+
+    def __call__(self, lp: Any) -> Any:
+        return self.spec.fn(lp, **self.params)
+
+    @property
+    def needs_reference(self) -> bool:
+        return Need.REFERENCE in self.spec.needs
 
 
 # name -> module that defines it. A module is imported only when one of its objectives is looked up.
@@ -103,6 +118,12 @@ def get_objective(name: str) -> ObjectiveSpec:
     if name not in _SPECS:
         raise ConfigError(f"objective.name = {name!r}: unknown; {suggest(name, objective_names())}")
     return _SPECS[name]
+
+
+def bind_objective(section: Mapping[str, Any]) -> BoundObjective:
+    """The objective of a recipe's ``objective`` section (already validated) with its hyper-parameters."""
+    params = {key: value for key, value in section.items() if key != "name"}
+    return BoundObjective(get_objective(section["name"]), params)
 
 
 def objective_names() -> set[str]:

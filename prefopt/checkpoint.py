@@ -1,0 +1,196 @@
+"""Checkpoints: complete or absent, never half, and enough to go on bit for bit.
+
+A checkpoint is written to a temporary directory and renamed when every process has finished; a kill or
+a full disk at any moment leaves the previous one as it was. Only trainable weights are stored: the base
+of an adapter is where the recipe says it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from prefopt.errors import ConfigError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d+)")
+_STATE_FILE = "prefopt.json"
+
+
+class Checkpoints:
+    """The ``checkpoints/`` directory of a run.
+
+    Args:
+        root: the directory.
+        accelerator: after ``prepare`` of the model and optimizer it is to save.
+        keep: newest checkpoints to keep.
+    """
+
+    def __init__(self, root: Path, accelerator: Accelerator, *, keep: int) -> None:
+        self.root = root
+        self.accelerator = accelerator
+        self.keep = keep
+        if accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            accelerator.register_save_state_pre_hook(_keep_trainable)
+            accelerator.register_load_state_pre_hook(_load_trainable)
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Writes the checkpoint of ``step``; TrainingError (and no trace of it) if it cannot be written."""
+        accelerator = self.accelerator
+        temporary, final = self.root / f"tmp-step-{step}", self.root / f"step-{step}"
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            accelerator.save_state(str(temporary), **self._save_options())
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                _write_state(temporary / _STATE_FILE, {**state, "step": step})
+                _publish(temporary, final)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise TrainingError(self._failure(step, error)) from error
+        accelerator.wait_for_everyone()
+        self._prune()
+        return final
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Restores weights, optimizer and random states from ``path``; returns the saved state."""
+        options = {"load_module_strict": False} if self._deepspeed else {}
+        state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
+        processes = state["num_processes"]
+        if processes != self.accelerator.num_processes:
+            raise ConfigError(
+                f"train.resume: {path} was written by {processes} processes, this run has "
+                f"{self.accelerator.num_processes}; start it with as many, or set "
+                "train.resume = never to start afresh"
+            )
+        self.accelerator.load_state(str(path), **options)
+        return state
+
+    def newest(self) -> Path | None:
+        """The complete checkpoint with the highest step, or None."""
+        found = _complete(self.root)
+        return found[-1] if found else None
+
+    def newest_step(self) -> int | None:
+        """The step of `newest`."""
+        path = self.newest()
+        return int(path.name.removeprefix("step-")) if path else None
+
+    def _prune(self) -> None:
+        if self.accelerator.is_main_process:
+            for path in _complete(self.root)[: -self.keep]:
+                shutil.rmtree(path, ignore_errors=True)
+
+    @property
+    def _deepspeed(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def _save_options(self) -> dict[str, Any]:
+        return {"exclude_frozen_parameters": True} if self._deepspeed else {}
+
+    def _failure(self, step: int, error: Exception) -> str:
+        previous = self.newest()
+        kept = (
+            f"the previous checkpoint {previous} is intact"
+            if previous
+            else "there is no earlier one"
+        )
+        return (
+            f"the checkpoint of step {step} could not be written to {self.root}: {error}; {kept}. Free space "
+            "(or set run.output_dir to another disk) and run the same command to go on from it"
+        )
+
+
+def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint that ``train.resume`` asks for, or None to start afresh.
+
+    Raises: ConfigError if a named one is not complete, or ``never`` meets the checkpoints of another run.
+    """
+    found = _complete(run_dir / "checkpoints")
+    if resume == "auto":
+        return found[-1] if found else None
+    if resume == "never":
+        if found:
+            raise ConfigError(
+                f"train.resume = never: {run_dir} holds a run with checkpoints up to {found[-1].name}; use "
+                "another run.output_dir, delete it, or go on with train.resume = auto"
+            )
+        return None
+    path = Path(resume)
+    if not (path / _STATE_FILE).is_file():
+        raise ConfigError(
+            f"train.resume = {resume}: not a complete checkpoint (no {_STATE_FILE}); give a "
+            "directory such as runs/x/checkpoints/step-100, or auto"
+        )
+    return path
+
+
+def _complete(root: Path) -> list[Path]:
+    paths = [path for path in root.glob("step-*") if (path / _STATE_FILE).is_file()]
+    return sorted(paths, key=lambda path: int(_NAME.fullmatch(path.name)[1]))  # type: ignore[index]
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(state, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Flushes every file of a finished checkpoint to disk, then renames it into place."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.replace(final)
+
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that training changes, by name: parameters that require gradients."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _keep_trainable(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+    """accelerate's save hook: stores the trainable weights instead of the whole model."""
+    weights.clear()
+    for model in models:
+        weights.append({n: t.contiguous() for n, t in trainable_state(_unwrap(model)).items()})
+
+
+def _load_trainable(models: list[nn.Module], input_dir: str) -> None:
+    """accelerate's load hook: loads what `_keep_trainable` stored, and nothing less."""
+    from safetensors.torch import load_file
+
+    while models:  # what is left in the list, accelerate would load by itself, strictly
+        model = _unwrap(models.pop())
+        saved = load_file(Path(input_dir) / "model.safetensors")
+        wanted = trainable_state(model)
+        if saved.keys() != wanted.keys():
+            odd = sorted(saved.keys() ^ wanted.keys())[:3]
+            raise ConfigError(
+                f"train.resume: {input_dir} holds other weights than this recipe trains (e.g. {odd}); the "
+                "model or the peft section changed. Restore it, or start afresh with train.resume = never"
+            )
+        for name, tensor in saved.items():
+            wanted[name].copy_(tensor)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return getattr(model, "module", model)

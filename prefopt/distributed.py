@@ -1,0 +1,110 @@
+"""The few places where one process, DDP, DeepSpeed and FSDP differ."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def sync_gradients(accelerator: Accelerator, model: Any, last: bool) -> Iterator[None]:
+    """Gradients are exchanged (and DeepSpeed steps) in the last backward of a window only."""
+    accelerator.gradient_state._set_sync_gradients(last)
+    with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        yield
+
+
+def clip_gradients(
+    accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float | None
+) -> Tensor | float:
+    """The global gradient norm before clipping to ``max_norm`` (None: do not clip).
+
+    DeepSpeed has clipped and stepped inside backward (its ``gradient_clipping`` is set from the recipe).
+    """
+    norm = accelerator.clip_grad_norm_(parameters, max_norm if max_norm is not None else torch.inf)
+    return 0.0 if norm is None else norm
+
+
+def configure_deepspeed(accelerator: Accelerator, max_norm: float | None) -> None:
+    """Hands the recipe's settings to DeepSpeed before it wraps the model; nothing to do without it.
+
+    Accumulation stays 1 there: the trainer says itself which backward is the last of a window, and has
+    divided the loss already.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    assert accelerator.state.deepspeed_plugin is not None
+    accelerator.gradient_accumulation_steps = 1
+    accelerator.state.deepspeed_plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": 1,  # unused by us; DeepSpeed insists on a number
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_norm or 0.0,
+    }
+
+
+def gathered_state(
+    accelerator: Accelerator, model: nn.Module, names: set[str]
+) -> dict[str, Tensor] | None:
+    """Full CPU copies of the named parameters and buffers on the main process; None on the others.
+
+    One tensor at a time, so that no process ever holds more than the result. Every process must call it.
+    """
+    result: dict[str, Tensor] = {}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name in sorted(names):
+        full = _full_tensor(tensors[name])
+        if accelerator.is_main_process:
+            result[name] = full.detach().to("cpu", copy=True)
+    return result if accelerator.is_main_process else None
+
+
+def _full_tensor(tensor: Tensor) -> Tensor:
+    if hasattr(tensor, "ds_id"):  # sharded by ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    full = getattr(tensor, "full_tensor", None)  # a DTensor: sharded by FSDP2
+    return full() if full is not None else tensor
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM as a request to save and stop after the current step, agreed by all processes.
+
+    A second Ctrl-C stops at once. Signal handlers are put back on exit.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread: nothing to install
+                self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        """Has any process been asked to stop? A collective where there are several."""
+        if self.accelerator.num_processes == 1:
+            return self._asked
+        flag = torch.tensor([float(self._asked)], device=self.accelerator.device)
+        return self.accelerator.reduce(flag, "sum").item() > 0
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True

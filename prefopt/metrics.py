@@ -1,0 +1,108 @@
+"""Metrics of a logging window: summed on the device, reduced once, each with its denominator.
+
+One table of names (docs/metrics.md explains each); a mean is always a sum over its unit divided by that
+unit's count over all processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class MeanMeter:
+    """Sums and counts by name, held on one device until `reduce`.
+
+    Every process must add the same names in a window (fillers add zero counts), because they are reduced
+    as one vector.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = device
+        self._sums: dict[str, Tensor] = {}
+        self._totals: set[str] = set()
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Adds ``total`` over ``count`` units to the mean called ``name``."""
+        pair = torch.stack([_scalar(total, self.device), _scalar(count, self.device)])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def add_total(self, name: str, amount: Tensor | float) -> None:
+        """Adds to a plain sum over the window and all processes."""
+        self._totals.add(name)
+        self.add(name, amount, 1.0)
+
+    def add_values(self, values: Mapping[str, Tensor]) -> None:
+        """Adds per-item tensors: each a sum over its elements, counted by their number."""
+        for name, value in values.items():
+            self.add(name, value.detach().double().sum(), float(value.numel()))
+
+    def reduce(self, accelerator: Any) -> dict[str, float]:
+        """Means over all processes, and forgets; a name without a single item is left out."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        stacked = torch.stack([self._sums[name] for name in names])
+        if accelerator.num_processes > 1:
+            stacked = accelerator.reduce(stacked, "sum")
+        self._sums = {}
+        return {
+            name: total if name in self._totals else total / count
+            for name, (total, count) in zip(names, stacked.tolist(), strict=True)
+            if count
+        }
+
+
+def _scalar(value: Tensor | float, device: torch.device | str) -> Tensor:
+    # fp64: a window sums thousands of fp32 terms, and the CPU-side means are compared across splits.
+    return torch.as_tensor(value, dtype=torch.float64, device=device).detach()
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object a logging step, flushed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drops rows after ``step``: a resumed run writes them again. Keeps nothing of a torn last line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line being written when the process was killed
+            if row["step"] <= step:
+                kept.append(line)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: allocated on a CUDA device, resident set of this process on CPU; in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # KiB on Linux

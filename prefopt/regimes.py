@@ -1,0 +1,229 @@
+"""Regimes: where the next global batch comes from, and how it is split over processes.
+
+The recipe sets the global batch. Everything else (which rank, which micro-batch) is derived here, from
+lengths alone, the same on every process and without communication, so that a run is reproduced by its
+seed and resumed by its step, and so that the loss can be divided by counts of the whole global batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from prefopt.errors import ConfigError
+from prefopt.types import Group
+
+
+class GroupSource(Protocol):
+    """An indexable set of groups that knows its lengths without reading tokens (`data.TokenSet`)."""
+
+    prompt_lengths: np.ndarray
+    """(n,) tokens of each prompt."""
+    response_lengths: np.ndarray
+    """(n, K) tokens of each response."""
+    fingerprint: str
+    """Content hash of the rows."""
+
+    def __len__(self) -> int: ...
+
+    def group(self, index: int) -> Group: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Groups of one forward pass. ``counts`` False marks a filler: it runs, but adds nothing.
+
+    A rank with fewer micro-batches than another must still run forward and backward as often, or
+    collectives hang.
+    """
+
+    groups: tuple[Group, ...]
+    counts: bool = True
+
+
+@dataclass(frozen=True)
+class Window:
+    """One optimizer step as one process sees it; the totals are those of all processes."""
+
+    step: int
+    epoch: float
+    micro_batches: tuple[MicroBatch, ...]
+    num_pairs: int
+    """Pairs of the global batch."""
+    num_chosen_tokens: int
+    """Chosen response tokens of the global batch."""
+
+
+@dataclass(frozen=True)
+class SplitLimits:
+    """How large one forward pass of one process may be."""
+
+    max_tokens: int
+    max_groups: int | None = None
+    packed: bool = True
+
+
+class OfflineRegime:
+    """Windows over a fixed data set, shuffled anew each epoch; every row once an epoch, none dropped.
+
+    The last window of an epoch holds what is left and is normalised by its own counts.
+
+    Args:
+        source: groups to train on.
+        global_batch_size: groups per optimizer step over all processes.
+        limits: size of one forward pass.
+        seed: seed of the shuffles. Epoch e is a function of (seed, e) alone.
+        num_epochs: passes over the data, or ``max_steps`` windows where given.
+        world_size, rank: processes, and which of them this is.
+    """
+
+    def __init__(
+        self,
+        source: GroupSource,
+        *,
+        global_batch_size: int,
+        limits: SplitLimits,
+        seed: int,
+        num_epochs: float = 1.0,
+        max_steps: int | None = None,
+        world_size: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.source = source
+        self.global_batch_size = min(global_batch_size, len(source))
+        self.limits = limits
+        self.seed = seed
+        self.world_size = world_size
+        self.rank = rank
+        self.step = 0
+        self.steps_per_epoch = math.ceil(len(source) / self.global_batch_size)
+        self.num_steps = max_steps or max(1, round(self.steps_per_epoch * num_epochs))
+        _check_sizes(source, self.global_batch_size, limits, world_size)
+
+    def next(self) -> Window:
+        """The window of the next optimizer step; StopIteration after the last."""
+        if self.step >= self.num_steps:
+            raise StopIteration
+        window = self.window(self.step)
+        self.step += 1
+        return window
+
+    def window(self, step: int) -> Window:
+        """The window of optimizer step ``step``: a pure function of the step."""
+        rows = self.rows(step)
+        ranks = [
+            split_micro_batches(self.source, share, self.limits) for share in self._shares(rows)
+        ]
+        most = max(len(batches) for batches in ranks)
+        mine = [MicroBatch(tuple(map(self.source.group, batch))) for batch in ranks[self.rank]]
+        filler = MicroBatch((self.source.group(min(rows, key=self._cost)),), counts=False)
+        return Window(
+            step=step,
+            epoch=(step + 1) / self.steps_per_epoch,
+            micro_batches=(*mine, *[filler] * (most - len(mine))),
+            num_pairs=len(rows),
+            num_chosen_tokens=int(self.source.response_lengths[rows, 0].sum()),
+        )
+
+    def rows(self, step: int) -> list[int]:
+        """Row indices of the global batch of ``step``, in drawn order."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.source))
+        return order[index * self.global_batch_size : (index + 1) * self.global_batch_size].tolist()
+
+    def all_rows(self) -> list[int]:
+        """Every row that some window of the run holds."""
+        if self.num_steps >= self.steps_per_epoch:
+            return list(range(len(self.source)))
+        return sorted({row for step in range(self.num_steps) for row in self.rows(step)})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the step, and hashes that tell whether it is the same data and order."""
+        return {"step": self.step, "order": self.order_hash}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after the checkpoint's step; ConfigError if data, batch size or seed changed since."""
+        if state["order"] != self.order_hash:
+            raise ConfigError(
+                "the checkpoint was made with other data, another data.seed/train.seed or another "
+                "train.global_batch_size: its position means nothing here. Restore those settings, or start "
+                "afresh with train.resume = never (or another run.output_dir)"
+            )
+        self.step = state["step"]
+
+    @property
+    def order_hash(self) -> str:
+        """Hash of everything that decides which rows a step sees; recorded in run.json."""
+        text = f"{self.source.fingerprint}:{len(self.source)}:{self.global_batch_size}:{self.seed}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _shares(self, rows: list[int]) -> list[list[int]]:
+        """Deals rows over ranks, longest first and back and forth: equal counts, near-equal tokens."""
+        shares: list[list[int]] = [[] for _ in range(self.world_size)]
+        for place, row in enumerate(sorted(rows, key=self._cost, reverse=True)):
+            lap, seat = divmod(place, self.world_size)
+            shares[seat if lap % 2 == 0 else self.world_size - 1 - seat].append(row)
+        return shares
+
+    def _cost(self, row: int) -> tuple[int, int]:
+        return int(self.source.prompt_lengths[row] + self.source.response_lengths[row].sum()), row
+
+
+def split_micro_batches(
+    source: GroupSource, rows: Sequence[int], limits: SplitLimits
+) -> list[list[int]]:
+    """Rows in as few micro-batches as fit ``limits``: longest first, each where it fits first."""
+    costs = {row: _row_tokens(source, row, limits.packed) for row in rows}
+    bins: list[list[int]] = []
+    for row in sorted(rows, key=lambda r: (costs[r], r), reverse=True):
+        for batch in bins:
+            if limits.max_groups is not None and len(batch) >= limits.max_groups:
+                continue
+            if _batch_tokens(source, [*batch, row], limits.packed) <= limits.max_tokens:
+                batch.append(row)
+                break
+        else:
+            bins.append([row])
+    return bins
+
+
+def _row_tokens(source: GroupSource, row: int, packed: bool) -> int:
+    prompt, responses = int(source.prompt_lengths[row]), source.response_lengths[row]
+    return prompt + int(responses.sum()) if packed else prompt + int(responses.max())
+
+
+def _batch_tokens(source: GroupSource, rows: list[int], packed: bool) -> int:
+    """Tokens of one forward: their sum when packed, rows × longest row when padded."""
+    costs = [_row_tokens(source, row, packed) for row in rows]
+    if packed:
+        return sum(costs)
+    return max(costs) * len(rows) * source.response_lengths.shape[1]
+
+
+def _check_sizes(source: GroupSource, batch: int, limits: SplitLimits, world_size: int) -> None:
+    problems = []
+    if batch < world_size:
+        problems.append(
+            f"{world_size} processes share a global batch of {batch} pairs ({len(source)} in the data): "
+            "some would have nothing to do; start fewer processes or raise train.global_batch_size"
+        )
+    elif batch % world_size:
+        below, above = batch // world_size * world_size, math.ceil(batch / world_size) * world_size
+        problems.append(
+            f"train.global_batch_size = {batch}: does not divide over {world_size} processes, so one rank "
+            f"would wait for another every step; use {below} or {above}"
+        )
+    longest = max(range(len(source)), key=lambda row: _batch_tokens(source, [row], limits.packed))
+    need = _batch_tokens(source, [longest], limits.packed)
+    if need > limits.max_tokens:
+        problems.append(
+            f"train.micro_batch_tokens = {limits.max_tokens}: the longest pair has {need} tokens (row "
+            f"{source.group(longest).id}); raise it, or lower data.max_length_tokens to drop such rows"
+        )
+    if problems:
+        raise ConfigError(problems)

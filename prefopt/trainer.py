@@ -1,0 +1,305 @@
+"""The one trainer: a regime gives windows, the engine log-probs, the objective losses; here they are reduced.
+
+    loss = Σ losses / pairs of the global batch + Σ token_losses / chosen tokens of the global batch
+
+Both denominators come from the window and not from the micro-batch, so any split of one global batch over
+processes, accumulation steps and micro-batches gives the same gradient.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from prefopt.checkpoint import Checkpoints
+from prefopt.collate import make_batch, response_mask
+from prefopt.config.schema import TrainSection
+from prefopt.distributed import Interrupts, clip_gradients, sync_gradients
+from prefopt.errors import TrainingError
+from prefopt.layouts import log_ratio_tolerance
+from prefopt.metrics import MeanMeter, MetricsLog, peak_memory_gib
+from prefopt.optim import learning_rate, set_learning_rate
+from prefopt.reference_pass import ReferenceLogps
+from prefopt.regimes import GroupSource, MicroBatch, OfflineRegime, SplitLimits, Window
+from prefopt.registry import BoundObjective
+from prefopt.sweep import layout_fn, sweep
+from prefopt.training_metrics import add_batch_metrics, add_layout_metrics
+from prefopt.types import Group, ObjectiveOutput, ResponseLogps
+
+logger = logging.getLogger(__name__)
+
+# An fp16 loss scale that halves this often in a row is not searching, it is overflowing.
+_MAX_SKIPPED_STEPS = 20
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `PreferenceTrainer.train` ended."""
+
+    step: int
+    """Optimizer steps done."""
+    finished: bool
+    """False if it was interrupted (and saved) before the last step."""
+
+
+class PreferenceTrainer:
+    """Trains a policy on the windows of a regime with one objective.
+
+    Args:
+        model: the prepared (wrapped) `LogpModel`.
+        optimizer: the prepared optimizer.
+        objective: the objective with its hyper-parameters.
+        regime: where windows come from.
+        settings: the recipe's ``train`` section.
+        accelerator: created by the launcher's configuration.
+        run_dir: where metrics and checkpoints go.
+        limits: size of one forward; also says which layout the model takes.
+        reference: stored reference log-probs, or None for an objective that needs none.
+        eval_source: held-out groups, or None.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        *,
+        objective: BoundObjective,
+        regime: OfflineRegime,
+        settings: TrainSection,
+        accelerator: Accelerator,
+        run_dir: Path,
+        limits: SplitLimits,
+        reference: ReferenceLogps | None = None,
+        eval_source: GroupSource | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.objective = objective
+        self.regime = regime
+        self.settings = settings
+        self.accelerator = accelerator
+        self.limits = limits
+        self.reference = reference
+        self.eval_source = eval_source
+        self.log = MetricsLog(run_dir / "metrics.jsonl")
+        self.checkpoints = Checkpoints(
+            run_dir / "checkpoints", accelerator, keep=settings.keep_checkpoints
+        )
+        self._layout = layout_fn(packed=limits.packed)
+        self._meter = MeanMeter(accelerator.device)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._clock = time.perf_counter()
+        self._skipped = 0
+        self._last_row: dict[str, float] = {}
+
+    def train(self, resume_from: Path | None = None) -> TrainResult:
+        """Runs to the last step, or to an interrupt, after which a checkpoint says where to go on.
+
+        Raises: TrainingError for a non-finite loss or gradient (naming the pairs), a reference that is
+            not the policy at step 0, or a checkpoint that cannot be written.
+        """
+        self._start(resume_from)
+        total = self.regime.num_steps
+        interrupts = Interrupts(self.accelerator)
+        hidden = not self.accelerator.is_main_process
+        with (
+            tqdm(total=total, initial=self.regime.step, disable=hidden, unit="step") as bar,
+            interrupts,
+        ):
+            while self.regime.step < total:
+                window = self.regime.next()
+                self._step(window)
+                self._after_step(window.step + 1, bar)
+                if interrupts.requested():
+                    self._save(window.step + 1)
+                    return TrainResult(window.step + 1, finished=False)
+        if self.checkpoints.newest_step() != total:
+            self._save(total)
+        return TrainResult(total, finished=True)
+
+    def evaluate(self) -> dict[str, float]:
+        """Means over the held-out groups, named ``eval/…``; every pair counts once."""
+        assert self.eval_source is not None
+        meter = MeanMeter(self.accelerator.device)
+        rows = range(len(self.eval_source))
+        batches = sweep(
+            self.model, self.eval_source, rows, self.limits, self.accelerator,
+            layout=self._layout, what="eval",
+        )  # fmt: skip
+        for groups, policy, counts in batches:
+            lp = self._response_logps(groups, policy)
+            lp = lp if counts else replace(lp, pairs=lp.pairs[:0])
+            output = self.objective(lp)
+            meter.add_values(output.metrics)
+            add_batch_metrics(meter, lp, output)
+        return {f"eval/{name}": value for name, value in meter.reduce(self.accelerator).items()}
+
+    def _start(self, resume_from: Path | None) -> None:
+        self.model.train()
+        if resume_from is not None:
+            state = self.checkpoints.load(resume_from)
+            self.regime.load_state_dict(state["regime"])
+            logger.info("resumed from %s (step %d)", resume_from, self.regime.step)
+        if self.accelerator.is_main_process:
+            self.log.rewind(self.regime.step)
+        if self.regime.step == 0:
+            self._check_reference()
+            if self.eval_source is not None:
+                self._write({"step": 0, **self.evaluate()})
+        self._clock = time.perf_counter()
+
+    def _check_reference(self) -> None:
+        """At step 0 the policy is its own initial reference; anything else is a wrong reference."""
+        if self.reference is None or not self.reference.is_initial_policy:
+            return
+        groups = self.regime.window(0).micro_batches[0].groups
+        self.model.eval()
+        with torch.no_grad():
+            layout = self._layout(groups).to(self.accelerator.device)
+            lp = self._response_logps(groups, self.model(layout).float())
+        self.model.train()
+        gap = (lp.log_ratio.abs().sum() / lp.mask.sum()).item()
+        limit = log_ratio_tolerance(self.model, self.settings.precision)
+        if not gap <= limit:
+            raise TrainingError(
+                f"the policy is not its own reference at step 0: mean |log-ratio| {gap:.3g} nats a token "
+                f"(limit {limit:g}); the stored reference log-probs are not of these weights. Delete the "
+                f"store at {self.reference.directory} and run again"
+            )
+
+    def _step(self, window: Window) -> None:
+        rate = learning_rate(self.settings, window.step, self.regime.num_steps)
+        set_learning_rate(self.optimizer, rate)  # before backward: DeepSpeed steps inside it
+        last = len(window.micro_batches) - 1
+        for index, micro_batch in enumerate(window.micro_batches):
+            with sync_gradients(self.accelerator, self.model, index == last):
+                loss = self._micro_batch_loss(micro_batch, window)
+                # Wrappers average gradients over processes; the loss is already a global mean.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+        norm = clip_gradients(self.accelerator, self._parameters, self.settings.max_grad_norm)
+        self._check_gradient(norm, window)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._meter.add("train/grad_norm", norm, 1.0)
+        self._meter.add("train/epoch", window.epoch, 1.0)
+        self._meter.add("train/learning_rate", rate, 1.0)
+
+    def _micro_batch_loss(self, micro_batch: MicroBatch, window: Window) -> Tensor:
+        layout = self._layout(micro_batch.groups)
+        add_layout_metrics(self._meter, micro_batch.groups, layout, counts=micro_batch.counts)
+        policy = self.model(layout.to(self.accelerator.device)).float()
+        lp = self._response_logps(micro_batch.groups, policy)
+        if not micro_batch.counts:
+            # Other ranks have one micro-batch more: run backward with them, and add nothing.
+            lp = replace(lp, pairs=lp.pairs[:0])
+        output = self.objective(lp)
+        loss = output.losses.sum() / window.num_pairs
+        if output.token_losses is not None:
+            loss = loss + output.token_losses.sum() / window.num_chosen_tokens
+        if not torch.isfinite(loss):
+            raise TrainingError(_name_culprits(micro_batch.groups, lp, output, window.step))
+        self._meter.add_values(output.metrics)
+        add_batch_metrics(self._meter, lp, output)
+        return loss if len(lp.pairs) else loss + policy.sum() * 0.0
+
+    def _response_logps(self, groups: Sequence[Group], policy: Tensor) -> ResponseLogps:
+        batch = make_batch(groups)
+        device = policy.device
+        reference = None if self.reference is None else self.reference.tensor(groups).to(device)
+        rewards = None if batch.rewards is None else batch.rewards.to(device)
+        return ResponseLogps(
+            policy=policy,
+            mask=response_mask(batch).to(device),
+            pairs=batch.pairs.to(device),
+            reference=reference,
+            rewards=rewards,
+        )
+
+    def _check_gradient(self, norm: Tensor | float, window: Window) -> None:
+        if torch.isfinite(torch.as_tensor(norm)):
+            self._skipped = 0
+            return
+        ids = [group.id for batch in window.micro_batches for group in batch.groups]
+        if self.settings.precision == "fp16" and self._skipped < _MAX_SKIPPED_STEPS:
+            self._skipped += 1  # the loss scaler skips this step and halves its scale
+            return
+        hint = (
+            "fp16 overflows; set train.precision = bf16"
+            if self.settings.precision == "fp16"
+            else "lower train.learning_rate or look at these pairs with `prefopt show`"
+        )
+        raise TrainingError(
+            f"step {window.step + 1}: the gradient norm is {float(norm)}; {hint}. Pairs of this step on this "
+            f"process: {', '.join(ids[:16])}{' …' if len(ids) > 16 else ''}"
+        )
+
+    def _after_step(self, step: int, bar: tqdm) -> None:
+        settings, total = self.settings, self.regime.num_steps
+        row: dict[str, Any] = {}
+        if step % settings.log_every == 0 or step == total:
+            row = self._reduced_row()
+            bar.set_postfix({k.split("/")[-1]: f"{row[k]:.3g}" for k in _SHOWN if k in row})
+        bar.update(1)
+        due = step == total if settings.eval_every is None else step % settings.eval_every == 0
+        if self.eval_source is not None and due:
+            started = time.perf_counter()
+            row |= self.evaluate()
+            self._clock += time.perf_counter() - started  # not counted as training time
+        if row:
+            self._write({"step": step, **row})
+        if settings.save_every and step % settings.save_every == 0:
+            self._save(step)
+
+    def _reduced_row(self) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        memory = torch.tensor(
+            [peak_memory_gib(self.accelerator.device)], device=self.accelerator.device
+        )
+        row = self._meter.reduce(self.accelerator)
+        row["train/loss"] = row.get("train/pair_loss", 0.0) + row.get("train/token_loss", 0.0)
+        row["time/window_s"] = seconds
+        row["tokens/per_s"] = row["tokens/computed"] / seconds
+        row["memory/peak_gib"] = self.accelerator.gather(memory).max().item()
+        return row
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.log.append(row)
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def _save(self, step: int) -> None:
+        started = time.perf_counter()
+        processes = self.accelerator.num_processes
+        state = {"regime": self.regime.state_dict(), "num_processes": processes}
+        self.checkpoints.save(step, state)
+        self._clock += time.perf_counter() - started
+
+
+_SHOWN = ("train/loss", "rewards/accuracy", "rewards/margin")
+
+
+def _name_culprits(
+    groups: Sequence[Group], lp: ResponseLogps, output: ObjectiveOutput, step: int
+) -> str:
+    """Which pairs have a loss that is not finite, and what their log-probs look like."""
+    losses = output.losses if output.token_losses is None else output.losses + output.token_losses
+    owners = [group.id for group in groups for _ in group.pairs]
+    bad = [
+        f"{owners[i]} (loss {losses[i].item()})"
+        for i in (~losses.isfinite()).nonzero()[:, 0].tolist()
+    ]
+    broken = "" if lp.policy.isfinite().all() else "; the policy's own log-probs are not finite"
+    return (
+        f"step {step + 1}: the loss of {len(bad)} pairs is not finite{broken}: {', '.join(bad[:16])}. "
+        "Look at them with `prefopt show`; with fp16 weights use bf16, else lower train.learning_rate"
+    )

@@ -1,0 +1,44 @@
+"""What every run logs beside its objective's own metrics (docs/metrics.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefopt.collate import TokenLayout
+from prefopt.metrics import MeanMeter
+from prefopt.types import Group, ObjectiveOutput, ResponseLogps
+
+
+def add_batch_metrics(meter: MeanMeter, lp: ResponseLogps, output: ObjectiveOutput) -> None:
+    """Losses, and log-probs and lengths of both sides; means over pairs, of ``/token`` over tokens."""
+    count = float(len(lp.pairs))
+    meter.add("train/pair_loss", output.losses.detach().sum(), count)
+    chosen, rejected = lp.pairs[:, 0], lp.pairs[:, 1]
+    sums, lengths = lp.policy.detach().sum(-1), lp.lengths
+    for side, rows in (("chosen", chosen), ("rejected", rejected)):
+        meter.add(f"logps/{side}", sums[rows].sum(), count)
+        meter.add(f"logps/{side}_per_token", sums[rows].sum(), lengths[rows].sum())
+        meter.add(f"tokens/{side}", lengths[rows].sum(), count)
+    if output.token_losses is not None:
+        meter.add("train/token_loss", output.token_losses.detach().sum(), lengths[chosen].sum())
+    if lp.reference is not None:
+        ratio = lp.log_ratio.detach().sum(-1)
+        meter.add("log_ratio/chosen", ratio[chosen].sum(), count)
+        meter.add("log_ratio/rejected", ratio[rejected].sum(), count)
+
+
+def add_layout_metrics(
+    meter: MeanMeter, groups: Sequence[Group], layout: TokenLayout, *, counts: bool
+) -> None:
+    """Tokens computed, and what the plain layout (one padded row a response) would have computed.
+
+    A filler (``counts`` False) adds zeros, so that every process reduces the same names.
+    """
+    weight = int(counts)
+    rows = [len(g.prompt_ids) + len(r.ids) for g in groups for r in g.responses]
+    shared = sum(len(g.prompt_ids) * (len(g.responses) - 1) for g in groups) if layout.packed else 0
+    padded, real = len(rows) * max(rows), sum(rows)
+    avoided = padded - real if layout.packed else 0
+    meter.add_total("tokens/computed", weight * layout.num_input_tokens)
+    meter.add("tokens/padding_avoided_frac", weight * avoided, weight * padded)
+    meter.add("tokens/prompt_shared_frac", weight * shared, weight * real)

@@ -97,11 +97,15 @@ def tiny_config(arch: str, vocab_size: int = 97, **settings: Any) -> transformer
     """The configuration of ``tiny_model(arch, …)``; ``settings`` override anything."""
     class_name, own = _ARCHITECTURES[arch]
     values = {**_COMMON, **own}
-    values = {key: value for key, value in values.items() if key == "pad_token_id" or value is not None}
+    values = {
+        key: value for key, value in values.items() if key == "pad_token_id" or value is not None
+    }
     return getattr(transformers, class_name)(**{**values, "vocab_size": vocab_size, **settings})
 
 
-def tiny_model(arch: str, vocab_size: int = 97, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+def tiny_model(
+    arch: str, vocab_size: int = 97, *, seed: int = 0, **settings: Any
+) -> PreTrainedModel:
     """A random fp32 causal LM in eval mode, the same for the same ``seed``; leaves the global RNG as it was.
 
     Weights are drawn wide enough (std 0.2, norms and biases jittered) that attention is far from

@@ -1,0 +1,86 @@
+"""Where reusable files live, and how a file comes into being there: whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ENV_VARIABLE = "PREFOPT_CACHE"
+
+
+def cache_root(override: str | Path | None = None) -> Path:
+    """``override`` (a recipe's ``cache_dir``), else ``$PREFOPT_CACHE``, else ``~/.cache/prefopt``."""
+    chosen = override or os.environ.get(ENV_VARIABLE) or Path.home() / ".cache" / "prefopt"
+    return Path(chosen).expanduser().resolve()
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` that becomes ``path`` when the block ends without an error.
+
+    Readers see the old file or the whole new one; two writers of one path leave one whole file; a
+    killed writer leaves a ``.tmp-*`` file that nothing reads. The bytes are on disk before the rename.
+    Raises: OSError (a full disk, no permission), after removing the temporary file.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes the file private; a cache may be shared by a group, so the umask decides
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)  # the only portable way to read it is to set it
+    os.umask(current)
+    return current
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary directory beside ``path`` that becomes ``path`` when the block ends without error.
+
+    What stood at ``path`` before is replaced. Readers see the old directory or the whole new one; of two
+    writers of one path the last wins; a killed writer leaves a ``.tmp-*`` directory that nothing reads.
+    Raises: OSError (a full disk, no permission), after removing the temporary directory.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        os.chmod(temporary, 0o777 & ~_umask())
+        _replace_directory(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_directory(temporary: Path, target: Path) -> None:
+    """Renames ``temporary`` to ``target``; a full directory cannot be renamed over, so it moves first."""
+    while True:
+        try:
+            os.rename(temporary, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        old = Path(tempfile.mkdtemp(prefix=".tmp-old-", dir=target.parent))
+        with contextlib.suppress(FileNotFoundError):  # another process moved it away first
+            os.rename(target, old)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,90 @@
+"""The table of objectives: names, suggestions, and the schema that a signature is."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from typing import Annotated
+
+import pytest
+from pydantic import Field, PositiveFloat, ValidationError
+
+from prefopt import registry
+from prefopt.config.load import objective_schema
+from prefopt.errors import ConfigError
+from prefopt.registry import OBJECTIVES, Need, get_objective, objective, objective_names
+from prefopt.types import ObjectiveOutput, ResponseLogps
+
+UpToThree = Annotated[float, Field(le=3)]
+
+
+@pytest.fixture(autouse=True)
+def _own_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it; the built-in objectives, imported once, stay."""
+    for name in OBJECTIVES:
+        get_objective(name)
+    monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))
+
+
+def _margin(lp: ResponseLogps, *, beta: PositiveFloat, scale: UpToThree = 1.0) -> ObjectiveOutput:
+    return ObjectiveOutput(beta * scale * lp.policy.sum(-1)[lp.pairs[:, 0]])
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [("dop", "dpo"), ("simpoo", "simpo"), ("ipo_men", "ipo_mean"), ("apozero", "apo_zero")],
+)
+def test_an_unknown_name_suggests_the_nearest(typo: str, meant: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"objective.name = '{typo}': unknown; did you mean '{meant}'"
+    ):
+        get_objective(typo)
+
+
+def test_a_name_near_nothing_lists_what_is_known_without_a_guess() -> None:
+    with pytest.raises(ConfigError) as error:
+        get_objective("zzzzzz")
+    assert "did you mean" not in str(error.value)
+    assert all(name in str(error.value) for name in OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_every_line_of_the_table_leads_to_a_function_of_that_name(name: str) -> None:
+    spec = get_objective(name)
+    assert (spec.name, spec.fn.__name__, spec.fn.__module__) == (name, name, OBJECTIVES[name])
+
+
+def test_a_second_function_cannot_take_a_name() -> None:
+    get_objective("dpo")
+    with pytest.raises(ValueError, match=r"'dpo' is already defined in prefopt\.objectives\.dpo"):
+        objective("dpo", source="mine")(_margin)
+    assert get_objective("dpo").fn is not _margin
+
+
+def test_a_reloaded_module_may_register_again() -> None:
+    """A notebook reloads the file it is editing; the new function is the one in force."""
+    before = get_objective("dpo").fn
+    importlib.reload(importlib.import_module(OBJECTIVES["dpo"]))
+    assert get_objective("dpo").fn is not before
+
+
+def test_an_objective_of_your_own_is_known_by_name_with_its_signature_as_schema() -> None:
+    assert objective("my_margin", needs={Need.PAIRS}, source="mine")(_margin) is _margin
+    assert "my_margin" in objective_names()
+    spec = get_objective("my_margin")
+    assert spec.needs == {Need.PAIRS}
+    assert spec.fields == {"beta": (PositiveFloat, ...), "scale": (UpToThree, 1.0)}
+    assert objective_schema("my_margin")(beta=1).model_dump() == {"beta": 1.0, "scale": 1.0}
+    for bad in ({}, {"beta": 0}, {"beta": 1, "scale": 4}, {"beta": 1, "gama": 1}, {"beta": "1"}):
+        with pytest.raises(ValidationError):
+            objective_schema("my_margin").model_validate(bad)
+
+
+def test_names_are_known_without_torch() -> None:
+    """`prefopt --help` and a misspelt name must not wait for torch to load."""
+    program = (
+        "import sys; from prefopt.registry import objective_names; "
+        "assert 'dpo' in objective_names(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,7 @@
+"""Data: rows of any shape to token ids, cached, mixed and split."""
+
+from prefopt.data.bundle import DataBundle, load_data
+from prefopt.data.render import Renderer
+from prefopt.data.tokens import TokenSet
+
+__all__ = ["DataBundle", "Renderer", "TokenSet", "load_data"]

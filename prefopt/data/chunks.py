@@ -1,0 +1,172 @@
+"""A chunk of raw rows in, arrays of token ids out: the part of tokenisation that runs in any process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from prefopt.data.formats import Reading, canonical
+from prefopt.data.readers import RawRow
+from prefopt.data.render import Rendered, Renderer, Request
+from prefopt.data.rows import Refused, Reject, Row, column
+
+_IN_FLIGHT = 3
+"""Chunks a worker process has waiting: enough never to idle, few enough to hold memory constant."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Longest prompt + response and longest prompt, in tokens; None does not bound."""
+
+    max_length: int
+    max_prompt: int | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What became of a run of raw rows.
+
+    ``lengths`` (n, 1 + K) counts the tokens of the prompt and of each response of the n rows kept;
+    ``tokens`` (L,) int32 holds their ids in that order, row by row.
+    """
+
+    num_read: int
+    ids: list[str]
+    tokens: np.ndarray
+    lengths: np.ndarray
+    scores: np.ndarray
+    prompt_keys: np.ndarray
+    rejects: list[dict[str, Any]]
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return self.tokens, self.lengths, self.scores, self.prompt_keys
+
+
+@dataclass(frozen=True)
+class ChunkReader:
+    """Canonicalises, renders and checks raw rows. Pickles, so that worker processes can have one."""
+
+    renderer: Renderer
+    reading: Reading
+    limits: Limits
+
+    def __call__(self, raw: Sequence[RawRow]) -> Chunk:
+        """Raises: DataError, ModelError: what a row or the tokenizer cannot be read or rendered with."""
+        rows = [canonical(row, self.reading) for row in raw]
+        requests = [Request(row.prompt, row.responses) for row in rows if isinstance(row, Row)]
+        rendered = iter(self.renderer.render_batch(requests))
+        results = [next(rendered) if isinstance(row, Row) else row for row in rows]
+        results = [check(result, self.limits) for result in results]
+        return self._pack(raw, rows, results)
+
+    def _pack(
+        self,
+        raw: Sequence[RawRow],
+        rows: Sequence[Row | Refused],
+        results: Sequence[Rendered | Refused],
+    ) -> Chunk:
+        ids, kept, scores, rejects = [], [], [], []
+        for source, row, result in zip(raw, rows, results, strict=True):
+            name = self._id(source)
+            if isinstance(result, Refused) or isinstance(row, Refused):
+                rejects.append(_reject_line(name, source, result))
+                continue
+            ids.append(name)
+            kept.append((result.prompt_ids, *result.responses))
+            scores.append([np.nan if score is None else score for score in row.scores])
+        parts = [part for row in kept for part in row]
+        keys = [_prompt_key(row[0]) for row in kept]
+        width = 3 if self.reading.pairs else 2
+        return Chunk(
+            num_read=len(raw),
+            ids=ids,
+            tokens=np.array([token for part in parts for token in part], np.int32),
+            lengths=np.array([len(part) for part in parts], np.int64).reshape(-1, width),
+            scores=np.array(scores, np.float64).reshape(-1, width - 1),
+            prompt_keys=np.array(keys, np.uint64),
+            rejects=rejects,
+        )
+
+    def _id(self, row: RawRow) -> str:
+        name = self.reading.columns.id
+        return row.where if name is None else str(column(row, name))
+
+
+def check(result: Rendered | Refused, limits: Limits) -> Rendered | Refused:
+    """``result``, or why its token ids must not reach a loss."""
+    if isinstance(result, Refused):
+        return result
+    prompt, responses = len(result.prompt_ids), [len(ids) for ids in result.responses]
+    reason = None
+    if min(responses) < 2:  # a lone end token: the template has stripped all there was
+        reason = Reject.EMPTY_CHOSEN if responses[0] < 2 else Reject.EMPTY_REJECTED
+    elif len(set(result.responses)) < len(responses):
+        reason = Reject.IDENTICAL
+    elif limits.max_prompt is not None and prompt > limits.max_prompt:
+        reason = Reject.PROMPT_TOO_LONG
+    elif prompt + max(responses) > limits.max_length:
+        reason = Reject.TOO_LONG
+    return result if reason is None else Refused(reason, lengths=(prompt, *responses))
+
+
+def parallel_chunks(
+    reader: ChunkReader, batches: Iterable[list[RawRow]], num_workers: int
+) -> Iterator[Chunk]:
+    """Chunks in the order of ``batches``, tokenised by ``num_workers`` processes.
+
+    Spawned, not forked: a fork after the tokenizer's threads have started can deadlock.
+    """
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (reader,))
+    waiting: deque[Future[Chunk]] = deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(_work, batch))
+            if len(waiting) >= _IN_FLIGHT * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_READER: ChunkReader | None = None
+"""The reader of this worker process: sent once, not with every chunk."""
+
+
+def _start_worker(reader: ChunkReader) -> None:
+    global _READER
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _READER = reader
+
+
+def _work(batch: list[RawRow]) -> Chunk:
+    assert _READER is not None  # `_start_worker` ran first
+    return _READER(batch)
+
+
+def _prompt_key(ids: tuple[int, ...]) -> int:
+    """64 bits that are the same for the same prompt, in whatever source it stands."""
+    digest = blake2b(np.array(ids, np.int32).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _reject_line(name: str, row: RawRow, result: Rendered | Refused) -> dict[str, Any]:
+    assert isinstance(result, Refused)
+    line: dict[str, Any] = {"id": name, "file": row.file, "row": row.number}
+    line["reason"] = str(result.reason)
+    if result.lengths is not None:
+        names = ("prompt", "chosen", "rejected")
+        line["lengths"] = dict(zip(names, result.lengths, strict=False))
+    if result.detail is not None:
+        line["detail"] = result.detail
+    return line

@@ -1,0 +1,337 @@
+"""From the shapes preference data comes in to the canonical row.
+
+A format is decided once a source, on its first row (`resolve`), and then holds for every row of it:
+a file that mixes shapes is an error with a line number, not a guess per row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prefopt.config.schema import ColumnMap, SourceSection
+from prefopt.data.readers import RawRow
+from prefopt.data.rows import Message, Refused, Reject, Row, column, has_column, score
+from prefopt.errors import ConfigError, DataError
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""ShareGPT's speaker names and the roles chat templates know them by."""
+
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_DIALOGUE_COLUMNS = ("conversations", "messages")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of one source are read: a format that is no longer ``auto``, columns that are there."""
+
+    format: str
+    columns: ColumnMap
+    """``prompt`` None: the prompt is what chosen and rejected start with."""
+    pairs: bool
+    """False for SFT: only ``chosen`` is read."""
+    drop_ties: bool = False
+
+
+def resolve(section: SourceSection, first: RawRow, *, pairs: bool) -> Reading:
+    """The reading of a source, from its section and its first row.
+
+    A ``prompt`` column left at its default and absent is looked for as ``conversations``, else taken
+    to be implicit; SFT rows without ``chosen`` may hold it all in ``conversations`` or ``messages``.
+
+    Raises: ConfigError for settings that contradict each other; DataError for a missing column.
+    """
+    _check(section, pairs)
+    columns = _present(section.columns, first, pairs)
+    form = section.format if section.format != "auto" else _detect(columns, first)
+    if form == "text":
+        if columns.prompt is None:
+            # `prompt` is what people forget to map; say which columns there are
+            column(first, section.columns.prompt or "prompt")
+            raise ConfigError(
+                "data: columns.prompt = null: plain text has no implicit prompt; name its column"
+            )
+        if columns.system is not None:
+            raise ConfigError(
+                f"data: columns.system = {columns.system!r}: plain text has no system message; "
+                "set format: chat"
+            )
+    return Reading(form, columns, pairs, section.drop_ties)
+
+
+def canonical(row: RawRow, reading: Reading) -> Row | Refused:
+    """One row in canonical shape, or the reason it is refused.
+
+    Raises: DataError naming file, row and column where a value is of a kind the format cannot hold.
+    """
+    columns = reading.columns
+    names = [columns.chosen, columns.rejected] if reading.pairs else [columns.chosen]
+    values = [column(row, name) for name in names if name is not None]
+    read = _text_row if reading.format == "text" else _chat_row
+    result = read(row, reading, values)
+    if isinstance(result, Refused):
+        return result
+    scores = (score(row, columns.score_chosen), score(row, columns.score_rejected))
+    result = replace(result, scores=scores[: len(values)])
+    return _refusal(result, reading) or result
+
+
+def _check(section: SourceSection, pairs: bool) -> None:
+    columns = section.columns
+    where = f"data: {section.path}:"
+    if pairs and columns.rejected is None:
+        raise ConfigError(
+            f"{where} columns.rejected = null: preference pairs need both sides; name the column, "
+            "or set stage: sft to train on chosen alone"
+        )
+    if section.drop_ties and (columns.score_chosen is None or columns.score_rejected is None):
+        raise ConfigError(
+            f"{where} drop_ties = true: needs columns.score_chosen and columns.score_rejected"
+        )
+    if section.drop_ties and not pairs:
+        raise ConfigError(f"{where} drop_ties = true: has no meaning for SFT rows; leave it out")
+
+
+def _present(columns: ColumnMap, first: RawRow, pairs: bool) -> ColumnMap:
+    """Columns with defaults that are absent replaced by what the first row has instead."""
+    dialogue = next((name for name in _DIALOGUE_COLUMNS if has_column(first.data, name)), None)
+    changes: dict[str, str | None] = {}
+    no_prompt = columns.prompt == "prompt" and not has_column(first.data, "prompt")
+    no_chosen = columns.chosen == "chosen" and not has_column(first.data, "chosen")
+    if not pairs and no_chosen and dialogue and (no_prompt or columns.prompt is None):
+        return columns.model_copy(update={"chosen": dialogue, "prompt": None})
+    if no_prompt:
+        taken = (columns.chosen, columns.rejected)
+        changes["prompt"] = dialogue if dialogue not in taken else None
+    return columns.model_copy(update=changes)
+
+
+def _detect(columns: ColumnMap, first: RawRow) -> str:
+    chosen = column(first, columns.chosen)
+    prompt = None if columns.prompt is None else column(first, columns.prompt)
+    for value in (prompt, chosen):
+        message = value[0] if isinstance(value, list) and value else value
+        if isinstance(message, dict):
+            return "sharegpt" if "from" in message else "chat"
+    if isinstance(prompt, list) or isinstance(chosen, list):
+        return "chat"
+    if columns.prompt is None and isinstance(chosen, str) and _is_transcript(chosen):
+        return "hh"
+    return "text"
+
+
+def _text_row(row: RawRow, reading: Reading, values: list[Any]) -> Row:
+    columns = reading.columns
+    assert columns.prompt is not None  # `resolve` has seen to it
+    names = (columns.prompt, columns.chosen, columns.rejected)
+    texts = [
+        _text(row, str(name), value)
+        for name, value in zip(names, [column(row, columns.prompt), *values], strict=False)
+    ]
+    return Row(texts[0], tuple(texts[1:]), ())
+
+
+def _text(row: RawRow, name: str, value: Any) -> str:
+    if value is None:
+        return ""  # a null is an empty side, which is counted, not a broken file
+    if isinstance(value, str):
+        return value
+    raise DataError(
+        f"{row.where}: column {name!r} holds {_kind(value)}, but the format is text (plain strings); "
+        "set format: chat (or sharegpt) on the source"
+    )
+
+
+def _chat_row(row: RawRow, reading: Reading, values: list[Any]) -> Row | Refused:
+    """Messages: prompt = what comes before the last turn, the same on both sides."""
+    columns = reading.columns
+    context = None
+    if columns.prompt is not None:
+        turn = _messages(row, reading, columns.prompt, column(row, columns.prompt), "user")
+        context = turn[:-1] if reading.format == "hh" and _awaits_answer(turn) else turn
+    names = (columns.chosen, columns.rejected)
+    dialogues = [
+        _messages(row, reading, str(name), value, "assistant")
+        for name, value in zip(names, values, strict=False)
+    ]
+    for dialogue, reason in zip(
+        dialogues, (Reject.EMPTY_CHOSEN, Reject.EMPTY_REJECTED), strict=False
+    ):
+        if not dialogue:
+            return Refused(reason)
+        if dialogue[-1]["role"] != "assistant":
+            return Refused(Reject.NOT_ASSISTANT, f"the last turn is {dialogue[-1]['role']!r}")
+    prompts = [_prompt_of(context, dialogue) for dialogue in dialogues]
+    prompt = prompts[0]
+    if prompt is None or any(other != prompt for other in prompts):
+        return Refused(Reject.PROMPTS_DIFFER)
+    if columns.system is not None:
+        prompt = _with_system(row, columns.system, prompt)
+    return Row(prompt, tuple(dialogue[-1] for dialogue in dialogues), ())
+
+
+def _prompt_of(context: list[Message] | None, dialogue: list[Message]) -> list[Message] | None:
+    """Messages the last turn of ``dialogue`` answers; None if they contradict the prompt column.
+
+    ``dialogue`` may be the answer alone, the whole dialogue with the prompt repeated at its start
+    (UltraFeedback), or a continuation of the prompt over several turns.
+    """
+    before = dialogue[:-1]
+    if context is None or not before:
+        return before if context is None else context
+    if dialogue[0]["role"] == "assistant":
+        return context + before
+    # Published sets differ in white space between the prompt column and its copy in the dialogue,
+    # and some leave the system message out of the column.
+    skip = before[0]["role"] == "system" and (not context or context[0]["role"] != "system")
+    start = before[skip : skip + len(context)]
+    same = [_gist(m) for m in start] == [_gist(m) for m in context]
+    return before if same else None
+
+
+def _gist(message: Message) -> tuple[str, str]:
+    return message["role"], message["content"].strip()
+
+
+def _awaits_answer(turns: list[Message]) -> bool:
+    """Whether a transcript ends with the bare "Assistant:" that asks for the answer."""
+    return bool(turns) and turns[-1]["role"] == "assistant" and not turns[-1]["content"]
+
+
+def _with_system(row: RawRow, name: str, prompt: list[Message]) -> list[Message]:
+    content = _text(row, name, column(row, name))
+    if not content.strip():
+        return prompt
+    if prompt and prompt[0]["role"] == "system":
+        raise DataError(
+            f"{row.where}: column {name!r} gives a system message, and the dialogue begins with one too; "
+            "leave out columns.system"
+        )
+    return [{"role": "system", "content": content}, *prompt]
+
+
+def _messages(row: RawRow, reading: Reading, name: str, value: Any, role: str) -> list[Message]:
+    """A column as messages; a plain string becomes one turn of ``role`` (or a parsed transcript)."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        if reading.format == "hh":
+            return _transcript(value) if _is_transcript(value) else [_turn(role, value.strip())]
+        return [_turn(role, value)]
+    items = value if isinstance(value, list) else [value]
+    convert = _CONVERT.get(reading.format)
+    if convert is None or not all(isinstance(item, dict) for item in items):
+        raise DataError(
+            f"{row.where}: column {name!r} holds {_kind(value)}; format {reading.format!r} takes "
+            f"{'transcripts (strings)' if convert is None else 'strings or lists of messages'}"
+        )
+    return [convert(row, name, item) for item in items]
+
+
+def _turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _chat_message(row: RawRow, name: str, item: dict[str, Any]) -> Message:
+    if not isinstance(item.get("role"), str) or "content" not in item:
+        hint = "; from/value turns are format: sharegpt" if "from" in item else ""
+        raise DataError(
+            f"{row.where}: column {name!r}: a message needs role and content, this one has "
+            f"{', '.join(item) or 'nothing'}{hint}"
+        )
+    # Parquet fills keys that other rows have with null; templates ask whether a key is defined.
+    rest = {key: value for key, value in item.items() if value is not None}
+    return {**rest, "role": item["role"], "content": _content(row, name, item["content"])}
+
+
+def _sharegpt_message(row: RawRow, name: str, item: dict[str, Any]) -> Message:
+    if "from" not in item or "value" not in item:
+        hint = "; role/content messages are format: chat" if "role" in item else ""
+        raise DataError(
+            f"{row.where}: column {name!r}: a ShareGPT turn needs from and value, this one has "
+            f"{', '.join(item) or 'nothing'}{hint}"
+        )
+    role = ROLES.get(str(item["from"]).lower())
+    if role is None:
+        raise DataError(
+            f"{row.where}: column {name!r}: from = {item['from']!r} is no known speaker; "
+            f"known: {', '.join(ROLES)}"
+        )
+    return _turn(role, _content(row, name, item["value"]))
+
+
+def _content(row: RawRow, name: str, value: Any) -> str:
+    """Text of a message; a list of text parts is joined, anything that is not text is an error."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    parts = value if isinstance(value, list) else [value]
+    if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        return "".join(part["text"] for part in parts)
+    raise DataError(
+        f"{row.where}: column {name!r}: the content of a message is {_kind(value)}; only text is supported"
+    )
+
+
+_CONVERT: dict[str, Callable[[RawRow, str, dict[str, Any]], Message]] = {
+    "chat": _chat_message,
+    "sharegpt": _sharegpt_message,
+}
+
+
+def _is_transcript(text: str) -> bool:
+    return _TURN.match(text.lstrip()) is not None
+
+
+def _transcript(text: str) -> list[Message]:
+    """Turns of a "Human: … Assistant: …" transcript, stripped, in order."""
+    parts = _TURN.split(text.strip())[1:]
+    return [
+        _turn(ROLES["human"] if speaker == "Human" else "assistant", words.strip())
+        for speaker, words in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _refusal(row: Row, reading: Reading) -> Refused | None:
+    """Why a well-formed row must not reach a loss, if so."""
+    if _is_empty(row.prompt):
+        return Refused(Reject.EMPTY_PROMPT)
+    for response, reason in zip(
+        row.responses, (Reject.EMPTY_CHOSEN, Reject.EMPTY_REJECTED), strict=False
+    ):
+        if _is_empty(response):
+            return Refused(reason)
+    if len(row.responses) == 2 and row.responses[0] == row.responses[1]:
+        return Refused(Reject.IDENTICAL)
+    if reading.drop_ties and None not in row.scores and len(set(row.scores)) == 1:
+        return Refused(Reject.TIE, f"both scores are {row.scores[0]}")
+    return None
+
+
+def _is_empty(part: str | Message | list[Message]) -> bool:
+    """No text at all; a message that calls tools or carries other fields is not empty."""
+    if isinstance(part, str):
+        return not part.strip()
+    if isinstance(part, list):
+        return all(_is_empty(message) for message in part)
+    return not part["content"].strip() and not set(part) - {"role", "content"}
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list):
+        return "a list"
+    return "an object" if isinstance(value, dict) else f"{type(value).__name__} {value!r}"

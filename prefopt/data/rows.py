@@ -1,0 +1,113 @@
+"""The canonical row every format becomes, and the reasons a row may be refused for."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from prefopt.data.readers import RawRow
+from prefopt.errors import DataError
+
+Message: TypeAlias = dict[str, Any]
+"""One chat turn: ``role``, ``content`` (a string) and whatever else the chat template reads."""
+
+
+class Reject(enum.StrEnum):
+    """Why a row never reaches a loss. Counted, and listed in the rejects file; nothing is ever cut."""
+
+    EMPTY_PROMPT = "empty_prompt"
+    EMPTY_CHOSEN = "empty_chosen"
+    EMPTY_REJECTED = "empty_rejected"
+    IDENTICAL = "identical"
+    """Both responses are the same, as messages or once rendered to tokens."""
+    TIE = "tie"
+    """Equal scores, with ``drop_ties``."""
+    PROMPTS_DIFFER = "prompts_differ"
+    """Chosen and rejected (or the prompt column) do not continue one and the same dialogue."""
+    NOT_ASSISTANT = "not_assistant"
+    """A side does not end with a turn of the assistant."""
+    TEMPLATE_REFUSED = "template_refused"
+    """The chat template raised on this row, e.g. because roles do not alternate."""
+    PROMPT_NOT_PREFIX = "prompt_not_prefix"
+    """The tokens of the prompt are not the first tokens of prompt + response."""
+    PROMPT_TOO_LONG = "prompt_too_long"
+    TOO_LONG = "too_long"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row in the one shape the renderer takes.
+
+    ``prompt`` is plain text or chat messages; ``responses`` holds chosen, then rejected (chosen alone
+    for SFT), as text if the prompt is text, else one assistant message each. ``scores`` pairs with it.
+    """
+
+    prompt: str | list[Message]
+    responses: tuple[str | Message, ...]
+    scores: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row, or a rendering, that is refused, and why; ``detail`` quotes what is not obvious."""
+
+    reason: Reject
+    detail: str | None = None
+    lengths: tuple[int, ...] | None = None
+    """Tokens of the prompt and of each response, where it came that far."""
+
+
+def has_column(data: dict[str, Any], path: str) -> bool:
+    """Whether a row holds the column ``path``; a dot descends unless a key contains it literally."""
+    if path in data:
+        return True
+    head, dot, rest = path.partition(".")
+    inner = data.get(head)
+    return bool(dot) and isinstance(inner, dict) and has_column(inner, rest)
+
+
+def column(row: RawRow, path: str) -> Any:
+    """The value of a column; DataError naming the columns there are, nearest first."""
+    data: Any = row.data
+    if has_column(data, path):
+        while path not in data:
+            head, _, path = path.partition(".")
+            data = data[head]
+        return data[path]
+    raise DataError(
+        f"{row.where}: no column {path!r}; it has {', '.join(nearest(path, _paths(row.data)))}. "
+        "Name the right one under columns"
+    )
+
+
+def score(row: RawRow, path: str | None) -> float | None:
+    """The finite number in a score column (CSV cells are parsed); None for null or no column."""
+    value = None if path is None else column(row, path)
+    if value is None or value == "":
+        return None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isfinite(number):
+        return number
+    raise DataError(f"{row.where}: column {path!r} = {value!r}: a score must be a finite number")
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """``known``, most similar to ``name`` first."""
+    return sorted(known, key=lambda k: (-difflib.SequenceMatcher(None, name, k).ratio(), k))
+
+
+def _paths(data: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of all columns, nested objects included."""
+    found: list[str] = []
+    for key, value in data.items():
+        found.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            found += _paths(value, f"{prefix}{key}.")
+    return found

@@ -1,0 +1,261 @@
+"""From the rows of one source to a token store: read, canonicalise, render, check, write, cache.
+
+Needs no process group. Processes that ask for one store at the same time get one build: the first takes
+a file lock, the others wait and read. Memory is constant: rows pass through in chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from prefopt.cache import atomic_directory, cache_root
+from prefopt.config.schema import DataSection, SourceSection
+from prefopt.data.chunks import Chunk, ChunkReader, Limits, parallel_chunks
+from prefopt.data.formats import Reading, resolve
+from prefopt.data.readers import RawRow
+from prefopt.data.render import RENDERER_VERSION, Renderer
+from prefopt.data.rows import Reject
+from prefopt.data.sources import Source, first_rows, open_source
+from prefopt.data.tokens import (
+    IDS,
+    LENGTHS,
+    META,
+    PROMPTS,
+    REJECTS,
+    SCORES,
+    TOKENS,
+    TokenStore,
+    contents_sha256,
+    require_rows,
+)
+from prefopt.errors import DataError
+
+log = logging.getLogger(__name__)
+
+STORE_VERSION = 1
+"""Raise whenever the files of a store change shape, or rows are refused differently."""
+
+_CHUNK_ROWS = 256
+
+
+def tokenise_source(
+    section: SourceSection, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, pairs: bool
+) -> TokenStore:
+    """The token store of one source: from the cache if these rows were tokenised like this before.
+
+    Raises: ConfigError, DataError, ModelError: whatever the rows, the settings or the tokenizer lack.
+    """
+    source = open_source(section)
+    first = next(first_rows(source, 1), None)
+    if first is None:
+        raise DataError(f"data: {section.path}: holds no rows")
+    reading = resolve(section, first, pairs=pairs)
+    job = _Job(section, source, reading, Limits(data.max_length_tokens, data.max_prompt_tokens))
+    _mention_format(job, tokenizer)
+    directory = cache_root(data.cache_dir) / "tokens" / job.key(tokenizer)
+    try:
+        store = _cached(directory) or _build_locked(directory, job, tokenizer, data.num_workers)
+    except OSError as error:
+        raise DataError(
+            f"tokenised data cannot be cached in {directory.parent}: {error.strerror or error}; "
+            "set data.cache_dir to a directory with room that you may write to"
+        ) from error
+    _report(section.path, store)
+    return store
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of everything about a tokenizer that decides token ids, its chat template included."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        # Left behind by earlier calls with truncation or padding; every call here overrides them.
+        core: Any = {**state, "truncation": None, "padding": None}
+    else:
+        core = [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())]
+    special = {str(id_): repr(token) for id_, token in tokenizer.added_tokens_decoder.items()}
+    template, names = tokenizer.chat_template, tokenizer.special_tokens_map
+    parts = [core, special, template, {k: str(v) for k, v in names.items()}]
+    return _sha256(parts)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One source and how it is to be read."""
+
+    section: SourceSection
+    source: Source
+    reading: Reading
+    limits: Limits
+
+    def key(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Hash of everything that decides the contents of the store."""
+        reading = self.reading
+        return _sha256(
+            {
+                "versions": [STORE_VERSION, RENDERER_VERSION],
+                "libraries": [version("tokenizers"), version("transformers")],
+                "source": self.source.identity(),
+                "max_rows": self.section.max_rows,
+                "format": reading.format,
+                "columns": reading.columns.model_dump(),
+                "pairs": reading.pairs,
+                "drop_ties": reading.drop_ties,
+                "limits": [self.limits.max_length, self.limits.max_prompt],
+                "tokenizer": tokenizer_hash(tokenizer),
+            }
+        )
+
+
+def _cached(directory: Path) -> TokenStore | None:
+    try:
+        return TokenStore.read(directory)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        log.warning("tokenised data in the cache is damaged and is made anew: %s", error)
+        return None
+
+
+def _build_locked(
+    directory: Path, job: _Job, tokenizer: PreTrainedTokenizerBase, num_workers: int
+) -> TokenStore:
+    """Builds the store, or waits for the process that does; the system frees a killed process's lock."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0.1)
+    except Timeout:
+        log.info("%s: another process is tokenising it; waiting", job.section.path)
+        lock.acquire()
+    try:
+        store = _cached(directory)  # the process that held the lock before has made it
+        if store is None:
+            with atomic_directory(directory) as temporary:
+                _write_store(temporary, _chunks(job, tokenizer, num_workers), job)
+            store = TokenStore.read(directory)
+        return store
+    finally:
+        lock.release()
+
+
+def _chunks(job: _Job, tokenizer: PreTrainedTokenizerBase, num_workers: int) -> Iterator[Chunk]:
+    """Tokenised chunks in row order, with a progress bar on stderr once it takes over two seconds."""
+    reader = ChunkReader(Renderer(tokenizer), job.reading, job.limits)
+    rows = _batched(first_rows(job.source, job.section.max_rows), _CHUNK_ROWS)
+    chunks = map(reader, rows) if num_workers == 1 else parallel_chunks(reader, rows, num_workers)
+    total = job.source.num_rows()
+    if total is not None and job.section.max_rows is not None:
+        total = min(total, job.section.max_rows)
+    name = f"tokenising {Path(job.section.path).name}"
+    with tqdm(desc=name, total=total, unit=" rows", delay=2, dynamic_ncols=True) as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(chunk.num_read)
+
+
+def _batched(rows: Iterable[RawRow], size: int) -> Iterator[list[RawRow]]:
+    batch: list[RawRow] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _write_store(directory: Path, chunks: Iterable[Chunk], job: _Job) -> None:
+    """Appends chunks to the files of a store. Raises: DataError if no row survives."""
+    ids: list[str] = []
+    counts: dict[str, int] = {}
+    files = {name: (directory / name).open("wb") for name in (TOKENS, LENGTHS, SCORES, PROMPTS)}
+    try:
+        with (directory / REJECTS).open("w", encoding="utf-8") as rejects:
+            for chunk in chunks:
+                for name, array in zip(files, chunk.arrays, strict=True):
+                    array.tofile(files[name])
+                ids += chunk.ids
+                for reject in chunk.rejects:
+                    counts[reject["reason"]] = counts.get(reject["reason"], 0) + 1
+                    rejects.write(json.dumps(reject, ensure_ascii=False) + "\n")
+    finally:
+        for file in files.values():
+            file.close()
+    require_rows(len(ids), f"data: {job.section.path}", counts, _hint(directory, counts))
+    (directory / IDS).write_text(json.dumps(ids, ensure_ascii=False), "utf-8")
+    responses = 2 if job.reading.pairs else 1
+    meta: dict[str, Any] = {"rows": len(ids), "responses": responses, "rejects": counts}
+    meta["files"] = contents_sha256(directory)
+    (directory / META).write_text(json.dumps(meta, indent=1), "utf-8")
+
+
+_HINTS = {
+    Reject.TOO_LONG: "raise data.max_length_tokens",
+    Reject.PROMPT_TOO_LONG: "raise data.max_prompt_tokens",
+    Reject.PROMPT_NOT_PREFIX: (
+        "the prompt alone is tokenised otherwise than at the start of prompt + response: give plain text "
+        "a clear boundary (end the prompt with a line break, not a space), or choose a chat template that "
+        "renders earlier turns as it renders the generation prompt"
+    ),
+    Reject.TEMPLATE_REFUSED: "the chat template does not take these dialogues; set model.chat_template",
+    Reject.PROMPTS_DIFFER: "map columns.prompt to the column that both sides answer",
+    Reject.NOT_ASSISTANT: "each side must end with the assistant's turn",
+    Reject.IDENTICAL: "both sides are the same; check columns.chosen and columns.rejected",
+}
+_NOTABLE_FRAC = 0.05
+"""Share of rows lost to one reason from which a warning says what can be done about it."""
+
+
+def _hint(directory: Path, counts: dict[str, int]) -> str:
+    """What to do about the most frequent reason, with the first row it struck."""
+    if not counts:
+        return ""
+    reason = max(counts, key=lambda name: counts[name])
+    with (directory / REJECTS).open(encoding="utf-8") as lines:
+        first = next(line for line in map(json.loads, lines) if line["reason"] == reason)
+    found = first.get("detail") or first.get("lengths") or "see its text"
+    advice = _HINTS.get(Reject(reason), "check the column map")
+    return f" Most are {reason}: {advice} (first: {first['file']}:{first['row']}, {found})"
+
+
+def _report(path: str, store: TokenStore) -> None:
+    """Logs what was kept and refused; warns where one reason takes a notable share of the rows."""
+    lost = sum(store.reject_counts.values())
+    log.info("%s: %d rows, %d rejected %s", path, len(store), lost, dict(store.reject_counts) or "")
+    for reason, count in store.reject_counts.items():
+        frac = count / (len(store) + lost)
+        hint = _HINTS.get(Reject(reason))
+        if frac >= _NOTABLE_FRAC and hint:
+            log.warning(
+                "%s: %d rows (%.0f%%) rejected as %s: %s", path, count, 100 * frac, reason, hint
+            )
+
+
+def _mention_format(job: _Job, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warns where `auto` read plain strings and an instruct tokenizer would have templated them as chat."""
+    if job.section.format != "auto":
+        return
+    log.info("%s: read as format %s", job.section.path, job.reading.format)
+    if job.reading.format == "text" and tokenizer.chat_template is not None:
+        log.warning(
+            "%s holds plain strings, read as format: text (no chat template); for a chat model set "
+            "format: chat, to keep plain text and silence this set format: text",
+            job.section.path,
+        )
+
+
+def _sha256(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

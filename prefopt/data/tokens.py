@@ -1,0 +1,209 @@
+"""Tokenised rows: flat arrays on disk, memory-mapped, and the indexable set a regime draws from.
+
+A store holds one source: the ids of every row one after the other (prompt, then its responses), with
+lengths beside them. A set is an ordered choice of rows from stores: a mixture, a split, an epoch's draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from prefopt.errors import DataError
+from prefopt.types import Group, Response
+
+TOKENS, LENGTHS, SCORES, PROMPTS, IDS = (
+    "tokens.i4",
+    "lengths.i8",
+    "scores.f8",
+    "prompts.u8",
+    "ids.txt",
+)
+CONTENT = (TOKENS, LENGTHS, SCORES, PROMPTS, IDS)
+"""What the fingerprint of a store covers."""
+REJECTS, META = "rejects.jsonl", "meta.json"
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Tokenised rows of one source, read from a cache directory.
+
+    Attributes:
+        directory: where its files lie.
+        fingerprint: SHA-256 of token ids, lengths, scores and row ids.
+        tokens: (L,) int32, all rows one after the other; memory-mapped.
+        lengths: (n, 1 + K) int64 tokens of the prompt and of each of the K responses.
+        scores: (n, K) float64, NaN where a response has none.
+        prompt_keys: (n,) uint64 hash of the prompt's ids.
+        ids: the n row ids.
+        reject_counts: refused rows by reason.
+    """
+
+    directory: Path
+    fingerprint: str
+    tokens: np.ndarray
+    lengths: np.ndarray
+    scores: np.ndarray
+    prompt_keys: np.ndarray
+    ids: tuple[str, ...]
+    reject_counts: Mapping[str, int]
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """The store in ``directory``, its bytes checked against their hashes.
+
+        Raises: FileNotFoundError if there is none; ValueError if it is not what was written.
+        """
+        meta = _read_meta(directory)
+        if contents_sha256(directory) != meta["files"]:
+            raise ValueError(f"{directory}: contents do not match their hashes")
+        rows, responses = meta["rows"], meta["responses"]
+        lengths = np.fromfile(directory / LENGTHS, np.int64).reshape(rows, 1 + responses)
+        return cls(
+            directory=directory,
+            fingerprint=fingerprint(meta["files"]),
+            tokens=np.memmap(directory / TOKENS, np.int32, mode="r"),
+            lengths=lengths,
+            scores=np.fromfile(directory / SCORES, np.float64).reshape(rows, responses),
+            prompt_keys=np.fromfile(directory / PROMPTS, np.uint64),
+            ids=tuple(json.loads((directory / IDS).read_text("utf-8"))),
+            reject_counts=meta["rejects"],
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """(n,) index into ``tokens`` at which each row begins."""
+        return np.concatenate([[0], self.lengths.sum(1).cumsum()[:-1]])
+
+    def group(self, row: int) -> Group:
+        start, lengths = int(self.starts[row]), self.lengths[row]
+        ids = self.tokens[start : start + int(lengths.sum())].tolist()
+        ends = lengths.cumsum().tolist()
+        scores = [None if np.isnan(score) else float(score) for score in self.scores[row]]
+        responses = [
+            Response(tuple(ids[begin:end]), score)
+            for begin, end, score in zip(ends, ends[1:], scores, strict=False)
+        ]
+        pairs = ((0, 1),) if len(responses) == 2 else ()
+        return Group(self.ids[row], tuple(ids[: ends[0]]), tuple(responses), pairs)
+
+    def rejects(self) -> Iterator[dict[str, Any]]:
+        """Refused rows: id, file, row, reason, lengths, detail."""
+        with (self.directory / REJECTS).open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+class TokenSet:
+    """An ordered choice of rows from token stores; a row may occur more than once.
+
+    Args:
+        stores: where rows come from; all hold the same number of responses a row.
+        rows: for each store, the row numbers taken from it, in order.
+    """
+
+    def __init__(self, stores: Sequence[TokenStore], rows: Sequence[np.ndarray]) -> None:
+        self.stores = tuple(stores)
+        self._rows = tuple(np.asarray(chosen, np.int64) for chosen in rows)
+        self._ends = np.cumsum([len(chosen) for chosen in self._rows])
+        lengths = self._gather("lengths")
+        self.prompt_lengths: np.ndarray = lengths[:, 0]
+        """(n,) tokens of each prompt."""
+        self.response_lengths: np.ndarray = lengths[:, 1:]
+        """(n, K) tokens of each response."""
+        self.num_tokens: np.ndarray = lengths.sum(1)
+        """(n,) tokens of each row with its prompt taken once."""
+        self.prompt_keys: np.ndarray = self._gather("prompt_keys")
+        """(n,) hash of each prompt's ids."""
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def group(self, index: int) -> Group:
+        """The group at ``index``; a pair's chosen is response 0. IndexError outside the set."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a set of {len(self)}")
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[part]) - len(self._rows[part])
+        return self.stores[part].group(int(self._rows[part][index - start]))
+
+    def __iter__(self) -> Iterator[Group]:
+        return map(self.group, range(len(self)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the rows and their order: the same one means the same data."""
+        digest = hashlib.sha256()
+        for store, rows in zip(self.stores, self._rows, strict=True):
+            digest.update(f"{store.fingerprint}:{len(rows)}:".encode() + rows.tobytes())
+        return digest.hexdigest()
+
+    @property
+    def reject_counts(self) -> dict[str, int]:
+        """Refused rows by reason, over all stores, each counted once."""
+        return count_rejects(self.stores)
+
+    def take(self, indices: np.ndarray) -> TokenSet:
+        """The rows at ``indices`` of this set, kept in this set's order."""
+        chosen = np.sort(np.asarray(indices, np.int64))
+        starts = self._ends - [len(rows) for rows in self._rows]
+        parts = [
+            rows[chosen[(chosen >= start) & (chosen < end)] - start]
+            for rows, start, end in zip(self._rows, starts, self._ends, strict=True)
+        ]
+        return TokenSet(self.stores, parts)
+
+    def _gather(self, name: str) -> np.ndarray:
+        parts = [
+            getattr(store, name)[rows] for store, rows in zip(self.stores, self._rows, strict=True)
+        ]
+        return np.concatenate(parts)
+
+
+def count_rejects(stores: Sequence[TokenStore]) -> dict[str, int]:
+    """Refused rows by reason; a store that occurs twice counts once."""
+    total: Counter[str] = Counter()
+    for store in {store.directory: store for store in stores}.values():
+        total.update(store.reject_counts)
+    return dict(total)
+
+
+def contents_sha256(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file of a store except its own record. Raises: FileNotFoundError."""
+    digests = {}
+    for name in (*CONTENT, REJECTS):
+        with (directory / name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """The content hash of a store from those of its files; what was refused is no part of it."""
+    return hashlib.sha256("".join(digests[name] for name in CONTENT).encode()).hexdigest()
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((directory / META).read_text("utf-8"))
+        return {key: meta[key] for key in ("rows", "responses", "files", "rejects")}
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory / META}: unreadable: {error}") from error
+
+
+def require_rows(num_rows: int, what: str, counts: Mapping[str, int], hint: str = "") -> None:
+    """Raises DataError with the counts by reason if there are no rows."""
+    if num_rows == 0:
+        said = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+        raise DataError(
+            f"{what}: no row is left ({f'rejected: {said}' if said else 'no rows'}).{hint}"
+        )

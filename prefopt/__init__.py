@@ -12,7 +12,7 @@ __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
     "load_recipe": "prefopt.config.load",
-    "check": "prefopt.check",
+    "check": "prefopt.checks",
     "train": "prefopt.build",
     "objective": "prefopt.registry",
     "Need": "prefopt.registry",

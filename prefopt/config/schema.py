@@ -1,6 +1,6 @@
 """The recipe schema: every key of a YAML recipe, its type, bound, default and documentation.
 
-The string under a field is its documentation and its ``--help``; there is no second list. Torch-free.
+The string under a field is its documentation and its ``--help``: there is no second list. No torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ class Section(BaseModel):
     """Base of every section: immutable, strict types, unknown keys refused."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 
@@ -25,7 +30,8 @@ class ModelSection(Section):
     """Which policy to train and how its log-probs are computed."""
 
     path: str
-    """Hub id or local directory of the policy; a directory that holds a PEFT adapter is loaded with its base."""
+    """Hub id or local directory of the policy; a directory that holds a PEFT adapter is loaded with
+    its base."""
     revision: str | None = None
     """Hub revision (commit, tag or branch); pin it to make a run reproducible."""
     tokenizer: str | None = None
@@ -35,8 +41,9 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype the weights are loaded in; `auto` is the dtype they were saved in."""
     layout: Literal["auto", "packed", "padded"] = "auto"
-    """Token layout. `packed`: each prompt once, its responses as branches, no padding. `padded`: the plain
-    layout. `auto`: packed where the architecture's attention can take it, else padded, and says which."""
+    """Token layout. `packed`: each prompt once, its responses as branches, no padding. `padded`:
+    the plain layout. `auto`: packed where the architecture's attention can take it, else padded,
+    and says which."""
     disable_dropout: bool = True
     """Set every dropout to 0, as the papers of this family do."""
     trust_remote_code: bool = False
@@ -46,14 +53,16 @@ class ModelSection(Section):
 
 
 class PeftSection(Section):
-    """A PEFT adapter. Every key besides `type` and `adapter` goes to that type's peft config unchanged."""
+    """A PEFT adapter. Keys besides `type` and `adapter` go to that type's peft config unchanged."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow")
 
     type: str = "lora"
-    """peft type (`lora`, `adalora`, `loha`, `ia3`, …); variants such as DoRA are keys of the type (`use_dora: true`)."""
+    """peft type (`lora`, `adalora`, `loha`, `ia3`, …); variants such as DoRA are keys of the type
+    (`use_dora: true`)."""
     adapter: str | None = None
-    """Train on from this saved adapter; the reference is then this adapter, not the bare base. Takes no other key."""
+    """Train on from this saved adapter; the reference is then this adapter, not the bare base.
+    Takes no other key."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -65,9 +74,11 @@ class ColumnMap(Section):
     """Which column of a data file holds what; name only what differs from the defaults."""
 
     prompt: str | None = "prompt"
-    """Prompt column (text or chat messages); `null` for data whose prompt is the common start of both sides."""
+    """Prompt column (text or chat messages); `null` where the prompt is the common start of both sides.
+    Where the default is absent, `conversations` is taken, else the prompt is the common start."""
     chosen: str = "chosen"
-    """Preferred response: text, one message, or a whole dialogue."""
+    """Preferred response: text, one message, or a whole dialogue. SFT rows may have it all in
+    `conversations` or `messages` instead; only the last turn is trained on."""
     rejected: str | None = "rejected"
     """Dispreferred response, same shapes as `chosen`; `null` for SFT rows."""
     score_chosen: str | None = None
@@ -92,13 +103,14 @@ class SourceSection(Section):
     revision: str | None = None
     """Revision of a hub data set. Not for local files."""
     format: Literal["auto", "text", "chat", "hh", "sharegpt"] = "auto"
-    """How a row is read. `text`: plain strings, no template. `chat`: message lists, or strings that become one
-    turn each. `hh`: "Human:/Assistant:" transcripts. `sharegpt`: from/value turns. `auto`: message lists are
-    chat, from/value turns sharegpt, transcripts without a prompt column hh, other strings text."""
+    """How a row is read. `text`: plain strings, no template. `chat`: message lists, or strings that
+    become one turn each. `hh`: "Human:/Assistant:" transcripts. `sharegpt`: from/value turns.
+    `auto`: message lists are chat, from/value turns sharegpt, transcripts without a prompt column
+    hh, other strings text, as the first row of the source shows."""
     columns: ColumnMap = ColumnMap()
     """Column map."""
     weight: PositiveFloat = 1.0
-    """How many times an epoch passes over this source: 0.25 draws a quarter of its rows, 2 takes each twice."""
+    """Times an epoch passes over this source: 0.25 draws a quarter of its rows, 2 takes each twice."""
     max_rows: PositiveInt | None = None
     """Read only the first rows of the source."""
     drop_ties: bool = False
@@ -117,7 +129,8 @@ class DataSection(Section):
     max_length_tokens: PositiveInt = 2048
     """Longest prompt + response, in tokens. A longer row is rejected and counted, never cut."""
     max_prompt_tokens: PositiveInt | None = None
-    """Longest prompt, in tokens; longer rows are rejected and counted. Default: only the total is bounded."""
+    """Longest prompt, in tokens; longer rows are rejected and counted. Default: only the total is
+    bounded."""
     seed: int = 0
     """Seed of the train/eval split and of mixture draws."""
     cache_dir: str | None = None
@@ -137,13 +150,14 @@ class ReferenceSection(Section):
     """Which frozen weights the log-ratio is taken against."""
 
     name: Literal["initial", "model", "none"] = "initial"
-    """`initial`: the policy as loaded, adapter included. `model`: other weights, from `path`. `none`."""
+    """`initial`: the policy as loaded, adapter included. `model`: the weights of `path`. `none`."""
     path: str | None = None
     """Hub id or directory of the reference, with `name: model`. Same tokenizer as the policy."""
     revision: str | None = None
     """Hub revision of `path`."""
     cache_dir: str | None = None
-    """Store of reference log-probs, shared by runs, losses and learning rates; default as `data.cache_dir`."""
+    """Store of reference log-probs, shared by runs, losses and learning rates; default: as
+    `data.cache_dir`."""
 
 
 class TrainSection(Section):
@@ -155,8 +169,9 @@ class TrainSection(Section):
     """Pairs (rows for SFT) per optimizer step, over all processes and accumulation steps."""
     micro_batch_size: PositiveInt | None = None
     """Most pairs in one forward of one process; default: as many as `micro_batch_tokens` holds."""
-    micro_batch_tokens: PositiveInt = 16384
-    """Most tokens in one forward of one process (in the layout that runs). Lower it when memory is short."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Most tokens in one forward of one process (in the layout that runs). Lower it when memory is short.
+    Default: 16384; on CPU as few as keep its cores busy (a smaller forward is as fast there, and leaner)."""
     num_epochs: PositiveFloat = 1.0
     """Passes over the training data."""
     max_steps: PositiveInt | None = None
@@ -184,7 +199,8 @@ class TrainSection(Section):
     seed: int = 42
     """Seed of adapter initialisation, data order and dropout."""
     resume: str = "auto"
-    """`auto`: from the newest complete checkpoint of `run.output_dir`, if any; `never`; or a checkpoint path."""
+    """`auto`: from the newest complete checkpoint of `run.output_dir`, if any; `never`; or the path of
+    a checkpoint."""
     save_every: PositiveInt | None = None
     """Steps between checkpoints; default: one at the end (and on Ctrl-C)."""
     keep_checkpoints: PositiveInt = 2
@@ -203,14 +219,15 @@ class RunSection(Section):
     name: str | None = None
     """Name shown by trackers; default: the directory's name."""
     trackers: tuple[str, ...] = Field(default=(), strict=False)
-    """Trackers of accelerate to log to: tensorboard, wandb, mlflow, comet_ml, aim, clearml, trackio, …"""
+    """Trackers of accelerate to log to: tensorboard, wandb, mlflow, comet_ml, aim, clearml, …"""
 
 
 class Recipe(Section):
     """A whole run. `objective` takes a `name` and that objective's hyper-parameters."""
 
     stage: Literal["preference", "sft", "reward_model"] = "preference"
-    """What is trained: a policy on preferences, a policy by SFT, or a reward model (the last two through TRL)."""
+    """What is trained: a policy on preferences, a policy by SFT, or a reward model (the last two
+    through TRL)."""
     model: ModelSection
     peft: PeftSection | None = None
     """Leave out for full fine-tuning."""
@@ -223,9 +240,9 @@ class Recipe(Section):
     train: TrainSection
     run: RunSection
     plugins: tuple[str, ...] = Field(default=(), strict=False)
-    """Python files (relative to the recipe) imported first: where your own objectives are defined."""
+    """Python files (relative to the recipe) imported first: where your own objectives live."""
 
     @property
     def reference_name(self) -> str:
-        """The reference in force: what the recipe says, else `initial` (the trainer skips an unneeded one)."""
+        """The reference in force: what the recipe says, else `initial` (skipped where unneeded)."""
         return self.reference.name if self.reference else "initial"

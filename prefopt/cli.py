@@ -1,0 +1,293 @@
+"""The ``prefopt`` command and what ``recipes/*.py`` call. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from prefopt import __version__
+from prefopt.errors import ConfigError, PrefoptError
+
+RECIPE_SCRIPTS = ("sft", "reward_model", "dpo", "simpo")
+"""Scripts under ``recipes/`` that are named after one stage or objective; preference.py takes the rest."""
+
+_OVERRIDES = (
+    "section.key=value, e.g. train.learning_rate=8e-7 data.train.0.path=pairs.jsonl peft=null"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 2 for a bad recipe, 1 for other failures."""
+    arguments = _parse(_parser(), argv)
+    return guarded(lambda: arguments.run(arguments))
+
+
+def recipe_main(trains: str, argv: Sequence[str] | None = None) -> int:
+    """What ``recipes/<name>.py`` runs, on every rank of a launch: RECIPE.yaml and overrides.
+
+    Args:
+        trains: the objective or stage this script is for; "preference" takes any objective without a
+            script of its own.
+        argv: arguments, default ``sys.argv[1:]``.
+
+    Returns: the exit code. A recipe that trains something else is refused, naming its script.
+    """
+    parser = argparse.ArgumentParser(
+        description=f"Trains a {trains} recipe. Usually through: accelerate launch --config_file "
+        f"accelerate_configs/zero3.yaml recipes/{trains}.py RECIPE.yaml [section.key=value ...]"
+    )
+    _add_recipe(parser)
+    arguments = _parse(parser, argv)
+    return guarded(lambda: _train(arguments, trains))
+
+
+def guarded(command: Callable[[], object]) -> int:
+    """Runs a command; a known error becomes its message and an exit code, Ctrl-C becomes 130."""
+    try:
+        with _logs_on_stderr():
+            command()
+    except ConfigError as error:
+        # Every rank finds the same; one of each machine says so.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{error}", file=sys.stderr)
+        return 2
+    except PrefoptError as error:
+        rank = os.environ.get("RANK")
+        print(f"[rank {rank}] {error}" if rank else f"{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `prefopt keys | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+@contextlib.contextmanager
+def _logs_on_stderr() -> Iterator[None]:
+    """Shows our own log lines, from rank 0 below warnings; other libraries keep their settings."""
+    logger, handler = logging.getLogger("prefopt"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prefopt",
+        description="Preference optimisation for language models, from YAML recipes.",
+        epilog="Start with: prefopt check recipes/simpo/llama3-8b-instruct.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"prefopt {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_check(commands)
+    _add_show(commands)
+    _add_train(commands)
+    _add_merge(commands)
+    _add_keys(commands)
+    _add_objectives(commands)
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """As ``parse_args``, with overrides also after options: argparse takes only the first run of them."""
+    arguments, rest = parser.parse_known_args(argv)
+    if any(item.startswith("-") or "=" not in item for item in rest) or (
+        rest and not hasattr(arguments, "overrides")
+    ):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], object],
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """A subcommand whose help says what it does and shows one call."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML recipe; `prefopt keys` lists its keys"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "check",
+        _check,
+        "Everything that can be known before a model loads or a GPU is touched; all errors at once.",
+        "prefopt check recipes/simpo/llama3-8b-instruct.yaml train.learning_rate=8e-7 --num-processes 8",
+    )
+    _add_recipe(parser)
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="check that the batch divides over N processes",
+    )
+    parser.add_argument(
+        "--assume-cuda", action="store_true", help="check for a machine with CUDA, not for this one"
+    )
+
+
+def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "show",
+        _show,
+        "The first examples as the model sees them: tokens with roles, loss mask, lengths, rejects.",
+        "prefopt show recipes/dpo/zephyr-7b-full.yaml -n 1",
+    )
+    _add_recipe(parser)
+    parser.add_argument(
+        "-n", type=int, default=2, metavar="N", help="examples to show (default: 2)"
+    )
+    parser.add_argument("--no-color", action="store_true", help="plain text, for files and diffs")
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "train",
+        _train,
+        "Trains a recipe in this process. For several processes: accelerate launch recipes/simpo.py.",
+        "prefopt train recipes/simpo/llama3-8b-instruct.yaml run.output_dir=runs/first",
+    )
+    _add_recipe(parser)
+
+
+def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "merge",
+        _merge,
+        "Writes the model that a saved adapter and its base make together.",
+        "prefopt merge runs/first --output models/first",
+    )
+    parser.add_argument(
+        "source", metavar="ADAPTER_OR_RUN", type=Path, help="adapter or run directory"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="where to write it"
+    )
+
+
+def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "keys",
+        _keys,
+        "Every key of a recipe: type, default, and what it does.",
+        "prefopt keys train",
+    )
+    parser.add_argument(
+        "section", nargs="?", metavar="SECTION", help="only this section, e.g. train"
+    )
+
+
+def _add_objectives(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "objectives",
+        _objectives,
+        "Every objective: hyper-parameters with defaults, what it needs, and its source.",
+        "prefopt objectives simpo",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="one objective, with its formula")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from prefopt.checks import check
+
+    notes = check(
+        arguments.recipe,
+        arguments.overrides,
+        num_processes=arguments.num_processes,
+        assume_cuda=arguments.assume_cuda,
+    )
+    print(f"{arguments.recipe}: fine")
+    for note in notes:
+        print(f"  note: {note}")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from prefopt.checks import examine
+    from prefopt.show import show
+
+    recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True)
+    show(recipe, arguments.n, color=not arguments.no_color)
+
+
+def _train(arguments: argparse.Namespace, trains: str | None = None) -> None:
+    from prefopt.checks import examine
+
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    recipe, notes = examine(arguments.recipe, arguments.overrides, num_processes=num_processes)
+    found = recipe.objective["name"] if recipe.objective else recipe.stage
+    if trains is not None:
+        _require_script(arguments.recipe, found, trains)
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+    from prefopt.build import train
+
+    train(recipe)
+
+
+def _require_script(recipe: str, found: str, trains: str) -> None:
+    """Raises ConfigError if a recipe is given to the script of another objective or stage."""
+    right = found if found in RECIPE_SCRIPTS else "preference"
+    if right != trains:
+        raise ConfigError(
+            f"trains '{found}', and this script trains '{trains}'. Launch recipes/{right}.py",
+            source=recipe,
+        )
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from prefopt.models.adapters import merge_adapter
+
+    merge_adapter(arguments.source, arguments.output)
+    print(f"wrote {arguments.output}")
+
+
+def _keys(arguments: argparse.Namespace) -> None:
+    from prefopt.help_pages import keys_page
+
+    print(keys_page(arguments.section))
+
+
+def _objectives(arguments: argparse.Namespace) -> None:
+    from prefopt.help_pages import objectives_page
+
+    print(objectives_page(arguments.name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

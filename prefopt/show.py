@@ -1,0 +1,141 @@
+"""``prefopt show``: the first examples as the model sees them, token by token, and what was refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from prefopt.config.schema import Recipe
+from prefopt.data import DataBundle, load_data
+from prefopt.models.load import load_tokenizer
+from prefopt.types import Group, Response
+
+HEAD_TOKENS, TAIL_TOKENS = 200, 60
+"""Tokens shown of the beginning and of the end of a longer part."""
+
+STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red", "response": "green"}
+SEPARATOR = "│"
+
+
+def show(recipe: Recipe, n: int = 2, *, color: bool = True) -> None:
+    """Prints the first ``n`` training examples of a recipe as tokens, and its rejects by reason.
+
+    Each part says its role, its length in tokens and whether it carries loss; ``│`` stands between
+    tokens and ``⏎`` for a line break inside one. No model is loaded; what is tokenised here is cached
+    and found again by the run.
+
+    Args:
+        recipe: a checked recipe.
+        n: examples to print.
+        color: colour the roles where the terminal can; plain text otherwise.
+
+    Raises: DataError, ModelError as `load_data` and `load_tokenizer` do.
+    """
+    console = Console(no_color=not color, highlight=False, soft_wrap=True)
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_data(recipe.data, tokenizer, stage=recipe.stage)
+    for index in range(min(n, len(data.train))):
+        _print_group(console, data.train.group(index), tokenizer)
+    _print_summary(console, data)
+
+
+def _print_group(console: Console, group: Group, tokenizer: Any) -> None:
+    parts = " · ".join(f"{role} {len(ids)}" for role, ids in _parts(group))
+    console.print(Text(f"── {group.id} ── {parts} · {group.num_tokens} tokens in all", "bold"))
+    for role, ids in _parts(group):
+        loss = "no loss" if role == "prompt" else "loss on every token"
+        console.print(Text(f"{role} ({len(ids)} tokens, {loss})", f"bold {STYLES[role]}"))
+        console.print(token_text(tokenizer, ids, STYLES[role]))
+    console.print(Text(_ends(tokenizer, group), "italic"))
+    console.print()
+
+
+def token_text(tokenizer: Any, ids: Sequence[int], style: str = "") -> Text:
+    """The tokens as text with ``│`` between them; special tokens bold, the middle of long parts left out."""
+    special = set(tokenizer.all_special_ids)
+    text = Text()
+    hidden = len(ids) - HEAD_TOKENS - TAIL_TOKENS
+    for place, token in enumerate(ids):
+        if hidden > 0 and HEAD_TOKENS <= place < HEAD_TOKENS + hidden:
+            if place == HEAD_TOKENS:
+                text.append(f"\n… {hidden} more tokens …\n", "italic")
+            continue
+        if place:
+            text.append(SEPARATOR, "dim")
+        text.append(_piece(tokenizer, token), f"bold {style}" if token in special else style)
+    return text
+
+
+def _piece(tokenizer: Any, token: int) -> str:
+    """One token as text: its leading space kept, line breaks visible, half a character as its raw piece."""
+    raw = tokenizer.convert_ids_to_tokens(int(token))
+    text = tokenizer.decode([int(token)], skip_special_tokens=False)
+    if "\ufffd" in text:
+        return str(raw)
+    # SentencePiece decodes a lone "▁word" without the space that it stands for.
+    if str(raw).startswith(("▁", "Ġ")) and not text.startswith(" "):
+        text = f" {text}"
+    return text.replace("\n", "⏎\n")
+
+
+def _parts(group: Group) -> list[tuple[str, tuple[int, ...]]]:
+    """Role and ids of each part of a group, the prompt first."""
+    roles = {}
+    for chosen, rejected in group.pairs:
+        roles |= {chosen: "chosen", rejected: "rejected"}
+    responses = [
+        (roles.get(index, "response"), response.ids)
+        for index, response in enumerate(group.responses)
+    ]
+    return [("prompt", group.prompt_ids), *responses]
+
+
+def _ends(tokenizer: Any, group: Group) -> str:
+    """How the sequence starts and ends: what goes wrong most often with chat templates."""
+    bos = tokenizer.bos_token_id
+    count = group.prompt_ids.count(bos) if bos is not None else 0
+    start = (
+        f"BOS {tokenizer.bos_token!r} {count} time(s) in the prompt"
+        if bos is not None
+        else "no BOS"
+    )
+    ends = ", ".join(
+        f"{role} ends with {_piece(tokenizer, ids[-1])!r}"
+        for role, ids in _parts(group)
+        if role != "prompt"
+    )
+    return f"{start}; {ends}{_scores(group.responses)}"
+
+
+def _scores(responses: Sequence[Response]) -> str:
+    scores = [response.score for response in responses if response.score is not None]
+    return f"; scores {', '.join(f'{score:g}' for score in scores)}" if scores else ""
+
+
+def _print_summary(console: Console, data: DataBundle) -> None:
+    train, held_out = data.train, data.eval
+    longest = int(train.num_tokens.max())
+    console.print(
+        f"{len(train)} rows to train on ({int(train.num_tokens.sum())} tokens, longest {longest}), "
+        f"{len(held_out) if held_out is not None else 0} held out"
+    )
+    counts = data.reject_counts
+    console.print(f"{sum(counts.values())} rejected")
+    first = _first_of_each_reason(data)
+    for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
+        console.print(f"  {count} {reason}, first: {first[reason]}")
+
+
+def _first_of_each_reason(data: DataBundle) -> dict[str, str]:
+    """Where the first row of every reject reason stands, with its detail or lengths."""
+    first: dict[str, str] = {}
+    for _, store in data.sources:
+        for line in store.rejects():
+            where = f"{Path(str(line['file'])).name} row {line['row']}"
+            found = line.get("detail") or line.get("lengths")
+            first.setdefault(line["reason"], f"{where} ({found})" if found else where)
+    return first

@@ -1,0 +1,171 @@
+"""Every shipped recipe passes `prefopt check` offline, and says what its source says."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
+
+from prefopt.checks import check, examine
+from prefopt.cli import RECIPE_SCRIPTS
+from prefopt.config.load import load_recipe
+from prefopt.config.schema import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+PRESETS = sorted(
+    path for path in (ROOT / "recipes").rglob("*.yaml") if "quickstart" not in path.parts
+)
+NAMES = [str(path.relative_to(ROOT)) for path in PRESETS]
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+
+# SimPO authors' README (princeton-nlp/SimPO@1b3e8f3): beta, gamma/beta, learning rate of SimPO; learning
+# rate of DPO (beta 0.01 in every row); prompt and total length of training_configs/*.yaml.
+SIMPO_TABLE = {
+    "mistral-7b-base": (2.0, 0.8, 3e-7, 5e-7, 512, 1024),
+    "mistral-7b-instruct": (2.5, 0.1, 5e-7, 5e-7, 1800, 2048),
+    "llama3-8b-base": (2.0, 0.5, 6e-7, 5e-7, 1800, 2048),
+    "llama3-8b-instruct": (2.5, 0.55, 1e-6, 7e-7, 1800, 2048),
+    "llama3-8b-instruct-v0.2": (10.0, 0.3, 1e-6, 3e-7, 1800, 2048),
+    "gemma2-9b-it": (10.0, 0.5, 8e-7, 5e-7, 1800, 2048),
+}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=NAMES)
+def test_every_preset_passes_the_check_without_network(path: Path) -> None:
+    notes = check(path, assume_cuda=True, num_processes=4)
+    # A preset that trips our own advice would be a preset or an advice to correct.
+    assert len(notes) == 1, notes
+    assert notes[0].startswith("not checked, on the hub: ")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=NAMES)
+def test_every_preset_opens_with_source_hardware_and_a_launch_that_exists(path: Path) -> None:
+    header = re.match(r"(#.*\n)+", path.read_text())
+    assert header, "a preset opens with a comment"
+    text = header.group()
+    assert re.search(r"^# (Reproduces|After): ", text, flags=re.MULTILINE)
+    assert re.search(r"^# Theirs: .*\b(GPU|GPUs|H100|A100|device)\b", text, flags=re.MULTILINE)
+    assert re.search(r"@[0-9a-f]{7}", text), "which commit of which repository"
+    command = text[text.index("accelerate launch") :].replace("\\\n#", " ")
+    words = shlex.split(command)
+    config, script, recipe = (word for word in words if re.search(r"\.(yaml|py)$", word))
+    assert ROOT / recipe == path
+    assert (ROOT / config).is_file()
+    assert (ROOT / script).is_file()
+    loaded = load_recipe(path)
+    trained = loaded.objective["name"] if loaded.objective else loaded.stage
+    assert Path(script).stem == (trained if trained in RECIPE_SCRIPTS else "preference")
+
+
+def test_no_two_presets_share_a_run_directory() -> None:
+    directories = [load_recipe(path).run.output_dir for path in PRESETS]
+    assert len(set(directories)) == len(directories)
+
+
+@pytest.mark.parametrize("name", SIMPO_TABLE)
+def test_simpo_presets_are_the_authors_table(name: str) -> None:
+    beta, ratio, learning_rate, _, prompt, total = SIMPO_TABLE[name]
+    recipe = load_recipe(ROOT / "recipes" / "simpo" / f"{name}.yaml")
+    assert recipe.objective is not None
+    assert recipe.objective["beta"] == beta
+    assert math.isclose(recipe.objective["gamma"], beta * ratio)
+    assert recipe.train.learning_rate == learning_rate
+    assert (recipe.data.max_prompt_tokens, recipe.data.max_length_tokens) == (prompt, total)
+    _assert_common(name, recipe)
+
+
+@pytest.mark.parametrize("name", SIMPO_TABLE)
+def test_dpo_counterparts_are_the_authors_baselines(name: str) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "dpo" / f"{name}.yaml")
+    simpo = load_recipe(ROOT / "recipes" / "simpo" / f"{name}.yaml")
+    assert recipe.objective == {"name": "dpo", "beta": 0.01}
+    assert recipe.train.learning_rate == SIMPO_TABLE[name][3]
+    assert recipe.model == simpo.model
+    assert recipe.data == simpo.data
+    _assert_common(name, recipe)
+
+
+def _assert_common(name: str, recipe: Recipe) -> None:
+    train = recipe.train
+    assert (train.global_batch_size, train.num_epochs, train.seed) == (128, 1.0, 42), name
+    assert (train.optimizer, train.lr_scheduler, train.warmup_frac) == ("adamw", "cosine", 0.1)
+    assert train.precision == "bf16"
+    assert recipe.peft is None
+
+
+def test_lion_sft_and_dpo_are_a_pair() -> None:
+    sft = load_recipe(ROOT / "recipes" / "sft" / "lion-llama3-8b.yaml")
+    dpo_path = ROOT / "recipes" / "dpo" / "lion-llama3-8b.yaml"
+    # What the DPO header tells the reader to do: start from the SFT run's output.
+    start = f"{sft.run.output_dir}/final"
+    assert f"model.path={start}" in dpo_path.read_text()
+    # LionAlignment@a144ae5, configs/llama-3-8b
+    dpo, _ = examine(dpo_path)
+    assert (sft.train.learning_rate, dpo.train.learning_rate) == (2e-5, 5e-7)
+    assert dpo.objective == {"name": "dpo", "beta": 0.01}
+    assert [s.weight for s in dpo.data.train] == [1, 1, 1, 1, 1, 1, 0.1]
+    assert (dpo.data.max_length_tokens, dpo.data.max_prompt_tokens) == (2048, 1024)
+
+
+def test_zephyr_presets_are_the_handbooks() -> None:
+    full = load_recipe(ROOT / "recipes" / "dpo" / "zephyr-7b-full.yaml")
+    qlora = load_recipe(ROOT / "recipes" / "dpo" / "zephyr-7b-qlora.yaml")
+    # alignment-handbook@925acdf: 8 pairs x 2 steps x 8 GPUs, and 4 pairs x 4 steps on one.
+    assert (full.train.learning_rate, full.train.global_batch_size) == (5e-7, 128)
+    assert (qlora.train.learning_rate, qlora.train.global_batch_size) == (5e-6, 16)
+    assert full.objective == qlora.objective == {"name": "dpo", "beta": 0.01}
+    assert qlora.peft is not None
+    assert (qlora.peft.options["r"], qlora.peft.options["lora_alpha"]) == (128, 128)
+    assert qlora.model.quantization == "4bit"
+
+
+# --- accelerate_configs --------------------------------------------------------------------------
+
+
+def test_the_shipped_accelerate_configs_are_these() -> None:
+    names = "cpu ddp fsdp2 zero1 zero2 zero2_offload zero3 zero3_multinode zero3_offload"
+    assert [path.stem for path in CONFIGS] == names.split()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_every_config_and_every_key_is_one_of_its_flags(path: Path) -> None:
+    config = load_config_from_file(str(path))  # raises on an unknown top-level key
+    parser = launch_command_parser()
+    flags = {action.dest for action in parser._actions}
+    # `accelerate launch` copies these onto its flags and says nothing about one it does not have.
+    for section in (config.deepspeed_config, config.fsdp_config):
+        assert set(section or {}) <= flags
+    assert config.mixed_precision == "no", "train.precision of the recipe decides"
+    assert path.read_text().startswith("# "), "opens with what it is for"
+
+
+def test_configs_are_the_strategies_they_are_named_after() -> None:
+    configs = {path.stem: load_config_from_file(str(path)) for path in CONFIGS}
+    for name, config in configs.items():
+        if not name.startswith("zero"):
+            continue
+        assert config.distributed_type == DistributedType.DEEPSPEED
+        assert config.deepspeed_config["zero_stage"] == int(name[4])
+        devices = {"cpu"} if "offload" in name else {"none"}
+        assert config.deepspeed_config["offload_optimizer_device"] in devices
+        assert config.deepspeed_config["gradient_accumulation_steps"] == 1
+        assert config.deepspeed_config.get("zero3_save_16bit_model") == (
+            True if name[4] == "3" else None
+        )
+    assert configs["zero3_offload"].deepspeed_config["offload_param_device"] == "cpu"
+    assert configs["cpu"].use_cpu
+    assert (configs["cpu"].distributed_type, configs["cpu"].num_processes) == (
+        DistributedType.NO,
+        1,
+    )
+    assert configs["ddp"].distributed_type == DistributedType.MULTI_GPU
+    assert configs["fsdp2"].fsdp_config["fsdp_version"] == 2
+    assert configs["zero3_multinode"].num_machines == 2
+    single = set(configs) - {"cpu", "zero3_multinode"}
+    assert {configs[name].num_processes for name in single} == {8}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 
@@ -31,6 +32,17 @@ def clip_gradients(
     """
     norm = accelerator.clip_grad_norm_(parameters, max_norm if max_norm is not None else torch.inf)
     return 0.0 if norm is None else norm
+
+
+def process_group_options() -> list[InitProcessGroupKwargs]:
+    """What `Accelerator` must be told about collectives: gloo for several processes without a GPU.
+
+    Left alone on a machine without one, accelerate 1.15 gives every process of a DeepSpeed launch rank 0
+    of 1, and DeepSpeed then stops over its batch size.
+    """
+    if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return []
+    return [InitProcessGroupKwargs(backend="gloo")]
 
 
 def configure_deepspeed(accelerator: Accelerator, max_norm: float | None) -> None:

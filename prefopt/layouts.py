@@ -19,6 +19,10 @@ from prefopt.types import Group, Response
 
 logger = logging.getLogger(__name__)
 
+_UNCHECKED = (
+    " (not compared with the model's own forward: ZeRO-3 sharded the weights while loading)"
+)
+
 # Mean absolute difference of token log-probs, in nats. Rounding gives about 1e-6 in fp32 and 1e-2 in
 # bfloat16; a response that sees its sibling, or a missing softcap, gives 0.1 to 10.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -44,15 +48,14 @@ def build_logp_model(model: nn.Module, layout: str = "auto") -> LogpModel:
 
     Raises: ModelError if the layout asked for (or, with auto, both) disagrees with the model's own forward.
     """
-    attention = _causal_lm(model).config._attn_implementation
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     for packed in {"auto": (True, False), "packed": (True,), "padded": (False,)}[layout]:
         reason = _why_not_packed(model) if packed else None
-        if reason is None:
-            if not packed and attention:
-                _causal_lm(model).set_attn_implementation(attention)
+        if reason is None and not sharded:
             reason = _disagreement(model, packed)
         if reason is None:
-            logger.info("token layout: %s", "packed, prompts shared" if packed else "padded")
+            name = "packed, prompts shared" if packed else "padded"
+            logger.info("token layout: %s%s", name, _UNCHECKED if sharded else "")
             return LogpModel(model, packed=packed)
         if layout != "auto" or not packed:
             name = "packed" if packed else "padded"

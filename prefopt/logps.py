@@ -9,8 +9,6 @@ Shape letters: N response tokens, D hidden size, V vocabulary, R responses, T lo
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,10 +105,11 @@ class LogpModel(nn.Module):
         budget = _CHUNK_ELEMENTS_CPU if hidden.device.type == "cpu" else _CHUNK_ELEMENTS_GPU
         size = max(64, budget // vocabulary)
         if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
-            with _gathered(head):
-                return _FrozenHeadLogps.apply(
-                    hidden, head.weight, head.bias, targets, self.transform, self.temperature, size
-                )
+            # Under ZeRO-3, reading head.weight here, in the wrapped module's forward, gathers it and keeps
+            # it to the end of the forward; GatheredParameters around it frees it while it is in use.
+            return _FrozenHeadLogps.apply(
+                hidden, head.weight, head.bias, targets, self.transform, self.temperature, size
+            )
         parts = zip(hidden.split(size), targets.split(size), strict=True)
         return torch.cat([self._trainable_chunk(head, h, y) for h, y in parts])
 
@@ -168,15 +167,3 @@ def _slope(logits: Tensor, transform: LogitTransform, temperature: float) -> Ten
     if transform.softcap is None:
         return slope
     return (1 - (logits / transform.softcap) ** 2) * slope  # tanh' = 1 - tanh²
-
-
-@contextlib.contextmanager
-def _gathered(head: nn.Linear) -> Iterator[None]:
-    """Gathers a head sharded by ZeRO-3 for the enclosed forward; the backward pass does not need it."""
-    if not hasattr(head.weight, "ds_id"):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(head.parameters())):
-        yield

@@ -46,7 +46,8 @@ class ReferenceLogps:
             if arrays is None:
                 raise TrainingError(
                     f"reference log-probs of {group.id} were computed but cannot be read from "
-                    f"{store.directory}; with several machines, set reference.cache_dir to shared storage"
+                    f"{store.directory}: its disk is full, or several machines do not share it; set "
+                    "reference.cache_dir to storage that all of them share"
                 )
             for response, array in zip(group.responses, arrays, strict=True):
                 self._arrays[response_key(group.prompt_ids, response)] = array
@@ -84,9 +85,9 @@ def fill_store(
         store.add(zip(groups, split_rows(groups, logps), strict=True))
         pending += len(groups)
         if pending >= _FLUSH_EVERY:
-            _flush(store)
+            store.flush()
             pending = 0
-    _flush(store)
+    store.flush()
     accelerator.wait_for_everyone()
     store.refresh()
     if accelerator.is_main_process:
@@ -106,13 +107,3 @@ def _agreed_missing(
     if accelerator.num_processes > 1:
         flags = accelerator.reduce(flags, "sum")
     return [row for row, flag in zip(rows, flags.tolist(), strict=True) if flag > 0]
-
-
-def _flush(store: ReferenceStore) -> None:
-    try:
-        store.flush()
-    except OSError as error:
-        raise TrainingError(
-            f"reference log-probs could not be written to {store.directory}: {error}; free space there or "
-            "set reference.cache_dir to another disk"
-        ) from error

@@ -34,6 +34,22 @@ class GroupSource(Protocol):
     def group(self, index: int) -> Group: ...
 
 
+class GroupList:
+    """Groups in memory as a `GroupSource`; all must have the same number of responses."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+        self.prompt_lengths = np.array([len(g.prompt_ids) for g in self.groups])
+        self.response_lengths = np.array([[len(r.ids) for r in g.responses] for g in self.groups])
+        self.fingerprint = hashlib.sha256(repr(self.groups).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def group(self, index: int) -> Group:
+        return self.groups[index]
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Groups of one forward pass. ``counts`` False marks a filler: it runs, but adds nothing.
@@ -190,6 +206,11 @@ def split_micro_batches(
         else:
             bins.append([row])
     return bins
+
+
+def longest_row_tokens(source: GroupSource, packed: bool) -> int:
+    """Tokens of the largest forward that a single row can need."""
+    return max(_batch_tokens(source, [row], packed) for row in range(len(source)))
 
 
 def _row_tokens(source: GroupSource, row: int, packed: bool) -> int:

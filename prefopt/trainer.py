@@ -266,7 +266,7 @@ class PreferenceTrainer:
             [peak_memory_gib(self.accelerator.device)], device=self.accelerator.device
         )
         row = self._meter.reduce(self.accelerator)
-        row["train/loss"] = row.get("train/pair_loss", 0.0) + row.get("train/token_loss", 0.0)
+        row["loss/total"] = row.get("loss/pairs", 0.0) + row.get("loss/nll", 0.0)
         row["time/window_s"] = seconds
         row["tokens/per_s"] = row["tokens/computed"] / seconds
         row["memory/peak_gib"] = self.accelerator.gather(memory).max().item()
@@ -285,7 +285,7 @@ class PreferenceTrainer:
         self._clock += time.perf_counter() - started
 
 
-_SHOWN = ("train/loss", "rewards/accuracy", "rewards/margin")
+_SHOWN = ("loss/total", "rewards/accuracy", "rewards/margin")
 
 
 def _name_culprits(

@@ -12,7 +12,7 @@ from prefopt.types import Group, ObjectiveOutput, ResponseLogps
 def add_batch_metrics(meter: MeanMeter, lp: ResponseLogps, output: ObjectiveOutput) -> None:
     """Losses, and log-probs and lengths of both sides; means over pairs, of ``/token`` over tokens."""
     count = float(len(lp.pairs))
-    meter.add("train/pair_loss", output.losses.detach().sum(), count)
+    meter.add("loss/pairs", output.losses.detach().sum(), count)
     chosen, rejected = lp.pairs[:, 0], lp.pairs[:, 1]
     sums, lengths = lp.policy.detach().sum(-1), lp.lengths
     for side, rows in (("chosen", chosen), ("rejected", rejected)):
@@ -20,7 +20,7 @@ def add_batch_metrics(meter: MeanMeter, lp: ResponseLogps, output: ObjectiveOutp
         meter.add(f"logps/{side}_per_token", sums[rows].sum(), lengths[rows].sum())
         meter.add(f"tokens/{side}", lengths[rows].sum(), count)
     if output.token_losses is not None:
-        meter.add("train/token_loss", output.token_losses.detach().sum(), lengths[chosen].sum())
+        meter.add("loss/nll", output.token_losses.detach().sum(), lengths[chosen].sum())
     if lp.reference is not None:
         ratio = lp.log_ratio.detach().sum(-1)
         meter.add("log_ratio/chosen", ratio[chosen].sum(), count)

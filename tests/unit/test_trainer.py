@@ -14,9 +14,9 @@ from prefopt.checkpoint import find_checkpoint
 from prefopt.errors import ConfigError, TrainingError
 from prefopt.metrics import read_metrics
 from prefopt.optim import learning_rate
+from prefopt.regimes import GroupList
 from prefopt.types import Group, Response
-from tests.unit.memory_source import (
-    MemorySource,
+from tests.unit.memory_trainer import (
     lora_llama,
     make_trainer,
     random_pairs,
@@ -29,7 +29,7 @@ SIMPO = {"name": "simpo", "beta": 2.0, "gamma": 1.0, "nll_weight": 0.5}
 
 def losses(run_dir: Path) -> list[float]:
     return [
-        row["train/loss"] for row in read_metrics(run_dir / "metrics.jsonl") if "train/loss" in row
+        row["loss/total"] for row in read_metrics(run_dir / "metrics.jsonl") if "loss/total" in row
     ]
 
 
@@ -42,7 +42,7 @@ def sequence_logps(model: torch.nn.Module, group: Group, response: Response) -> 
 
 def test_dpo_steps_equal_a_plain_loop(tmp_path: Path) -> None:
     """Five AdamW steps of DPO: our trainer against twenty lines of torch over the same rows."""
-    source = MemorySource(random_pairs(20))
+    source = GroupList(random_pairs(20))
     trainer = make_trainer(tmp_path, source, objective=DPO, max_steps=5, micro_batch_size=3)
     rows = [trainer.regime.rows(step) for step in range(5)]
     trainer.train()
@@ -83,7 +83,7 @@ def test_any_split_of_a_global_batch_gives_the_same_run(
     tmp_path: Path, split: dict[str, int]
 ) -> None:
     """21 rows in batches of 8: the last window is short, and the NLL term counts tokens, not pairs."""
-    source = MemorySource(random_pairs(21))
+    source = GroupList(random_pairs(21))
     whole = make_trainer(tmp_path / "whole", source, objective=SIMPO, num_epochs=2)
     whole.train()
     parts = make_trainer(tmp_path / "parts", source, objective=SIMPO, num_epochs=2, **split)
@@ -94,7 +94,7 @@ def test_any_split_of_a_global_batch_gives_the_same_run(
 
 
 def test_every_row_is_seen_once_an_epoch_in_a_new_order(tmp_path: Path) -> None:
-    source = MemorySource(random_pairs(21))
+    source = GroupList(random_pairs(21))
     regime = make_trainer(tmp_path, source, objective=SIMPO, num_epochs=2).regime
     first = [row for step in range(3) for row in regime.rows(step)]
     second = [row for step in range(3, 6) for row in regime.rows(step)]
@@ -104,7 +104,7 @@ def test_every_row_is_seen_once_an_epoch_in_a_new_order(tmp_path: Path) -> None:
 
 def test_resumed_run_ends_bit_for_bit_where_the_undisturbed_one_does(tmp_path: Path) -> None:
     """With dropout on, so that a lost random state would show."""
-    source = MemorySource(random_pairs(24))
+    source = GroupList(random_pairs(24))
 
     def fresh(name: str) -> object:
         model = lora_llama()
@@ -132,7 +132,7 @@ def test_resumed_run_ends_bit_for_bit_where_the_undisturbed_one_does(tmp_path: P
 
 
 def test_policy_that_is_not_its_reference_is_refused(tmp_path: Path) -> None:
-    source = MemorySource(random_pairs(8))
+    source = GroupList(random_pairs(8))
     trainer = make_trainer(tmp_path, source, objective=DPO)
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
@@ -143,7 +143,7 @@ def test_policy_that_is_not_its_reference_is_refused(tmp_path: Path) -> None:
 
 
 def test_non_finite_loss_stops_and_names_the_pair(tmp_path: Path) -> None:
-    source = MemorySource(random_pairs(8))
+    source = GroupList(random_pairs(8))
     trainer = make_trainer(tmp_path, source, objective=SIMPO)
     forward = trainer.model.forward
     poisoned = "pair-3"
@@ -170,7 +170,7 @@ def test_metrics_count_what_they_say(tmp_path: Path) -> None:
     """One window of four pairs: means over pairs and tokens by hand."""
     pairs = random_pairs(4)
     trainer = make_trainer(
-        tmp_path, MemorySource(pairs), objective=SIMPO, max_steps=1, eval_source=MemorySource(pairs)
+        tmp_path, GroupList(pairs), objective=SIMPO, max_steps=1, eval_source=GroupList(pairs)
     )
     trainer.train()
     start, row = read_metrics(tmp_path / "metrics.jsonl")
@@ -195,7 +195,7 @@ def test_metrics_count_what_they_say(tmp_path: Path) -> None:
 def test_full_disk_leaves_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = MemorySource(random_pairs(24))
+    source = GroupList(random_pairs(24))
     trainer = make_trainer(tmp_path, source, objective=SIMPO, save_every=1)
     save_state, calls = trainer.accelerator.save_state, []
 
@@ -224,9 +224,9 @@ def test_half_a_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_resume_refuses_other_data(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, MemorySource(random_pairs(24)), objective=SIMPO, save_every=1)
+    trainer = make_trainer(tmp_path, GroupList(random_pairs(24)), objective=SIMPO, save_every=1)
     trainer.train()
-    other = make_trainer(tmp_path, MemorySource(random_pairs(24, seed=1)), objective=SIMPO)
+    other = make_trainer(tmp_path, GroupList(random_pairs(24, seed=1)), objective=SIMPO)
     with pytest.raises(ConfigError, match="other data"):
         other.train(find_checkpoint(tmp_path, "auto"))
 
@@ -235,7 +235,7 @@ def test_sigterm_saves_and_stops_after_the_step(tmp_path: Path) -> None:
     import os
     import signal
 
-    trainer = make_trainer(tmp_path, MemorySource(random_pairs(24)), objective=SIMPO)
+    trainer = make_trainer(tmp_path, GroupList(random_pairs(24)), objective=SIMPO)
     step = trainer._step
 
     def interrupted(window: object) -> None:
@@ -265,14 +265,14 @@ def test_impossible_splits_are_refused(
     limits = SplitLimits(settings.pop("micro_batch_tokens", 4096))
     with pytest.raises(ConfigError, match=message):
         OfflineRegime(
-            MemorySource(random_pairs(24)), global_batch_size=8, limits=limits, seed=0, **settings
+            GroupList(random_pairs(24)), global_batch_size=8, limits=limits, seed=0, **settings
         )
 
 
 def test_ranks_share_a_window_evenly_and_lose_no_row() -> None:
     from prefopt.regimes import OfflineRegime, SplitLimits
 
-    source = MemorySource(random_pairs(22))
+    source = GroupList(random_pairs(22))
     regimes = [
         OfflineRegime(
             source, global_batch_size=8, limits=SplitLimits(30), seed=0, world_size=2, rank=rank

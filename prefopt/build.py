@@ -1,0 +1,265 @@
+"""From a recipe to a run: loads, wires, trains, saves and verifies."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from prefopt.cache import cache_root
+from prefopt.checkpoint import find_checkpoint
+from prefopt.checks import check
+from prefopt.config.load import load_recipe
+from prefopt.config.schema import Recipe, TrainSection
+from prefopt.data import DataBundle, load_data
+from prefopt.distributed import configure_deepspeed, gathered_state, process_group_options
+from prefopt.errors import ConfigError
+from prefopt.layouts import build_logp_model
+from prefopt.logps import LogpModel
+from prefopt.models.adapters import save_final, verify_saved
+from prefopt.models.load import (
+    LoadedPolicy,
+    check_vocabulary,
+    enable_gradient_checkpointing,
+    load_policy,
+    load_tokenizer,
+)
+from prefopt.optim import build_optimizer
+from prefopt.reference import ReferenceStore
+from prefopt.reference_pass import ReferenceLogps, fill_store
+from prefopt.regimes import GroupSource, OfflineRegime, SplitLimits, longest_row_tokens
+from prefopt.registry import bind_objective
+from prefopt.run_record import describe_run, warn_about_changes
+from prefopt.trainer import PreferenceTrainer, TrainResult
+
+logger = logging.getLogger(__name__)
+
+SourceRows = list[tuple[GroupSource, list[int]]]
+
+
+def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Trains what the recipe says and returns the run directory.
+
+    Called on every process of a launch; data is tokenised before any process group starts. An interrupted
+    run saves, says how to go on, and raises KeyboardInterrupt.
+
+    Raises: ConfigError, DataError, ModelError before training; TrainingError during it.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    check(recipe, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    if recipe.stage != "preference":
+        from prefopt.stages import run_stage
+
+        return run_stage(recipe)
+    run_dir = Path(recipe.run.output_dir)
+    resume_from = find_checkpoint(run_dir, recipe.train.resume)
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_data(recipe.data, tokenizer, stage=recipe.stage)
+    accelerator = _accelerator(recipe)
+    policy = load_policy(recipe.model, recipe.peft, seed=recipe.train.seed)
+    check_vocabulary(policy.model, tokenizer)
+    trainer = build_trainer(recipe, data.train, data.eval, policy, accelerator)
+    if accelerator.is_main_process:
+        _start_run_dir(run_dir, recipe, data, policy, trainer, resumed=resume_from is not None)
+    accelerator.wait_for_everyone()
+    result = trainer.train(resume_from)
+    if not result.finished:
+        _say_how_to_go_on(accelerator, run_dir, result, trainer.regime.num_steps)
+    save_verified(trainer.model, policy, tokenizer, run_dir / "final", accelerator)
+    accelerator.end_training()
+    return run_dir
+
+
+def build_trainer(
+    recipe: Recipe,
+    train_source: GroupSource,
+    eval_source: GroupSource | None,
+    policy: LoadedPolicy,
+    accelerator: Accelerator,
+) -> PreferenceTrainer:
+    """The trainer of a recipe, reference log-probs computed or found, nothing trained yet.
+
+    Sources may be tokenised files (`prefopt.data`) or groups in memory (`regimes.GroupList`).
+    """
+    assert recipe.objective is not None  # the check has seen to it
+    settings, objective = recipe.train, bind_objective(recipe.objective)
+    engine = build_logp_model(policy.model, recipe.model.layout)
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(policy.model)
+    limits = _split_limits(settings, engine, train_source, accelerator)
+    regime = OfflineRegime(
+        train_source,
+        global_batch_size=settings.global_batch_size,
+        limits=limits,
+        seed=settings.seed,
+        num_epochs=settings.num_epochs,
+        max_steps=settings.max_steps,
+        world_size=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+    rows = [(train_source, regime.all_rows())]
+    rows += [(eval_source, list(range(len(eval_source))))] if eval_source is not None else []
+    reference = None
+    if objective.needs_reference and recipe.reference_name == "model":
+        reference = _outside_reference(recipe, rows, limits, accelerator)
+    configure_deepspeed(accelerator, settings.max_grad_norm)
+    model, optimizer = accelerator.prepare(engine, build_optimizer(engine, settings))
+    if objective.needs_reference and recipe.reference_name == "initial":
+        reference = _stored_logps(recipe, policy, model, rows, limits, accelerator, initial=True)
+    # Dropout, where a recipe keeps it, must differ between processes.
+    set_seed(settings.seed, device_specific=True)
+    return PreferenceTrainer(
+        model,
+        optimizer,
+        objective=objective,
+        regime=regime,
+        settings=settings,
+        accelerator=accelerator,
+        run_dir=Path(recipe.run.output_dir),
+        limits=limits,
+        reference=reference,
+        eval_source=eval_source,
+    )
+
+
+def save_verified(
+    model: Any, policy: LoadedPolicy, tokenizer: Any, directory: Path, accelerator: Accelerator
+) -> None:
+    """Saves the final adapter or model with its tokenizer, then reads it back and compares.
+
+    Raises: TrainingError if what is on disk is not what was trained (an empty shard, a missing tensor).
+    """
+    engine = accelerator.unwrap_model(model)
+    prefix = "model."  # LogpModel holds the policy under this name
+    names = {name for name, p in engine.named_parameters() if p.requires_grad or not policy.is_peft}
+    state = gathered_state(accelerator, engine, names)
+    if accelerator.is_main_process:
+        assert state is not None
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        save_final(policy.model, tokenizer, directory, state_dict=state)
+        verify_saved(directory, state)
+        logger.info("saved and verified %s", directory)
+    accelerator.wait_for_everyone()
+
+
+def _split_limits(
+    settings: TrainSection, engine: LogpModel, source: GroupSource, accelerator: Accelerator
+) -> SplitLimits:
+    """The recipe's bounds on one forward, or the device's defaults, never below the longest row."""
+    tokens = settings.micro_batch_tokens
+    if tokens is None:
+        tokens = 16384
+        if accelerator.device.type == "cpu":
+            config = engine.causal_lm.config.get_text_config(decoder=True)
+            # Some 200 MB of activations: enough tokens to fill the cores, and no slower than more
+            # (measured with bench/offline_step.py: 2 pairs a forward against 8).
+            tokens = max(256, 2**20 // (config.num_hidden_layers * config.hidden_size))
+        tokens = max(tokens, longest_row_tokens(source, engine.packed))
+    return SplitLimits(tokens, settings.micro_batch_size, engine.packed)
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    precision = "no" if recipe.train.precision == "fp32" else recipe.train.precision
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with=list(recipe.run.trackers) or None,
+            project_dir=recipe.run.output_dir,
+            kwargs_handlers=process_group_options(),
+        )
+    except ValueError as error:  # e.g. fp16 on a device that has none
+        raise ConfigError(f"train.precision = {recipe.train.precision}: {error}") from error
+    if recipe.run.trackers:
+        name = recipe.run.name or Path(recipe.run.output_dir).name
+        settings = _flat(recipe.model_dump())
+        accelerator.init_trackers("prefopt", settings, init_kwargs={"wandb": {"name": name}})
+    return accelerator
+
+
+def _outside_reference(
+    recipe: Recipe, rows: SourceRows, limits: SplitLimits, accelerator: Accelerator
+) -> ReferenceLogps:
+    """Log-probs of ``reference.path``; its weights are gone before the policy's optimizer exists."""
+    section = recipe.reference
+    assert section is not None and section.path is not None  # the check has seen to it
+    model = recipe.model.model_copy(update={"path": section.path, "revision": section.revision})
+    loaded = load_policy(model, None, seed=0, trainable=False)
+    engine = build_logp_model(loaded.model, "packed" if limits.packed else "padded")
+    engine = engine.to(accelerator.device)
+    return _stored_logps(recipe, loaded, engine, rows, limits, accelerator, initial=False)
+
+
+def _stored_logps(
+    recipe: Recipe,
+    loaded: LoadedPolicy,
+    model: Any,
+    rows: SourceRows,
+    limits: SplitLimits,
+    accelerator: Accelerator,
+    *,
+    initial: bool,
+) -> ReferenceLogps:
+    """Reference log-probs of every row the run will see, from the store or computed with ``model``."""
+    cache_dir = recipe.reference.cache_dir if recipe.reference else None
+    root = cache_root(cache_dir or recipe.data.cache_dir)
+    store = ReferenceStore(root, loaded.weights_hash, precision=recipe.train.precision)
+    reference = ReferenceLogps(store.directory, is_initial_policy=initial)
+    if accelerator.is_main_process:
+        logger.info("reference: %s", loaded.description)
+    for source, wanted in rows:
+        fill_store(store, model, source, wanted, limits, accelerator)
+        reference.load(store, map(source.group, wanted))
+    return reference
+
+
+def _start_run_dir(
+    run_dir: Path,
+    recipe: Recipe,
+    data: DataBundle,
+    policy: LoadedPolicy,
+    trainer: PreferenceTrainer,
+    *,
+    resumed: bool,
+) -> None:
+    """Writes run.json and rejects.jsonl; a resumed run warns about settings that changed since."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    record = describe_run(recipe, data, policy, trainer)
+    path = run_dir / "run.json"
+    if resumed and path.is_file():
+        warn_about_changes(json.loads(path.read_text(encoding="utf-8")), record)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    data.write_rejects(run_dir / "rejects.jsonl")
+
+
+def _say_how_to_go_on(
+    accelerator: Accelerator, run_dir: Path, result: TrainResult, num_steps: int
+) -> None:
+    """Ends an interrupted run: every process raises, the main one says what was saved."""
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        logger.warning(
+            "interrupted: saved step %d of %d in %s; run the same command to go on",
+            result.step,
+            num_steps,
+            run_dir / "checkpoints",
+        )
+    raise KeyboardInterrupt
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"train.seed": 42, …}``: what trackers take as a configuration."""
+    result: dict[str, Any] = {}
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            result |= _flat(value, f"{name}.")
+        else:
+            result[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return result

@@ -1,0 +1,73 @@
+"""Several processes, DDP and DeepSpeed, give the single-process run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prefopt.metrics import read_metrics
+from tests.distributed.launch import cpu_config, launch, write_model, write_pairs, write_recipe
+
+SIMPO = {"name": "simpo", "beta": 2.0, "gamma": 1.0, "nll_weight": 0.5}
+TUNINGS = {"lora": {}, "full": {"peft": None}}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and 30 pairs: batches of 8 whose last holds 6."""
+    directory = tmp_path_factory.mktemp("inputs")
+    write_model(directory / "model")
+    write_pairs(directory / "pairs.jsonl", 30)
+    return directory
+
+
+def run(
+    directory: Path, inputs: Path, config: str, processes: int, tuning: str, *overrides: str, **sections: dict
+) -> Path:
+    """Trains in ``directory`` and returns the run directory; the launch must have had its processes."""
+    directory.mkdir()
+    recipe = write_recipe(
+        directory / "recipe.yaml", inputs / "model", inputs / "pairs.jsonl", **TUNINGS[tuning], **sections
+    )
+    script = json.loads(json.dumps(sections)).get("objective", {}).get("name", "dpo")
+    done = launch(cpu_config(config, processes, directory), script, recipe, *overrides)
+    assert done.returncode == 0, done.stderr[-4000:]
+    record = json.loads((directory / "run" / "run.json").read_text())
+    assert record["processes"] == processes
+    return directory / "run"
+
+
+@pytest.fixture(scope="module")
+def single(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("single")
+    return {tuning: run(root / tuning, inputs, "cpu", 1, tuning) for tuning in TUNINGS}
+
+
+def assert_same_run(got: Path, want: Path) -> None:
+    """Same losses, gradient norms and final weights, up to the order of floating-point sums."""
+    rows, expected = read_metrics(got / "metrics.jsonl"), read_metrics(want / "metrics.jsonl")
+    assert len(rows) == len(expected) == 8
+    for row, other in zip(rows, expected, strict=True):
+        for name in ("loss/total", "train/grad_norm", "rewards/margin", "logps/chosen"):
+            assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), (row["step"], name)
+    for file in (want / "final").glob("*.safetensors"):
+        ours, theirs = load_file(got / "final" / file.name), load_file(file)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "tuning"),
+    [("ddp", "lora"), ("zero2", "lora"), ("zero3", "lora"), ("zero3", "full")],
+)
+def test_two_processes_give_the_single_process_run(
+    config: str, tuning: str, inputs: Path, single: dict[str, Path], tmp_path: Path
+) -> None:
+    """With micro-batches of two pairs, so that every rank accumulates over several backward passes."""
+    two = run(tmp_path / "two", inputs, config, 2, tuning, "train.micro_batch_size=2")
+    assert_same_run(two, single[tuning])

@@ -37,6 +37,7 @@ LAYERS = {
     "prefopt.optim": 2,
     "prefopt.data": 3,
     "prefopt.models": 3,
+    "prefopt.models.peft_config": 1,  # configuration only; the check builds it as loading will
     "prefopt.reference": 3,
     "prefopt.regimes": 4,
     "prefopt.metrics": 4,

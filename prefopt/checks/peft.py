@@ -12,7 +12,7 @@ from typing import Any
 from prefopt.checks.files import is_local, read_adapter_config
 from prefopt.checks.rules import Finding, Surroundings, rule, was_set
 from prefopt.config.schema import PeftSection, Recipe
-from prefopt.errors import suggest
+from prefopt.errors import ConfigError, suggest
 
 # Fields of a peft config that the loading code fills in.
 SET_BY_CODE = {
@@ -50,7 +50,7 @@ def peft_keys_exist(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
             sound = False
             yield Finding(f"peft.{key}", problem)
     if sound:
-        yield from _construct(config_class, recipe.peft)
+        yield from _construct(recipe.peft)
 
 
 @rule("model", "peft")
@@ -132,12 +132,15 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
-def _construct(config_class: type, peft: PeftSection) -> Iterator[Finding]:
-    """Lets peft's own ``__post_init__`` object to combinations it knows to be wrong."""
+def _construct(peft: PeftSection) -> Iterator[Finding]:
+    """Builds the configuration as loading will: types that do not fit, and peft's own objections."""
+    from prefopt.models.peft_config import peft_config
+
     try:
-        config_class(**peft.options)
-    except (ValueError, TypeError, ImportError) as error:
-        yield Finding("peft", f"peft refuses these keys: {' '.join(str(error).split())}")
+        peft_config(peft)
+    except ConfigError as error:
+        for problem in error.problems:
+            yield Finding("peft", " ".join(problem.split()))
 
 
 def _config_classes() -> dict[Any, type]:

@@ -27,6 +27,11 @@ def peft_config(section: PeftSection) -> PeftConfig:
             f"peft.type = {section.type!r}: adds virtual tokens to the prompt, which token log-probs and "
             "shared prompts do not have; use an adapter type such as 'lora'"
         )
+    if section.type.lower() == "adalora":
+        raise ConfigError(
+            "peft.type = 'adalora': prunes its ranks between optimizer steps, which this trainer does not "
+            "call for, so it would train at its initial rank; use 'lora'"
+        )
     fields = {field.name for field in dataclasses.fields(config_class) if field.init}
     problems = [
         f"peft.{key}: not a setting of type {section.type!r}; {suggest(key, fields)}"

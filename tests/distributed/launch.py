@@ -25,7 +25,9 @@ def cpu_config(name: str, num_processes: int, directory: Path) -> Path:
     A configuration of type MULTI_CPU starts one process and says nothing (accelerate 1.15), so the GPU
     types are kept and ``use_cpu`` turned on.
     """
-    config = yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load(
+        (ROOT / "accelerate_configs" / f"{name}.yaml").read_text(encoding="utf-8")
+    )
     config |= {"use_cpu": True, "num_processes": num_processes}
     config.pop("gpu_ids", None)
     path = directory / f"{name}-{num_processes}.yaml"
@@ -38,16 +40,32 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``accelerate launch recipes/<script>.py`` and returns when it ends."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_port", "0", str(ROOT / "recipes" / f"{script}.py"), str(recipe), *overrides]
+    command += [
+        "--main_process_port",
+        "0",
+        str(ROOT / "recipes" / f"{script}.py"),
+        str(recipe),
+        *overrides,
+    ]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         # Without it, DDP processes on CPU do not know of each other; with it, DeepSpeed is turned off.
-        **({} if "deepspeed_config" in config.read_text(encoding="utf-8") else {"ACCELERATE_USE_CPU": "true"}),
+        **(
+            {}
+            if "deepspeed_config" in config.read_text(encoding="utf-8")
+            else {"ACCELERATE_USE_CPU": "true"}
+        ),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja, for DeepSpeed
     }
     return subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=timeout_s, cwd=ROOT, check=False
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=timeout_s,
+        cwd=ROOT,
+        check=False,
     )
 
 
@@ -69,7 +87,8 @@ def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
         return " ".join(rng.choice(words, rng.integers(1, longest)))
 
     rows = [
-        {"prompt": text(8), "chosen": f" {text(9)} a", "rejected": f" {text(9)} b"} for _ in range(count)
+        {"prompt": text(8), "chosen": f" {text(9)} a", "rejected": f" {text(9)} b"}
+        for _ in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -89,6 +108,7 @@ def write_recipe(path: Path, model: Path, pairs: Path, **sections: Any) -> Path:
         if section is None:
             recipe.pop(name)
         else:
-            recipe[name] = {**recipe.get(name, {}), **section}
+            merged = {**recipe.get(name, {}), **section}
+            recipe[name] = {key: value for key, value in merged.items() if value is not None}
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path

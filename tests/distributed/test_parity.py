@@ -26,12 +26,22 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    directory: Path, inputs: Path, config: str, processes: int, tuning: str, *overrides: str, **sections: dict
+    directory: Path,
+    inputs: Path,
+    config: str,
+    processes: int,
+    tuning: str,
+    *overrides: str,
+    **sections: dict,
 ) -> Path:
     """Trains in ``directory`` and returns the run directory; the launch must have had its processes."""
     directory.mkdir()
     recipe = write_recipe(
-        directory / "recipe.yaml", inputs / "model", inputs / "pairs.jsonl", **TUNINGS[tuning], **sections
+        directory / "recipe.yaml",
+        inputs / "model",
+        inputs / "pairs.jsonl",
+        **TUNINGS[tuning],
+        **sections,
     )
     script = json.loads(json.dumps(sections)).get("objective", {}).get("name", "dpo")
     done = launch(cpu_config(config, processes, directory), script, recipe, *overrides)

@@ -109,7 +109,7 @@ def test_a_sound_recipe_passes_offline_and_says_what_it_took_on_trust(recipe_fil
         (["peft={r: 0}"], "peft.r = 0", "must be >= 1"),
         (["peft={use_dora: 1}"], "peft.use_dora = 1", "must be true or false"),
         (["peft={task_type: CAUSAL_LM}"], "peft.task_type", "is set by prefopt"),
-        (["peft={layers_pattern: h}"], "peft", "peft refuses these keys"),
+        (["peft={layers_pattern: h}"], "peft", "cannot be used when `target_modules`"),
         (["peft={adapter: org/lora, r: 8}"], "peft.r = 8", "brings its own configuration"),
         (["peft={adapter: org/lora, type: lora}"], "peft.type = 'lora'", "brings its own"),
         (

@@ -196,6 +196,7 @@ def measure(kind: str) -> dict[str, Any]:
 
 def report(results: dict[str, list[dict[str, Any]]]) -> None:
     """Prints the table of medians and the line of ratios; stops if the losses are not the same."""
+
     def median(kind: str, key: str) -> float:
         return statistics.median(result[key] for result in results[kind])
 
@@ -211,7 +212,8 @@ def report(results: dict[str, list[dict[str, Any]]]) -> None:
         "cpu_ratio": median("trl", "cpu") / median("ours", "cpu"),
         "wall_ratio": median("trl", "wall") / median("ours", "wall"),
         "memory_ratio": median("ours", "rss_mib") / median("trl", "rss_mib"),
-        "cpu_ratio_precomputed": median("trl_precomputed", "cpu") / median("ours_precomputed", "cpu"),
+        "cpu_ratio_precomputed": median("trl_precomputed", "cpu")
+        / median("ours_precomputed", "cpu"),
         "cpu_ratio_no_checkpointing": median("trl_no_checkpointing", "cpu") / median("ours", "cpu"),
         "memory_ratio_no_checkpointing": median("ours", "rss_mib")
         / median("trl_no_checkpointing", "rss_mib"),
@@ -221,13 +223,17 @@ def report(results: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     for name, default in {
         "prompt-median": 60, "response-median": 80, "max-length": 2048, "vocab": 8000, "hidden": 384,
         "layers": 6, "pairs": 8, "steps": 4, "rounds": 3, "threads": 1, "seed": 0,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--sigma", type=float, default=0.6, help="of the log-normal lengths; default 0.6")
+    parser.add_argument(
+        "--sigma", type=float, default=0.6, help="of the log-normal lengths; default 0.6"
+    )
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

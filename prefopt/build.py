@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -136,7 +136,7 @@ def save_verified(
 
     Raises: TrainingError if what is on disk is not what was trained (an empty shard, a missing tensor).
     """
-    engine = accelerator.unwrap_model(model)
+    engine = cast(LogpModel, accelerator.unwrap_model(model))
     prefix = "model."  # LogpModel holds the policy under this name
     names = {name for name, p in engine.named_parameters() if p.requires_grad or not policy.is_peft}
     state = gathered_state(accelerator, engine, names)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from torch import nn
 
 from prefopt.errors import ConfigError, TrainingError
@@ -26,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d+)")
 _STATE_FILE = "prefopt.json"
+
+# What writing raises on a full disk: torch a RuntimeError, safetensors an error of its own.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+_DAMAGED = (*WRITE_ERRORS, ValueError, KeyError, EOFError, pickle.UnpicklingError)
 
 
 class Checkpoints:
@@ -59,7 +65,7 @@ class Checkpoints:
             if accelerator.is_main_process:
                 _write_state(temporary / _STATE_FILE, {**state, "step": step})
                 _publish(temporary, final)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except WRITE_ERRORS as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise TrainingError(self._failure(step, error)) from error
         accelerator.wait_for_everyone()
@@ -67,18 +73,30 @@ class Checkpoints:
         return final
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Restores weights, optimizer and random states from ``path``; returns the saved state."""
-        options = {"load_module_strict": False} if self._deepspeed else {}
-        state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
-        processes = state["num_processes"]
+        """Restores weights, optimizer and random states from ``path``; returns the saved state.
+
+        Raises: ConfigError if it is of another number of processes or of other weights; TrainingError if
+            a file is missing or damaged.
+        """
+        options: dict[str, Any] = {"load_module_strict": False} if self._deepspeed else {}
+        try:
+            state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
+            self._check_processes(path, state["num_processes"])
+            self.accelerator.load_state(str(path), **options)
+        except _DAMAGED as error:
+            raise TrainingError(
+                f"the checkpoint {path} cannot be loaded: {' '.join(str(error).split())}. If it is damaged, "
+                "delete that directory and run the same command: it goes on from the one before, if any"
+            ) from error
+        return state
+
+    def _check_processes(self, path: Path, processes: int) -> None:
         if processes != self.accelerator.num_processes:
             raise ConfigError(
                 f"train.resume: {path} was written by {processes} processes, this run has "
-                f"{self.accelerator.num_processes}; start it with as many, or set "
-                "train.resume = never to start afresh"
+                f"{self.accelerator.num_processes}; start it with as many, or use "
+                "another run.output_dir to start afresh"
             )
-        self.accelerator.load_state(str(path), **options)
-        return state
 
     def newest(self) -> Path | None:
         """The complete checkpoint with the highest step, or None."""
@@ -110,8 +128,8 @@ class Checkpoints:
             else "there is no earlier one"
         )
         return (
-            f"the checkpoint of step {step} could not be written to {self.root}: {error}; {kept}. Free space "
-            "(or set run.output_dir to another disk) and run the same command to go on from it"
+            f"the checkpoint of step {step} could not be written to {self.root} ({_free_space(self.root)}): "
+            f"{error}; {kept}. Free space and run the same command to go on"
         )
 
 
@@ -130,13 +148,25 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
                 "another run.output_dir, delete it, or go on with train.resume = auto"
             )
         return None
-    path = Path(resume)
+    path = Path(resume).expanduser()
     if not (path / _STATE_FILE).is_file():
         raise ConfigError(
             f"train.resume = {resume}: not a complete checkpoint (no {_STATE_FILE}); give a "
             "directory such as runs/x/checkpoints/step-100, or auto"
         )
+    if found and found[-1].resolve() != path.resolve():
+        # Going on from here would leave two histories under one name, and `auto` would pick the older.
+        raise ConfigError(
+            f"train.resume = {resume}: {run_dir} holds other checkpoints, up to {found[-1].name}, that this "
+            "run would mix with its own. Use train.resume = auto to go on from that one, another "
+            "run.output_dir to branch off, or delete the checkpoints after the one you want"
+        )
     return path
+
+
+def _free_space(root: Path) -> str:
+    existing = next(path for path in (root, *root.absolute().parents) if path.exists())
+    return f"{shutil.disk_usage(existing).free / 2**20:,.0f} MiB free there"
 
 
 def _complete(root: Path) -> list[Path]:
@@ -182,11 +212,12 @@ def _load_trainable(models: list[nn.Module], input_dir: str) -> None:
         model = _unwrap(models.pop())
         saved = load_file(Path(input_dir) / "model.safetensors")
         wanted = trainable_state(model)
-        if saved.keys() != wanted.keys():
-            odd = sorted(saved.keys() ^ wanted.keys())[:3]
+        found, due = ({(n, t.shape) for n, t in tensors.items()} for tensors in (saved, wanted))
+        odd = sorted(name for name, _ in found ^ due)
+        if odd:
             raise ConfigError(
-                f"train.resume: {input_dir} holds other weights than this recipe trains (e.g. {odd}); the "
-                "model or the peft section changed. Restore it, or start afresh with train.resume = never"
+                f"train.resume: {input_dir} holds other weights than this recipe trains (e.g. {odd[0]}); the "
+                "model or the peft section changed. Restore it, or start afresh in another run.output_dir"
             )
         for name, tensor in saved.items():
             wanted[name].copy_(tensor)

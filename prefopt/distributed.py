@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor, nn
 
 
@@ -34,7 +34,7 @@ def clip_gradients(
     return 0.0 if norm is None else norm
 
 
-def process_group_options() -> list[InitProcessGroupKwargs]:
+def process_group_options() -> list[KwargsHandler]:
     """What `Accelerator` must be told about collectives: gloo for several processes without a GPU.
 
     Left alone on a machine without one, accelerate 1.15 gives every process of a DeepSpeed launch rank 0
@@ -60,6 +60,20 @@ def configure_deepspeed(accelerator: Accelerator, max_norm: float | None) -> Non
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_norm or 0.0,
     }
+
+
+def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The elementwise sum over all processes, on each of them."""
+    total = accelerator.reduce(tensor, "sum")
+    assert isinstance(total, Tensor)
+    return total
+
+
+def max_over_processes(accelerator: Accelerator, value: float) -> float:
+    """The largest of the processes' values."""
+    gathered = accelerator.gather(torch.tensor([value], device=accelerator.device))
+    assert isinstance(gathered, Tensor)
+    return gathered.max().item()
 
 
 def gathered_state(
@@ -88,10 +102,13 @@ def _full_tensor(tensor: Tensor) -> Tensor:
     return full() if full is not None else tensor
 
 
+_STOPPING = b"\nsaving and stopping after this step; Ctrl-C again stops at once, without saving\n"
+
+
 class Interrupts:
     """Ctrl-C and SIGTERM as a request to save and stop after the current step, agreed by all processes.
 
-    A second Ctrl-C stops at once. Signal handlers are put back on exit.
+    Says so at once, since a step may take a while. A second Ctrl-C stops without saving. Signal handlers are put back on exit.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -114,9 +131,12 @@ class Interrupts:
         if self.accelerator.num_processes == 1:
             return self._asked
         flag = torch.tensor([float(self._asked)], device=self.accelerator.device)
-        return self.accelerator.reduce(flag, "sum").item() > 0
+        return sum_over_processes(self.accelerator, flag).item() > 0
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self._asked and self.accelerator.is_main_process:
+            # Not logging: the signal may have interrupted a write to the stream, which is not re-entrant.
+            os.write(2, _STOPPING)
         self._asked = True

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefopt.distributed import sum_over_processes
+
 
 class MeanMeter:
     """Sums and counts by name, held on one device until `reduce`.
@@ -50,7 +52,7 @@ class MeanMeter:
         names = sorted(self._sums)
         stacked = torch.stack([self._sums[name] for name in names])
         if accelerator.num_processes > 1:
-            stacked = accelerator.reduce(stacked, "sum")
+            stacked = sum_over_processes(accelerator, stacked)
         self._sums = {}
         return {
             name: total if name in self._totals else total / count

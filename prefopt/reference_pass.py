@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from prefopt.distributed import sum_over_processes
 from prefopt.errors import TrainingError
 from prefopt.reference import ReferenceStore, response_key
 from prefopt.regimes import GroupSource, SplitLimits
@@ -105,5 +106,5 @@ def _agreed_missing(
         [float(groups[row].id in absent) for row in rows], device=accelerator.device
     )
     if accelerator.num_processes > 1:
-        flags = accelerator.reduce(flags, "sum")
+        flags = sum_over_processes(accelerator, flags)
     return [row for row, flag in zip(rows, flags.tolist(), strict=True) if flag > 0]

@@ -22,12 +22,20 @@ from prefopt.types import Group
 class GroupSource(Protocol):
     """An indexable set of groups that knows its lengths without reading tokens (`data.TokenSet`)."""
 
-    prompt_lengths: np.ndarray
-    """(n,) tokens of each prompt."""
-    response_lengths: np.ndarray
-    """(n, K) tokens of each response."""
-    fingerprint: str
-    """Content hash of the rows."""
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """(n,) tokens of each prompt."""
+        ...
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """(n, K) tokens of each response."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash of the rows."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -132,18 +140,21 @@ class OfflineRegime:
     def window(self, step: int) -> Window:
         """The window of optimizer step ``step``: a pure function of the step."""
         rows = self.rows(step)
+        # Every rank reads the whole window: which response of a group is the chosen one, its pairs say.
+        groups = {row: self.source.group(row) for row in rows}
+        pairs = [(group, chosen) for group in groups.values() for chosen, _ in group.pairs]
         ranks = [
             split_micro_batches(self.source, share, self.limits) for share in self._shares(rows)
         ]
         most = max(len(batches) for batches in ranks)
-        mine = [MicroBatch(tuple(map(self.source.group, batch))) for batch in ranks[self.rank]]
-        filler = MicroBatch((self.source.group(min(rows, key=self._cost)),), counts=False)
+        mine = [MicroBatch(tuple(groups[row] for row in batch)) for batch in ranks[self.rank]]
+        filler = MicroBatch((groups[min(rows, key=self._cost)],), counts=False)
         return Window(
             step=step,
             epoch=(step + 1) / self.steps_per_epoch,
             micro_batches=(*mine, *[filler] * (most - len(mine))),
-            num_pairs=len(rows),
-            num_chosen_tokens=int(self.source.response_lengths[rows, 0].sum()),
+            num_pairs=len(pairs),
+            num_chosen_tokens=sum(len(group.responses[chosen].ids) for group, chosen in pairs),
         )
 
     def rows(self, step: int) -> list[int]:

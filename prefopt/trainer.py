@@ -23,7 +23,7 @@ from tqdm import tqdm
 from prefopt.checkpoint import Checkpoints
 from prefopt.collate import make_batch, response_mask
 from prefopt.config.schema import TrainSection
-from prefopt.distributed import Interrupts, clip_gradients, sync_gradients
+from prefopt.distributed import Interrupts, clip_gradients, max_over_processes, sync_gradients
 from prefopt.errors import TrainingError
 from prefopt.layouts import log_ratio_tolerance
 from prefopt.metrics import MeanMeter, MetricsLog, peak_memory_gib
@@ -99,7 +99,6 @@ class PreferenceTrainer:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._clock = time.perf_counter()
         self._skipped = 0
-        self._last_row: dict[str, float] = {}
 
     def train(self, resume_from: Path | None = None) -> TrainResult:
         """Runs to the last step, or to an interrupt, after which a checkpoint says where to go on.
@@ -186,10 +185,12 @@ class PreferenceTrainer:
                 # Wrappers average gradients over processes; the loss is already a global mean.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
         norm = clip_gradients(self.accelerator, self._parameters, self.settings.max_grad_norm)
-        self._check_gradient(norm, window)
+        taken = self._check_gradient(norm, window)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._meter.add("train/grad_norm", norm, 1.0)
+        self._meter.add("train/grad_norm", norm if taken else 0.0, float(taken))
+        if self.settings.precision == "fp16":
+            self._meter.add_total("train/skipped_steps", float(not taken))
         self._meter.add("train/epoch", window.epoch, 1.0)
         self._meter.add("train/learning_rate", rate, 1.0)
 
@@ -224,14 +225,15 @@ class PreferenceTrainer:
             rewards=rewards,
         )
 
-    def _check_gradient(self, norm: Tensor | float, window: Window) -> None:
+    def _check_gradient(self, norm: Tensor | float, window: Window) -> bool:
+        """Will this step be taken? False where the fp16 loss scaler skips it; TrainingError otherwise."""
         if torch.isfinite(torch.as_tensor(norm)):
             self._skipped = 0
-            return
+            return True
         ids = [group.id for batch in window.micro_batches for group in batch.groups]
         if self.settings.precision == "fp16" and self._skipped < _MAX_SKIPPED_STEPS:
             self._skipped += 1  # the loss scaler skips this step and halves its scale
-            return
+            return False
         hint = (
             "fp16 overflows; set train.precision = bf16"
             if self.settings.precision == "fp16"
@@ -262,14 +264,12 @@ class PreferenceTrainer:
     def _reduced_row(self) -> dict[str, float]:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        memory = torch.tensor(
-            [peak_memory_gib(self.accelerator.device)], device=self.accelerator.device
-        )
         row = self._meter.reduce(self.accelerator)
         row["loss/total"] = row.get("loss/pairs", 0.0) + row.get("loss/nll", 0.0)
         row["time/window_s"] = seconds
         row["tokens/per_s"] = row["tokens/computed"] / seconds
-        row["memory/peak_gib"] = self.accelerator.gather(memory).max().item()
+        peak = peak_memory_gib(self.accelerator.device)
+        row["memory/peak_gib"] = max_over_processes(self.accelerator, peak)
         return row
 
     def _write(self, row: dict[str, Any]) -> None:

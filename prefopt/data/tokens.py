@@ -140,9 +140,13 @@ class TokenSet:
     def __iter__(self) -> Iterator[Group]:
         return map(self.group, range(len(self)))
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the rows and their order: the same one means the same data."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for store, rows in zip(self.stores, self._rows, strict=True):
             digest.update(f"{store.fingerprint}:{len(rows)}:".encode() + rows.tobytes())

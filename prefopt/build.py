@@ -12,8 +12,8 @@ from typing import Any, cast
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from prefopt.cache import cache_root
-from prefopt.checkpoint import find_checkpoint
+from prefopt.cache import atomic_write, cache_root
+from prefopt.checkpoint import find_checkpoint, writing
 from prefopt.checks import check
 from prefopt.config.load import load_recipe
 from prefopt.config.schema import Recipe, TrainSection
@@ -35,7 +35,7 @@ from prefopt.reference import ReferenceStore
 from prefopt.reference_pass import ReferenceLogps, fill_store
 from prefopt.regimes import GroupSource, OfflineRegime, SplitLimits, longest_row_tokens
 from prefopt.registry import bind_objective
-from prefopt.run_record import describe_run, warn_about_changes
+from prefopt.run_record import RUN_FILE, describe_run, warn_about_changes
 from prefopt.trainer import PreferenceTrainer, TrainResult
 
 logger = logging.getLogger(__name__)
@@ -66,10 +66,17 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     policy = load_policy(recipe.model, recipe.peft, seed=recipe.train.seed)
     check_vocabulary(policy.model, tokenizer)
     trainer = build_trainer(recipe, data.train, data.eval, policy, accelerator)
-    if accelerator.is_main_process:
-        _start_run_dir(run_dir, recipe, data, policy, trainer, resumed=resume_from is not None)
+    record = describe_run(recipe, data, policy, trainer)
+    if resume_from is not None:
+        if accelerator.is_main_process:
+            warn_about_changes(run_dir / RUN_FILE, record)
+        trainer.restore(resume_from)
+    if (
+        accelerator.is_main_process
+    ):  # after restoring: a refused start leaves the run's record alone
+        _write_run_files(run_dir, record, data)
     accelerator.wait_for_everyone()
-    result = trainer.train(resume_from)
+    result = trainer.train()
     if not result.finished:
         _say_how_to_go_on(accelerator, run_dir, result, trainer.regime.num_steps)
     save_verified(trainer.model, policy, tokenizer, run_dir / "final", accelerator)
@@ -134,7 +141,8 @@ def save_verified(
 ) -> None:
     """Saves the final adapter or model with its tokenizer, then reads it back and compares.
 
-    Raises: TrainingError if what is on disk is not what was trained (an empty shard, a missing tensor).
+    Raises: TrainingError if it cannot be written, or what is on disk is not what was trained (an empty shard,
+        a missing tensor).
     """
     engine = cast(LogpModel, accelerator.unwrap_model(model))
     prefix = "model."  # LogpModel holds the policy under this name
@@ -143,7 +151,8 @@ def save_verified(
     if accelerator.is_main_process:
         assert state is not None
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        save_final(policy.model, tokenizer, directory, state_dict=state)
+        with writing(directory):
+            save_final(policy.model, tokenizer, directory, state_dict=state)
         verify_saved(directory, state)
         logger.info("saved and verified %s", directory)
     accelerator.wait_for_everyone()
@@ -219,23 +228,12 @@ def _stored_logps(
     return reference
 
 
-def _start_run_dir(
-    run_dir: Path,
-    recipe: Recipe,
-    data: DataBundle,
-    policy: LoadedPolicy,
-    trainer: PreferenceTrainer,
-    *,
-    resumed: bool,
-) -> None:
-    """Writes run.json and rejects.jsonl; a resumed run warns about settings that changed since."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    record = describe_run(recipe, data, policy, trainer)
-    path = run_dir / "run.json"
-    if resumed and path.is_file():
-        warn_about_changes(json.loads(path.read_text(encoding="utf-8")), record)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    data.write_rejects(run_dir / "rejects.jsonl")
+def _write_run_files(run_dir: Path, record: dict[str, Any], data: DataBundle) -> None:
+    """run.json and rejects.jsonl."""
+    with writing(run_dir):
+        with atomic_write(run_dir / RUN_FILE) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        data.write_rejects(run_dir / "rejects.jsonl")
 
 
 def _say_how_to_go_on(

@@ -7,12 +7,14 @@ of an adapter is where the recipe says it is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,18 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
             "run.output_dir to branch off, or delete the checkpoints after the one you want"
         )
     return path
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what a full disk or a lost permission raises into a TrainingError that says how to go on."""
+    try:
+        yield
+    except WRITE_ERRORS as error:
+        raise TrainingError(
+            f"{path} cannot be written ({_free_space(path)}): {error}. Free space and run the same command: "
+            "it goes on from the newest checkpoint"
+        ) from error
 
 
 def _free_space(root: Path) -> str:

@@ -108,7 +108,8 @@ _STOPPING = b"\nsaving and stopping after this step; Ctrl-C again stops at once,
 class Interrupts:
     """Ctrl-C and SIGTERM as a request to save and stop after the current step, agreed by all processes.
 
-    Says so at once, since a step may take a while. A second Ctrl-C stops without saving. Signal handlers are put back on exit.
+    Says so at once, since a step may take a while. A second Ctrl-C stops without saving. Signal handlers
+    are put back on exit.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefopt.cache import atomic_write
+from prefopt.checkpoint import writing
 from prefopt.distributed import sum_over_processes
 
 
@@ -60,6 +62,24 @@ class MeanMeter:
             if count
         }
 
+    def state_dict(self, accelerator: Any) -> dict[str, Any]:
+        """What was added since the last `reduce`, over all processes; for a checkpoint. A collective."""
+        names = sorted(self._sums)
+        stacked = torch.stack([self._sums[name] for name in names]) if names else torch.zeros(0, 2)
+        if names and accelerator.num_processes > 1:
+            stacked = sum_over_processes(accelerator, stacked)
+        sums = dict(zip(names, stacked.tolist(), strict=True))
+        return {"sums": sums, "totals": sorted(self._totals)}
+
+    def load_state_dict(self, state: Mapping[str, Any], accelerator: Any) -> None:
+        """Goes on from `state_dict`: the main process takes the sums, the others zeros, so they count once."""
+        share = float(accelerator.is_main_process)
+        self._sums = {
+            name: share * torch.tensor(pair, dtype=torch.float64, device=self.device)
+            for name, pair in state["sums"].items()
+        }
+        self._totals = set(state["totals"])
+
 
 def _scalar(value: Tensor | float, device: torch.device | str) -> Tensor:
     # fp64: a window sums thousands of fp32 terms, and the CPU-side means are compared across splits.
@@ -73,12 +93,14 @@ class MetricsLog:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        """Adds a row. Raises: TrainingError if it cannot be written."""
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drops rows after ``step``: a resumed run writes them again. Keeps nothing of a torn last line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             return
         kept = []
@@ -89,9 +111,8 @@ class MetricsLog:
                 continue  # the line being written when the process was killed
             if row["step"] <= step:
                 kept.append(line)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        with writing(self.path), atomic_write(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

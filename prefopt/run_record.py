@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import platform
 import subprocess
+from pathlib import Path
 from typing import Any
 
 from prefopt.config.schema import Recipe
@@ -14,6 +16,8 @@ from prefopt.models.load import LoadedPolicy
 from prefopt.trainer import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
 
 _PACKAGES = (
     "prefopt",
@@ -78,8 +82,11 @@ def git_commit() -> str | None:
         return None
 
 
-def warn_about_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Names every setting that differs from the run being continued: it counts from here on."""
+def warn_about_changes(path: Path, new: dict[str, Any]) -> None:
+    """Names every setting that differs from the recorded run being continued: it counts from here on."""
+    if not path.is_file():  # a checkpoint of another run
+        return
+    old = json.loads(path.read_text(encoding="utf-8"))
     before, after = _leaves(old.get("recipe", {})), _leaves(new["recipe"])
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and not key.startswith(_FREE):

@@ -98,15 +98,18 @@ class PreferenceTrainer:
         self._meter = MeanMeter(accelerator.device)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._clock = time.perf_counter()
+        self._open_window_s = 0.0
         self._skipped = 0
 
     def train(self, resume_from: Path | None = None) -> TrainResult:
         """Runs to the last step, or to an interrupt, after which a checkpoint says where to go on.
 
         Raises: TrainingError for a non-finite loss or gradient (naming the pairs), a reference that is
-            not the policy at step 0, or a checkpoint that cannot be written.
+            not the policy at step 0, or a file of the run that cannot be written.
         """
-        self._start(resume_from)
+        if resume_from is not None:
+            self.restore(resume_from)
+        self._start()
         total = self.regime.num_steps
         interrupts = Interrupts(self.accelerator)
         hidden = not self.accelerator.is_main_process
@@ -125,6 +128,17 @@ class PreferenceTrainer:
             self._save(total)
         return TrainResult(total, finished=True)
 
+    def restore(self, path: Path) -> None:
+        """Goes on from a checkpoint: weights, optimizer, random states, position, the open logging window.
+
+        Raises: ConfigError if it is of other weights, data or processes; TrainingError if it is damaged.
+        """
+        state = self.checkpoints.load(path)
+        self.regime.load_state_dict(state["regime"])
+        self._meter.load_state_dict(state["metrics"], self.accelerator)
+        self._open_window_s = state["open_window_s"]
+        logger.info("resumed from %s (step %d)", path, self.regime.step)
+
     def evaluate(self) -> dict[str, float]:
         """Means over the held-out groups, named ``eval/…``; every pair counts once."""
         assert self.eval_source is not None
@@ -142,19 +156,15 @@ class PreferenceTrainer:
             add_batch_metrics(meter, lp, output)
         return {f"eval/{name}": value for name, value in meter.reduce(self.accelerator).items()}
 
-    def _start(self, resume_from: Path | None) -> None:
+    def _start(self) -> None:
         self.model.train()
-        if resume_from is not None:
-            state = self.checkpoints.load(resume_from)
-            self.regime.load_state_dict(state["regime"])
-            logger.info("resumed from %s (step %d)", resume_from, self.regime.step)
         if self.accelerator.is_main_process:
             self.log.rewind(self.regime.step)
         if self.regime.step == 0:
             self._check_reference()
             if self.eval_source is not None:
                 self._write({"step": 0, **self.evaluate()})
-        self._clock = time.perf_counter()
+        self._clock = time.perf_counter() - self._open_window_s
 
     def _check_reference(self) -> None:
         """At step 0 the policy is its own initial reference; anything else is a wrong reference."""
@@ -191,6 +201,7 @@ class PreferenceTrainer:
         self._meter.add("train/grad_norm", norm if taken else 0.0, float(taken))
         if self.settings.precision == "fp16":
             self._meter.add_total("train/skipped_steps", float(not taken))
+        self._meter.add("loss/total", 0.0, float(self.accelerator.is_main_process))
         self._meter.add("train/epoch", window.epoch, 1.0)
         self._meter.add("train/learning_rate", rate, 1.0)
 
@@ -210,6 +221,8 @@ class PreferenceTrainer:
             raise TrainingError(_name_culprits(micro_batch.groups, lp, output, window.step))
         self._meter.add_values(output.metrics)
         add_batch_metrics(self._meter, lp, output)
+        # The very number that is minimised: summed over micro-batches and ranks, counted once a window.
+        self._meter.add("loss/total", loss, 0.0)
         return loss if len(lp.pairs) else loss + policy.sum() * 0.0
 
     def _response_logps(self, groups: Sequence[Group], policy: Tensor) -> ResponseLogps:
@@ -265,7 +278,6 @@ class PreferenceTrainer:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         row = self._meter.reduce(self.accelerator)
-        row["loss/total"] = row.get("loss/pairs", 0.0) + row.get("loss/nll", 0.0)
         row["time/window_s"] = seconds
         row["tokens/per_s"] = row["tokens/computed"] / seconds
         peak = peak_memory_gib(self.accelerator.device)
@@ -279,8 +291,13 @@ class PreferenceTrainer:
 
     def _save(self, step: int) -> None:
         started = time.perf_counter()
-        processes = self.accelerator.num_processes
-        state = {"regime": self.regime.state_dict(), "num_processes": processes}
+        state = {
+            "regime": self.regime.state_dict(),
+            "num_processes": self.accelerator.num_processes,
+            # A checkpoint may fall between two rows of metrics.jsonl: the next row is of the whole window.
+            "metrics": self._meter.state_dict(self.accelerator),
+            "open_window_s": started - self._clock,
+        }
         self.checkpoints.save(step, state)
         self._clock += time.perf_counter() - started
 

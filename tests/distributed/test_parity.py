@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from safetensors.torch import load_file
 from prefopt.metrics import read_metrics
 from tests.distributed.launch import cpu_config, launch, write_model, write_pairs, write_recipe
 
-SIMPO = {"name": "simpo", "beta": 2.0, "gamma": 1.0, "nll_weight": 0.5}
 TUNINGS = {"lora": {}, "full": {"peft": None}}
 
 
@@ -43,8 +43,7 @@ def run(
         **TUNINGS[tuning],
         **sections,
     )
-    script = json.loads(json.dumps(sections)).get("objective", {}).get("name", "dpo")
-    done = launch(cpu_config(config, processes, directory), script, recipe, *overrides)
+    done = launch(cpu_config(config, processes, directory), "dpo", recipe, *overrides)
     assert done.returncode == 0, done.stderr[-4000:]
     record = json.loads((directory / "run" / "run.json").read_text())
     assert record["processes"] == processes
@@ -81,3 +80,29 @@ def test_two_processes_give_the_single_process_run(
     """With micro-batches of two pairs, so that every rank accumulates over several backward passes."""
     two = run(tmp_path / "two", inputs, config, 2, tuning, "train.micro_batch_size=2")
     assert_same_run(two, single[tuning])
+
+
+@pytest.mark.parametrize("config", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+def test_resumed_run_of_two_processes_ends_where_the_single_one_does(
+    config: str, inputs: Path, single: dict[str, Path], tmp_path: Path
+) -> None:
+    """Killed after its checkpoint of step 3, as far as the disk can tell, and started again."""
+    run(
+        tmp_path / "two",
+        inputs,
+        config,
+        2,
+        "lora",
+        "train.save_every=3",
+        "train.keep_checkpoints=9",
+    )
+    checkpoints = tmp_path / "two" / "run" / "checkpoints"
+    for path in checkpoints.iterdir():
+        if path.name != "step-3":
+            shutil.rmtree(path)
+    shutil.rmtree(tmp_path / "two" / "run" / "final")
+    recipe = tmp_path / "two" / "recipe.yaml"
+    done = launch(cpu_config(config, 2, tmp_path), "dpo", recipe)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "resumed from" in done.stderr
+    assert_same_run(tmp_path / "two" / "run", single["lora"])

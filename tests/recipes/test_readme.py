@@ -1,0 +1,52 @@
+"""What the README shows is what runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prefopt.build import train
+from prefopt.config import Recipe
+from prefopt.metrics import read_metrics
+from prefopt.registry import objective_names
+from tests.distributed.launch import write_model, write_pairs, write_recipe
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def block(language: str, opening: str) -> str:
+    """The README's code block in ``language`` that starts with ``opening``."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    (found,) = [text for text in blocks if text.startswith(opening)]
+    return found
+
+
+def test_your_own_objective_trains_in_ten_lines(tmp_path: Path) -> None:
+    code = block("python", "# my_margin.py")
+    assert len([line for line in code.splitlines()[1:] if line.strip()]) <= 10
+    (tmp_path / "my_margin.py").write_text(code, encoding="utf-8")
+    added = yaml.safe_load(block("yaml", "# added to the recipe"))
+    model, pairs = write_model(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 16)
+    path = write_recipe(tmp_path / "recipe.yaml", model, pairs, train={"learning_rate": 1e-2})
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | added), encoding="utf-8")
+    losses = [row["loss/total"] for row in read_metrics(train(path) / "metrics.jsonl")]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_recipe_of_the_readme_is_a_recipe() -> None:
+    recipe = Recipe.model_validate(yaml.safe_load(block("yaml", "model:").replace("1e-5", "1.0e-5")))
+    assert recipe.objective == {"name": "simpo", "beta": 2.0, "gamma": 1.0}
+
+
+def test_every_objective_is_in_the_table() -> None:
+    table = README[README.index("| objective |") : README.index("¹ By a person")]
+    listed = set(re.findall(r"`([a-z_]+)`", table)) - {"label_smoothing"}
+    assert listed == {name for name in objective_names() if name != "margin"}
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(((?:docs/)?[A-Za-z_.]+\.md)\)", README))
+def test_links_lead_somewhere(path: str) -> None:
+    assert (Path(__file__).resolve().parents[2] / path).is_file()

@@ -68,12 +68,11 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     trainer = build_trainer(recipe, data.train, data.eval, policy, accelerator)
     record = describe_run(recipe, data, policy, trainer)
     if resume_from is not None:
-        if accelerator.is_main_process:
-            warn_about_changes(run_dir / RUN_FILE, record)
+        if accelerator.is_main_process and (run_dir / RUN_FILE).is_file():
+            warn_about_changes(json.loads((run_dir / RUN_FILE).read_text("utf-8")), record)
         trainer.restore(resume_from)
-    if (
-        accelerator.is_main_process
-    ):  # after restoring: a refused start leaves the run's record alone
+    # Only now: a start that is refused above leaves the record of the run as it was.
+    if accelerator.is_main_process:
         _write_run_files(run_dir, record, data)
     accelerator.wait_for_everyone()
     result = trainer.train()
@@ -151,8 +150,7 @@ def save_verified(
     if accelerator.is_main_process:
         assert state is not None
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        with writing(directory):
-            save_final(policy.model, tokenizer, directory, state_dict=state)
+        save_final(policy.model, tokenizer, directory, state_dict=state)
         verify_saved(directory, state)
         logger.info("saved and verified %s", directory)
     accelerator.wait_for_everyone()

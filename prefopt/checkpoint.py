@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from accelerate.utils import load as load_file_of_accelerate
 from safetensors import SafetensorError
 from torch import nn
 
@@ -85,6 +86,7 @@ class Checkpoints:
             state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
             self._check_processes(path, state["num_processes"])
             self.accelerator.load_state(str(path), **options)
+            _check_random_state(path / f"random_states_{self.accelerator.process_index}.pkl")
         except _DAMAGED as error:
             raise TrainingError(
                 f"the checkpoint {path} cannot be loaded: {' '.join(str(error).split())}. If it is damaged, "
@@ -164,6 +166,16 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
             "run.output_dir to branch off, or delete the checkpoints after the one you want"
         )
     return path
+
+
+def _check_random_state(path: Path) -> None:
+    """Raises if the random state saved in ``path`` is not the one in force.
+
+    accelerate 1.15 goes on with whatever state there is when it cannot read the saved one, and says nothing.
+    """
+    states = load_file_of_accelerate(path)
+    if not torch.equal(states["torch_manual_seed"], torch.get_rng_state()):
+        raise ValueError(f"{path.name}: the random state could not be restored")
 
 
 @contextlib.contextmanager

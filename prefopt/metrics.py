@@ -72,7 +72,7 @@ class MeanMeter:
         return {"sums": sums, "totals": sorted(self._totals)}
 
     def load_state_dict(self, state: Mapping[str, Any], accelerator: Any) -> None:
-        """Goes on from `state_dict`: the main process takes the sums, the others zeros, so they count once."""
+        """Goes on from `state_dict`: the main process takes the sums, others zeros, so each counts once."""
         share = float(accelerator.is_main_process)
         self._sums = {
             name: share * torch.tensor(pair, dtype=torch.float64, device=self.device)

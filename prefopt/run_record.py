@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import platform
 import subprocess
-from pathlib import Path
 from typing import Any
 
 from prefopt.config.schema import Recipe
@@ -82,11 +80,8 @@ def git_commit() -> str | None:
         return None
 
 
-def warn_about_changes(path: Path, new: dict[str, Any]) -> None:
-    """Names every setting that differs from the recorded run being continued: it counts from here on."""
-    if not path.is_file():  # a checkpoint of another run
-        return
-    old = json.loads(path.read_text(encoding="utf-8"))
+def warn_about_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Names every setting that differs from the run being continued: it counts from here on."""
     before, after = _leaves(old.get("recipe", {})), _leaves(new["recipe"])
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and not key.startswith(_FREE):

@@ -48,7 +48,7 @@ LAYERS = {
     "prefopt.reference_pass": 4,
     "prefopt.trainer": 5,
     "prefopt.stages": 5,
-    "prefopt.run_record": 6,
+    "prefopt.run_record": 5,
     "prefopt.build": 6,
     "prefopt.show": 6,
     "prefopt.help_pages": 6,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
@@ -74,8 +75,7 @@ def run_stage(recipe: Recipe) -> Path:
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe.data, tokenizer, stage=recipe.stage)
     sizes = [stage.row_tokens(data.train.group(index)) for index in range(len(data.train))]
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = plan_batches(recipe.train, sizes, num_processes=world_size)
+    plan = plan_batches(recipe.train, sizes, num_processes=world_size())
     arguments = _arguments(
         stage, recipe, plan, has_eval=data.eval is not None, fresh=resume_from is None
     )
@@ -90,6 +90,11 @@ def run_stage(recipe: Recipe) -> Path:
     if trainer.is_world_process_zero():
         logger.info("run directory: %s", run_dir)
     return run_dir
+
+
+def world_size() -> int:
+    """Processes of this launch, known before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def find_stage_checkpoint(run_dir: Path, resume: str) -> Path | None:
@@ -159,10 +164,21 @@ def _arguments(
         options["disable_dropout"] = recipe.model.disable_dropout  # TRL's own default is True
     # The first step of a run is evaluated before, so that the curve has a start; a resumed run has one.
     options["eval_on_start"] = has_eval and fresh
+    if world_size() > 1 and not torch.accelerator.is_available():
+        # Without a name, DeepSpeed on CPU gets no process group and every process trains by itself.
+        options["ddp_backend"] = "gloo"
     try:
-        return stage.config(**options)
+        arguments = stage.config(**options)
     except ValueError as error:  # e.g. bf16 on a device that has none
         raise ConfigError(f"train (stage {recipe.stage}): {error}") from error
+    if arguments.deepspeed_plugin is not None:
+        # The shipped configurations say 1, which our own trainer needs; TRL's accumulates in DeepSpeed.
+        arguments.deepspeed_plugin.deepspeed_config.update(
+            train_batch_size=plan.global_batch_size,
+            gradient_accumulation_steps=plan.accumulation,
+            gradient_clipping=recipe.train.max_grad_norm or 0.0,
+        )
+    return arguments
 
 
 def _trainer(

@@ -32,7 +32,6 @@ def run(
     processes: int,
     tuning: str,
     *overrides: str,
-    **sections: dict,
 ) -> Path:
     """Trains in ``directory`` and returns the run directory; the launch must have had its processes."""
     directory.mkdir()
@@ -41,7 +40,6 @@ def run(
         inputs / "model",
         inputs / "pairs.jsonl",
         **TUNINGS[tuning],
-        **sections,
     )
     done = launch(cpu_config(config, processes, directory), "dpo", recipe, *overrides)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -37,7 +37,9 @@ def test_your_own_objective_trains_in_ten_lines(tmp_path: Path) -> None:
 
 
 def test_recipe_of_the_readme_is_a_recipe() -> None:
-    recipe = Recipe.model_validate(yaml.safe_load(block("yaml", "model:").replace("1e-5", "1.0e-5")))
+    recipe = Recipe.model_validate(
+        yaml.safe_load(block("yaml", "model:").replace("1e-5", "1.0e-5"))
+    )
     assert recipe.objective == {"name": "simpo", "beta": 2.0, "gamma": 1.0}
 
 

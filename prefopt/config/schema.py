@@ -189,7 +189,7 @@ class TrainSection(Section):
     adam_epsilon: PositiveFloat = 1e-8
     """AdamW denominator floor; 1e-4 stabilises online DPO (arXiv:2506.21495)."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay; norms and biases are exempt."""
+    """Weight decay, decoupled under adamw and L2 under rmsprop; norms and biases are exempt."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Clip the global gradient norm to this; `null` does not clip."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

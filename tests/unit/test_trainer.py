@@ -115,9 +115,8 @@ def test_resumed_run_ends_bit_for_bit_where_the_undisturbed_one_does(tmp_path: P
             if hasattr(layer, "lora_dropout"):
                 layer.lora_dropout = torch.nn.ModuleDict({"default": torch.nn.Dropout(0.1)})
         torch.manual_seed(5)
-        return make_trainer(
-            tmp_path / name, source, objective=SIMPO, model=model, num_epochs=2, save_every=1, keep_checkpoints=9
-        )  # fmt: skip
+        settings = {"num_epochs": 2, "save_every": 1, "keep_checkpoints": 9}
+        return make_trainer(tmp_path / name, source, objective=SIMPO, model=model, **settings)
 
     straight = fresh("straight")
     straight.train()

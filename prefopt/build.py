@@ -18,7 +18,12 @@ from prefopt.checks import check
 from prefopt.config.load import load_recipe
 from prefopt.config.schema import Recipe, TrainSection
 from prefopt.data import DataBundle, load_data
-from prefopt.distributed import configure_deepspeed, gathered_state, process_group_options
+from prefopt.distributed import (
+    check_launch,
+    configure_deepspeed,
+    gathered_state,
+    process_group_options,
+)
 from prefopt.errors import ConfigError
 from prefopt.layouts import build_logp_model
 from prefopt.logps import LogpModel
@@ -183,6 +188,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         )
     except ValueError as error:  # e.g. fp16 on a device that has none
         raise ConfigError(f"train.precision = {recipe.train.precision}: {error}") from error
+    check_launch(accelerator)
     if recipe.run.trackers:
         name = recipe.run.name or Path(recipe.run.output_dir).name
         settings = _flat(recipe.model_dump())

@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor, nn
 
+from prefopt.errors import ConfigError
+
 
 @contextlib.contextmanager
 def sync_gradients(accelerator: Accelerator, model: Any, last: bool) -> Iterator[None]:
@@ -43,6 +45,23 @@ def process_group_options() -> list[KwargsHandler]:
     if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return []
     return [InitProcessGroupKwargs(backend="gloo")]
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Raises ConfigError if the launch asked for DeepSpeed or FSDP and accelerate set up something else.
+
+    It does so without a word on CPU (accelerate 1.15): FSDP becomes DDP, and ACCELERATE_USE_CPU=true turns
+    DeepSpeed off.
+    """
+    for name in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        asked = os.environ.get(f"ACCELERATE_USE_{name.value}", "false").lower() == "true"
+        if asked and accelerator.distributed_type != name:
+            found = accelerator.distributed_type.value
+            raise ConfigError(
+                f"accelerate launch: the configuration asks for {name.value}, accelerate set up {found} on "
+                f"{accelerator.device}; use accelerate_configs/ddp.yaml there, or a GPU. DeepSpeed runs on "
+                "CPU if ACCELERATE_USE_CPU is not set"
+            )
 
 
 def configure_deepspeed(accelerator: Accelerator, max_norm: float | None) -> None:

@@ -154,7 +154,9 @@ class PreferenceTrainer:
             output = self.objective(lp)
             meter.add_values(output.metrics)
             add_batch_metrics(meter, lp, output)
-        return {f"eval/{name}": value for name, value in meter.reduce(self.accelerator).items()}
+        row = meter.reduce(self.accelerator)
+        row["loss/total"] = row["loss/pairs"] + row.get("loss/nll", 0.0)
+        return {f"eval/{name}": value for name, value in row.items()}
 
     def _start(self) -> None:
         self.model.train()

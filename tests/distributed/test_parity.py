@@ -80,6 +80,14 @@ def test_two_processes_give_the_single_process_run(
     assert_same_run(two, single[tuning])
 
 
+def test_launch_that_is_not_what_it_says_is_refused(inputs: Path, tmp_path: Path) -> None:
+    """accelerate runs this FSDP configuration as DDP on CPU processes, and says nothing."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", inputs / "model", inputs / "pairs.jsonl")
+    done = launch(cpu_config("fsdp2", 2, tmp_path), "dpo", recipe)
+    assert done.returncode != 0
+    assert "asks for FSDP, accelerate set up MULTI_CPU on cpu" in done.stderr
+
+
 @pytest.mark.parametrize("config", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_resumed_run_of_two_processes_ends_where_the_single_one_does(
     config: str, inputs: Path, single: dict[str, Path], tmp_path: Path

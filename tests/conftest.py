@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Tiny matrices: a second thread only waits for the first, and several test processes share the cores.
+# Set before anything imports torch; launched processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from tests.unit.tiny_tokenizers import TokenizerFactory, make_tokenizer
 
 

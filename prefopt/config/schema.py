@@ -5,12 +5,15 @@ The string under a field is its documentation and its ``--help``: there is no se
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+# A hub id has no ~, so one type serves for what may be either.
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):
@@ -29,14 +32,14 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which policy to train and how its log-probs are computed."""
 
-    path: str
+    path: PathText
     """Hub id or local directory of the policy; a directory that holds a PEFT adapter is loaded with
     its base."""
     revision: str | None = None
     """Hub revision (commit, tag or branch); pin it to make a run reproducible."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Hub id or directory of the tokenizer; default: the model's own."""
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """Path of a Jinja file that replaces the tokenizer's chat template."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype the weights are loaded in; `auto` is the dtype they were saved in."""
@@ -60,7 +63,7 @@ class PeftSection(Section):
     type: str = "lora"
     """peft type (`lora`, `adalora`, `loha`, `ia3`, …); variants such as DoRA are keys of the type
     (`use_dora: true`)."""
-    adapter: str | None = None
+    adapter: PathText | None = None
     """Train on from this saved adapter; the reference is then this adapter, not the bare base.
     Takes no other key."""
 
@@ -94,7 +97,7 @@ class ColumnMap(Section):
 class SourceSection(Section):
     """One data source of a mixture."""
 
-    path: str
+    path: PathText
     """Local file, directory or glob (json, jsonl, parquet, csv; .gz too), or a hub data set id."""
     split: str | None = None
     """Split of a hub data set, e.g. `train_prefs`. Not for local files."""
@@ -133,7 +136,7 @@ class DataSection(Section):
     bounded."""
     seed: int = 0
     """Seed of the train/eval split and of mixture draws."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Where tokenised data is cached; default: `$PREFOPT_CACHE` or `~/.cache/prefopt`."""
     num_workers: PositiveInt = 1
     """Processes that tokenise."""
@@ -151,11 +154,11 @@ class ReferenceSection(Section):
 
     name: Literal["initial", "model", "none"] = "initial"
     """`initial`: the policy as loaded, adapter included. `model`: the weights of `path`. `none`."""
-    path: str | None = None
+    path: PathText | None = None
     """Hub id or directory of the reference, with `name: model`. Same tokenizer as the policy."""
     revision: str | None = None
     """Hub revision of `path`."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Store of reference log-probs, shared by runs, losses and learning rates; default: as
     `data.cache_dir`."""
 
@@ -198,7 +201,7 @@ class TrainSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = 42
     """Seed of adapter initialisation, data order and dropout."""
-    resume: str = "auto"
+    resume: PathText = "auto"
     """`auto`: from the newest complete checkpoint of `run.output_dir`, if any; `never`; or the path of
     a checkpoint."""
     save_every: PositiveInt | None = None
@@ -214,7 +217,7 @@ class TrainSection(Section):
 class RunSection(Section):
     """Where the run lives and who is told."""
 
-    output_dir: str
+    output_dir: PathText
     """Run directory: run.json, metrics.jsonl, rejects.jsonl, checkpoints/ and final/."""
     name: str | None = None
     """Name shown by trackers; default: the directory's name."""

@@ -363,3 +363,19 @@ def test_every_key_is_documented() -> None:
         for key, field in section.model_fields.items():
             nested = key in {"model", "data", "train", "run", "regime"} and section is Recipe
             assert field.description or nested, f"{name}.{key} has no docstring"
+
+
+def test_home_is_expanded_in_every_path(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A literal ~ directory under the current one is nobody's wish."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    overrides = [
+        "model.path=~/m",
+        "run.output_dir=~/r",
+        "data.cache_dir=~/c",
+        "data.train.0.path=~/d.jsonl",
+    ]
+    recipe = load_recipe(recipe_file, [*overrides, "train.resume=~/x"])
+    found = [recipe.model.path, recipe.run.output_dir, recipe.data.cache_dir, recipe.train.resume]
+    assert [*found, recipe.data.train[0].path] == [
+        f"/home/someone/{name}" for name in ("m", "r", "c", "x", "d.jsonl")
+    ]

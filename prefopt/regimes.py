@@ -179,7 +179,7 @@ class OfflineRegime:
             raise ConfigError(
                 "the checkpoint was made with other data, another data.seed/train.seed or another "
                 "train.global_batch_size: its position means nothing here. Restore those settings, or start "
-                "afresh with train.resume = never (or another run.output_dir)"
+                "afresh in another run.output_dir"
             )
         self.step = state["step"]
 

@@ -201,40 +201,44 @@ class OfflineRegime:
         return int(self.source.prompt_lengths[row] + self.source.response_lengths[row].sum()), row
 
 
+# Micro-batches that a row may still join. With rows longest first, older ones are as good as full, and
+# a bound keeps a pass over 60,000 rows from comparing each with thousands of them.
+_OPEN_BATCHES = 32
+
+
 def split_micro_batches(
     source: GroupSource, rows: Sequence[int], limits: SplitLimits
 ) -> list[list[int]]:
-    """Rows in as few micro-batches as fit ``limits``: longest first, each where it fits first."""
-    costs = {row: _row_tokens(source, row, limits.packed) for row in rows}
-    bins: list[list[int]] = []
-    for row in sorted(rows, key=lambda r: (costs[r], r), reverse=True):
-        for batch in bins:
-            if limits.max_groups is not None and len(batch) >= limits.max_groups:
-                continue
-            if _batch_tokens(source, [*batch, row], limits.packed) <= limits.max_tokens:
+    """Rows in few micro-batches that fit ``limits``: longest first, each into the first that has room."""
+    tokens = {row: forward_tokens(source, row, limits.packed) for row in rows}
+    batches: list[list[int]] = []
+    loads: list[int] = []
+    for row in sorted(rows, key=lambda r: (tokens[r], r), reverse=True):
+        for index in range(max(0, len(batches) - _OPEN_BATCHES), len(batches)):
+            batch = batches[index]
+            # Padded, a shorter row takes as much as the longest of its batch, which is the first.
+            load = loads[index] + tokens[row if limits.packed else batch[0]]
+            if load <= limits.max_tokens and len(batch) != limits.max_groups:
                 batch.append(row)
+                loads[index] = load
                 break
         else:
-            bins.append([row])
-    return bins
+            batches.append([row])
+            loads.append(tokens[row])
+    return batches
 
 
 def longest_row_tokens(source: GroupSource, packed: bool) -> int:
     """Tokens of the largest forward that a single row can need."""
-    return max(_batch_tokens(source, [row], packed) for row in range(len(source)))
+    return max(forward_tokens(source, row, packed) for row in range(len(source)))
 
 
-def _row_tokens(source: GroupSource, row: int, packed: bool) -> int:
+def forward_tokens(source: GroupSource, row: int, packed: bool) -> int:
+    """Tokens of a forward over one row alone: prompt once and no padding if packed, else both in full."""
     prompt, responses = int(source.prompt_lengths[row]), source.response_lengths[row]
-    return prompt + int(responses.sum()) if packed else prompt + int(responses.max())
-
-
-def _batch_tokens(source: GroupSource, rows: list[int], packed: bool) -> int:
-    """Tokens of one forward: their sum when packed, rows × longest row when padded."""
-    costs = [_row_tokens(source, row, packed) for row in rows]
     if packed:
-        return sum(costs)
-    return max(costs) * len(rows) * source.response_lengths.shape[1]
+        return prompt + int(responses.sum())
+    return (prompt + int(responses.max())) * len(responses)
 
 
 def _check_sizes(source: GroupSource, batch: int, limits: SplitLimits, world_size: int) -> None:
@@ -250,8 +254,8 @@ def _check_sizes(source: GroupSource, batch: int, limits: SplitLimits, world_siz
             f"train.global_batch_size = {batch}: does not divide over {world_size} processes, so one rank "
             f"would wait for another every step; use {below} or {above}"
         )
-    longest = max(range(len(source)), key=lambda row: _batch_tokens(source, [row], limits.packed))
-    need = _batch_tokens(source, [longest], limits.packed)
+    longest = max(range(len(source)), key=lambda row: forward_tokens(source, row, limits.packed))
+    need = forward_tokens(source, longest, limits.packed)
     if need > limits.max_tokens:
         problems.append(
             f"train.micro_batch_tokens = {limits.max_tokens}: the longest pair has {need} tokens (row "

@@ -14,7 +14,8 @@ from prefopt.checkpoint import find_checkpoint
 from prefopt.errors import ConfigError, TrainingError
 from prefopt.metrics import read_metrics
 from prefopt.optim import learning_rate
-from prefopt.regimes import GroupList
+from prefopt.regimes import GroupList, SplitLimits, split_micro_batches
+from prefopt.sweep import layout_fn
 from prefopt.types import Group, Response
 from tests.unit.memory_trainer import (
     lora_llama,
@@ -285,6 +286,19 @@ def test_ranks_share_a_window_evenly_and_lose_no_row() -> None:
         assert sorted(seen) == sorted(source.group(row).id for row in regimes[0].rows(step))
         assert windows[0].num_pairs == len(seen)
     assert dataclasses.asdict(windows[0])["num_pairs"] == 6
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_micro_batches_hold_every_row_once_within_their_limits(packed: bool) -> None:
+    """Against the layouts themselves: what is counted is what a forward would compute."""
+    source = GroupList(random_pairs(200))
+    limits = SplitLimits(150, max_groups=5, packed=packed)
+    batches = split_micro_batches(source, range(200), limits)
+    assert sorted(row for batch in batches for row in batch) == list(range(200))
+    lay_out = layout_fn(packed=packed)
+    sizes = [lay_out([source.group(row) for row in batch]).num_input_tokens for batch in batches]
+    assert max(sizes) <= 150 and max(map(len, batches)) <= 5
+    assert len(batches) < 200 / 2  # and they are not all alone
 
 
 def test_learning_rates_are_those_of_transformers() -> None:

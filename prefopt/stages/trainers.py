@@ -19,6 +19,9 @@ class _FiniteLoss:
     train_source: GroupSource
     eval_source: GroupSource | None
 
+    def _send_telemetry(self) -> None:
+        """Nothing: a run tells nobody about itself unless ``run.trackers`` says so (TRL pings its hub)."""
+
     def compute_loss(
         self,
         model: Any,

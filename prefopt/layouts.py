@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prefopt.collate import pack, pad
 from prefopt.errors import ModelError
-from prefopt.logps import LogpModel
+from prefopt.logps import LogpModel, unwrap_causal_lm
 from prefopt.types import Group, Response
 
 logger = logging.getLogger(__name__)
@@ -66,14 +66,9 @@ def build_logp_model(model: nn.Module, layout: str = "auto") -> LogpModel:
     raise AssertionError("unreachable: the loop returns or raises")
 
 
-def _causal_lm(model: nn.Module) -> Any:
-    get_base = getattr(model, "get_base_model", None)
-    return get_base() if get_base is not None else model
-
-
 def _why_not_packed(model: nn.Module) -> str | None:
     """A reason known from the architecture alone: no attention, or one that takes no custom mask."""
-    causal_lm = _causal_lm(model)
+    causal_lm = unwrap_causal_lm(model)
     if not getattr(causal_lm, "_supports_attention_backend", False):
         return f"{type(causal_lm).__name__}'s attention takes no custom implementation"
     if getattr(causal_lm, "_is_stateful", False):
@@ -83,7 +78,7 @@ def _why_not_packed(model: nn.Module) -> str | None:
 
 def _disagreement(model: nn.Module, packed: bool) -> str | None:
     """Why the engine's log-probs differ from the model's own forward on probe groups; None if they agree."""
-    causal_lm = _causal_lm(model)
+    causal_lm = unwrap_causal_lm(model)
     attention = causal_lm.config._attn_implementation
     was_training = model.training
     groups = _probe_groups(causal_lm.config.get_text_config(decoder=True).vocab_size)

@@ -48,6 +48,12 @@ class LogitTransform:
         return logits
 
 
+def unwrap_causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside any PEFT wrapper (LoRA layers are injected, so they still run)."""
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if get_base is not None else model
+
+
 class LogpModel(nn.Module):
     """A causal LM whose forward maps a `TokenLayout` to (R, T) fp32 log-probs.
 
@@ -73,9 +79,8 @@ class LogpModel(nn.Module):
 
     @property
     def causal_lm(self) -> Any:
-        """The transformers model inside any PEFT wrapper (LoRA layers are injected, so they still run)."""
-        get_base = getattr(self.model, "get_base_model", None)
-        return get_base() if get_base is not None else self.model
+        """The transformers model whose decoder and head run; see `unwrap_causal_lm`."""
+        return unwrap_causal_lm(self.model)
 
     def forward(self, layout: TokenLayout) -> Tensor:
         """(R, T) fp32 natural-log probabilities of the response tokens, zero elsewhere."""

@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+DEFAULT_MICRO_BATCH_TOKENS = 16384
+"""`train.micro_batch_tokens` where the recipe leaves it out, on anything but a CPU."""
 # A hub id has no ~, so one type serves for what may be either.
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from prefopt.config.schema import Recipe, TrainSection
+from prefopt.config.schema import DEFAULT_MICRO_BATCH_TOKENS, Recipe, TrainSection
 from prefopt.errors import ConfigError
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-DEFAULT_MICRO_BATCH_TOKENS = 16384
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop"}
 
 

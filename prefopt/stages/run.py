@@ -24,7 +24,7 @@ from prefopt.data import DataBundle, load_data
 from prefopt.distributed import Interrupts, gathered_state
 from prefopt.errors import ConfigError, TrainingError
 from prefopt.metrics import MetricsLog
-from prefopt.models.adapters import save_final, verify_saved
+from prefopt.models.adapters import save_final
 from prefopt.models.load import check_vocabulary, load_policy, load_tokenizer
 from prefopt.run_record import git_commit, versions, warn_about_changes
 from prefopt.stages.arguments import BatchPlan, plan_batches, training_arguments
@@ -276,7 +276,6 @@ def _save_verified(trainer: Any, tokenizer: Any, directory: Path) -> None:
     if accelerator.is_main_process:
         assert state is not None
         save_final(model, tokenizer, directory, state_dict=state)
-        verify_saved(directory, state)
     accelerator.wait_for_everyone()
 
 

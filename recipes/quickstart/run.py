@@ -60,9 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from recipes.quickstart.prepare import write_base, write_jsonl
 
     clock = Clock()
-    for (
-        name
-    ) in OWN_DIRECTORIES:  # an earlier quickstart; its caches stay, they are keyed by content
+    # What an earlier quickstart left goes; its caches stay, they are keyed by content.
+    for name in OWN_DIRECTORIES:
         shutil.rmtree(RUN_DIR / name, ignore_errors=True)
     with clock.phase(
         "prepare", "1/5  an untrained model, and demonstrations half of which are careless"

@@ -84,8 +84,8 @@ def run_ours(args: argparse.Namespace, directory: Path, *, precomputed: bool) ->
     from prefopt.config import Recipe
     from prefopt.metrics import read_metrics
     from prefopt.models.load import LoadedPolicy
-    from prefopt.regimes import GroupList
     from prefopt.types import Group, Response
+    from prefopt.windows import GroupList
 
     groups = [
         Group(str(i), tuple(row["prompt_ids"]),

@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils import load as load_file_of_accelerate
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from prefopt.errors import ConfigError, TrainingError
@@ -54,8 +55,15 @@ class Checkpoints:
             accelerator.register_save_state_pre_hook(_keep_trainable)
             accelerator.register_load_state_pre_hook(_load_trainable)
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Writes the checkpoint of ``step``; TrainingError (and no trace of it) if it cannot be written."""
+    def save(
+        self, step: int, state: dict[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> Path:
+        """Writes the checkpoint of ``step``; TrainingError (and no trace of it) if it cannot be written.
+
+        Args:
+            state: JSON, the same on every process.
+            tensors: what this process must keep beside its shard of the weights.
+        """
         accelerator = self.accelerator
         temporary, final = self.root / f"tmp-step-{step}", self.root / f"step-{step}"
         if accelerator.is_main_process:
@@ -64,6 +72,11 @@ class Checkpoints:
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             accelerator.save_state(str(temporary), **self._save_options())
+            if tensors:
+                held = {
+                    name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()
+                }
+                save_file(held, temporary / self._tensor_file)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 _write_state(temporary / _STATE_FILE, {**state, "step": step})
@@ -93,6 +106,15 @@ class Checkpoints:
                 "delete that directory and run the same command: it goes on from the one before, if any"
             ) from error
         return state
+
+    def load_tensors(self, path: Path) -> dict[str, torch.Tensor]:
+        """This process's ``tensors`` of the checkpoint, empty if it saved none."""
+        file = path / self._tensor_file
+        return load_file(file) if file.is_file() else {}
+
+    @property
+    def _tensor_file(self) -> str:
+        return f"reference-{self.accelerator.process_index}.safetensors"
 
     def _check_processes(self, path: Path, processes: int) -> None:
         if processes != self.accelerator.num_processes:
@@ -168,6 +190,12 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     return path
 
 
+def oldest_checkpoint(root: Path) -> int | None:
+    """The step of the oldest complete checkpoint under ``root``: the furthest a kill can send a run back."""
+    found = _complete(root)
+    return int(found[0].name.removeprefix("step-")) if found else None
+
+
 def _check_random_state(path: Path) -> None:
     """Raises if the random state saved in ``path`` is not the one in force.
 
@@ -232,8 +260,6 @@ def _keep_trainable(models: list[nn.Module], weights: list[Any], output_dir: str
 
 def _load_trainable(models: list[nn.Module], input_dir: str) -> None:
     """accelerate's load hook: loads what `_keep_trainable` stored, and nothing less."""
-    from safetensors.torch import load_file
-
     while models:  # what is left in the list, accelerate would load by itself, strictly
         model = _unwrap(models.pop())
         saved = load_file(Path(input_dir) / "model.safetensors")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prefopt.types import Group, ResponseBatch, pair_index
+from prefopt.types import Group, Response, ResponseBatch, pair_index
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,37 @@ def response_mask(batch: ResponseBatch) -> Tensor:
 
 
 def make_batch(groups: Sequence[Group]) -> ResponseBatch:
-    """A batch of groups with their pairs and scores; log-probs are filled in by whoever has them."""
+    """A batch of groups with their labels and samplers' log-probs; the reference's are filled in later."""
     groups = tuple(groups)
-    scores = [response.score for group in groups for response in group.responses]
-    rewards = None
-    if any(score is not None for score in scores):
-        rewards = torch.tensor([float("nan") if score is None else score for score in scores])
-    return ResponseBatch(groups=groups, pairs=pair_index(groups), rewards=rewards)
+    responses = [response for group in groups for response in group.responses]
+    sizes = torch.tensor([len(group.responses) for group in groups])
+    sampled = torch.tensor([response.is_sampled for response in responses])
+    has_samples = bool(sampled.any())
+    return ResponseBatch(
+        groups=groups,
+        pairs=pair_index(groups),
+        rewards=_column([response.score for response in responses], missing=float("nan")),
+        advantages=_column([response.advantage for response in responses], missing=0.0),
+        behavior_logps=_behavior_logps(responses) if has_samples else None,
+        samples=sampled if has_samples else None,
+        group=torch.arange(len(groups)).repeat_interleave(sizes),
+    )
+
+
+def _column(values: Sequence[float | None], *, missing: float) -> Tensor | None:
+    """(R,) fp32, None if no row has a value."""
+    if all(value is None for value in values):
+        return None
+    return torch.tensor([missing if value is None else value for value in values])
+
+
+def _behavior_logps(responses: Sequence[Response]) -> Tensor:
+    """(R, T) fp32 log-probs of the sampler, zero on rows and tokens without."""
+    result = torch.zeros(len(responses), max(len(response.ids) for response in responses))
+    for row, response in enumerate(responses):
+        if response.logps is not None:
+            result[row, : len(response.logps)] = torch.tensor(response.logps)
+    return result
 
 
 def pack(groups: Sequence[Group]) -> TokenLayout:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from prefopt.cache import atomic_write
@@ -23,8 +24,7 @@ from prefopt.distributed import sum_over_processes
 class MeanMeter:
     """Sums and counts by name, held on one device until `reduce`.
 
-    Every process must add the same names in a window (fillers add zero counts), because they are reduced
-    as one vector.
+    A process may lack names that others have (a share without samples, say): they count as nothing there.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -49,12 +49,7 @@ class MeanMeter:
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
         """Means over all processes, and forgets; a name without a single item is left out."""
-        if not self._sums:
-            return {}
-        names = sorted(self._sums)
-        stacked = torch.stack([self._sums[name] for name in names])
-        if accelerator.num_processes > 1:
-            stacked = sum_over_processes(accelerator, stacked)
+        names, stacked = self._stacked(accelerator)
         self._sums = {}
         return {
             name: total if name in self._totals else total / count
@@ -64,12 +59,25 @@ class MeanMeter:
 
     def state_dict(self, accelerator: Any) -> dict[str, Any]:
         """What was added since the last `reduce`, over all processes; for a checkpoint. A collective."""
-        names = sorted(self._sums)
-        stacked = torch.stack([self._sums[name] for name in names]) if names else torch.zeros(0, 2)
-        if names and accelerator.num_processes > 1:
-            stacked = sum_over_processes(accelerator, stacked)
+        names, stacked = self._stacked(accelerator)
         sums = dict(zip(names, stacked.tolist(), strict=True))
         return {"sums": sums, "totals": sorted(self._totals)}
+
+    def _stacked(self, accelerator: Any) -> tuple[list[str], Tensor]:
+        """Every process's names, and (names, 2) sums and counts over all processes. A collective."""
+        names = set(self._sums)
+        if accelerator.num_processes > 1:
+            everyone = gather_object([(sorted(names), sorted(self._totals))])
+            names = {name for theirs, _ in everyone for name in theirs}
+            self._totals |= {name for _, theirs in everyone for name in theirs}
+        ordered = sorted(names)
+        if not ordered:
+            return [], torch.zeros(0, 2)
+        none = torch.zeros(2, dtype=torch.float64, device=self.device)
+        stacked = torch.stack([self._sums.get(name, none) for name in ordered])
+        if accelerator.num_processes > 1:
+            stacked = sum_over_processes(accelerator, stacked)
+        return ordered, stacked
 
     def load_state_dict(self, state: Mapping[str, Any], accelerator: Any) -> None:
         """Goes on from `state_dict`: the main process takes the sums, others zeros, so each counts once."""

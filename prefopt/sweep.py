@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prefopt.collate import TokenLayout, pack, pad
-from prefopt.regimes import GroupSource, SplitLimits, split_micro_batches
 from prefopt.types import Group
+from prefopt.windows import GroupSource, SplitLimits, split_micro_batches
 
 LayoutFn = Callable[[Sequence[Group]], TokenLayout]
 

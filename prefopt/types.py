@@ -14,10 +14,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Response:
-    """One response as token ids, terminal EOS included, with an optional scalar score."""
+    """One response as token ids, terminal EOS included, with an optional scalar score.
+
+    A response that a policy sampled also says which one (``version``), with what log-probs, and, under a
+    policy-gradient credit, its advantage.
+    """
 
     ids: tuple[int, ...]
     score: float | None = None
+    version: int | None = None
+    """Optimizer step of the weights that sampled it; None for a response of a data set."""
+    logps: tuple[float, ...] | None = None
+    """The sampler's log-prob of each token, nats, at the sampling temperature."""
+    advantage: float | None = None
+
+    @property
+    def is_sampled(self) -> bool:
+        return self.version is not None
 
 
 @dataclass(frozen=True)
@@ -57,9 +70,11 @@ class ResponseBatch:
     reference_logps: Tensor | None = None
     """(R, T) fp32, zero outside the response."""
     behavior_logps: Tensor | None = None
-    """(R, T) fp32, log-probs of the policy that sampled."""
-    policy_version: Tensor | None = None
-    """(R,) int64, version of the policy that sampled."""
+    """(R, T) fp32, log-probs of the policy that sampled, zero on other rows; None: no row is a sample."""
+    samples: Tensor | None = None
+    """(R,) bool, True on rows that a policy sampled; None: no row is."""
+    group: Tensor | None = None
+    """(R,) int64, index of the group of each row."""
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -75,7 +90,8 @@ class ResponseBatch:
 class ResponseLogps:
     """Token log-probs of R responses: what an objective sees, and all it sees.
 
-    ``policy``, ``reference`` and ``behavior`` are (R, T) fp32 natural logs, zero outside ``mask``.
+    ``policy``, ``reference`` and ``behavior`` are (R, T) fp32 natural logs, zero outside ``mask``;
+    ``behavior`` is the sampler's own, and zero on rows that come from a data set.
     """
 
     policy: Tensor
@@ -86,7 +102,13 @@ class ResponseLogps:
     reference: Tensor | None = None
     behavior: Tensor | None = None
     rewards: Tensor | None = None
+    """(R,) fp32, NaN where a response has no score."""
     advantages: Tensor | None = None
+    """(R,) fp32, zero on rows that are not samples."""
+    samples: Tensor | None = None
+    """(R,) bool, True on rows that the policy sampled and that count; None: no row is a sample."""
+    group: Tensor | None = None
+    """(R,) int64, which rows answer the same prompt: rows of one group have one number."""
 
     @property
     def lengths(self) -> Tensor:
@@ -116,6 +138,11 @@ class ObjectiveOutput:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """Per-pair (P,) detached values, named ``area/name``; averaged over the pairs of a logging window."""
     token_losses: Tensor | None = None
+    sample_losses: Tensor | None = None
+    """(R,) one loss a response, zero where ``samples`` is False; divided by the number of samples of the
+    global batch."""
+    sample_metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Per-response (R,) detached values, averaged over the samples of a logging window."""
 
 
 def pair_index(groups: tuple[Group, ...]) -> Tensor:

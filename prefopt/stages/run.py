@@ -74,6 +74,7 @@ def run_stage(recipe: Recipe) -> Path:
     resume_from = find_stage_checkpoint(run_dir, recipe.train.resume)
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe.data, tokenizer, stage=recipe.stage)
+    assert data.train is not None  # the check has seen to it
     sizes = [stage.row_tokens(data.train.group(index)) for index in range(len(data.train))]
     plan = plan_batches(recipe.train, sizes, num_processes=world_size())
     arguments = _arguments(
@@ -190,6 +191,7 @@ def _trainer(
     arguments: TrainingArguments,
 ) -> Any:
     """The TRL trainer with our datasets, metrics and progress bar."""
+    assert data.train is not None
     trainer: Any = stage.trainer(
         model=model,  # type: ignore[arg-type]
         args=arguments,  # type: ignore[arg-type]
@@ -240,6 +242,7 @@ def _start_run_dir(
     run_dir: Path, recipe: Recipe, data: DataBundle, plan: BatchPlan, trainer: Any, *, resumed: bool
 ) -> None:
     """Writes run.json and rejects.jsonl; a resumed run names the settings that changed since."""
+    assert data.train is not None
     run_dir.mkdir(parents=True, exist_ok=True)
     accelerator = trainer.accelerator
     record = {

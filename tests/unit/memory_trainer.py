@@ -14,9 +14,9 @@ from torch import nn
 from prefopt.build import build_trainer
 from prefopt.config.schema import Recipe
 from prefopt.models.load import LoadedPolicy
-from prefopt.regimes import GroupList
 from prefopt.trainer import PreferenceTrainer
 from prefopt.types import Group, Response
+from prefopt.windows import GroupList
 from tests.unit.tiny_models import tiny_model
 
 VOCABULARY = 97

@@ -16,8 +16,8 @@ from accelerate.state import AcceleratorState
 
 from prefopt.errors import TrainingError
 from prefopt.metrics import read_metrics
-from prefopt.regimes import GroupList
 from prefopt.trainer import PreferenceTrainer
+from prefopt.windows import GroupList
 from tests.unit import memory_trainer
 from tests.unit.memory_trainer import make_trainer, random_pairs, trained_weights
 

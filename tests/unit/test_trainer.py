@@ -14,9 +14,9 @@ from prefopt.checkpoint import find_checkpoint
 from prefopt.errors import ConfigError, TrainingError
 from prefopt.metrics import read_metrics
 from prefopt.optim import learning_rate
-from prefopt.regimes import GroupList, SplitLimits, split_micro_batches
 from prefopt.sweep import layout_fn
 from prefopt.types import Group, Response
+from prefopt.windows import GroupList, SplitLimits, split_micro_batches
 from tests.unit.memory_trainer import (
     lora_llama,
     make_trainer,
@@ -260,7 +260,8 @@ def test_sigterm_saves_and_stops_after_the_step(tmp_path: Path) -> None:
 def test_impossible_splits_are_refused(
     tmp_path: Path, settings: dict[str, int], message: str
 ) -> None:
-    from prefopt.regimes import OfflineRegime, SplitLimits
+    from prefopt.regimes import OfflineRegime
+    from prefopt.windows import SplitLimits
 
     limits = SplitLimits(settings.pop("micro_batch_tokens", 4096))
     with pytest.raises(ConfigError, match=message):
@@ -270,7 +271,8 @@ def test_impossible_splits_are_refused(
 
 
 def test_ranks_share_a_window_evenly_and_lose_no_row() -> None:
-    from prefopt.regimes import OfflineRegime, SplitLimits
+    from prefopt.regimes import OfflineRegime
+    from prefopt.windows import SplitLimits
 
     source = GroupList(random_pairs(22))
     regimes = [

@@ -39,6 +39,14 @@ class TrainingError(PrefoptError):
     """A run that must stop: non-finite loss, wrong reference, a checkpoint that cannot be written."""
 
 
+class EngineError(TrainingError):
+    """An engine that does not start, does not answer in time, or serves other weights than it was given."""
+
+
+class SignalError(TrainingError):
+    """A signal that cannot score: a model or endpoint that is not there, too many failed groups."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Returns ``did you mean 'x'? Known: …`` for an unknown ``name``, nearest names first."""
     names = sorted(known)

@@ -1,6 +1,6 @@
-"""The pages of ``prefopt keys`` and ``prefopt objectives``, made from the schema and the registry.
+"""The pages of ``prefopt keys|objectives|credits|signals``, made from the schema and the registries.
 
-Nothing is described here: a key's text is the docstring under its field, an objective's is its own.
+Nothing is described here: a key's text is the docstring under its field, a function's is its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from prefopt.config.explain import sections, show_value
 from prefopt.config.schema import Section
 from prefopt.errors import ConfigError, suggest
-from prefopt.registry import Need, get_objective, objective_names
+from prefopt.registry import REGISTRIES, CreditSpec, Need, ObjectiveSpec, SignalSpec, Spec
 
 _WIDTH = 96
 
@@ -39,15 +39,20 @@ def keys_page(only: str | None = None) -> str:
     return "\n\n".join(found)
 
 
-def objectives_page(name: str | None = None) -> str:
-    """A line or two an objective, or one objective with its documentation.
+def registry_page(section: str, name: str | None = None) -> str:
+    """A line or two an entry of a registry, or one entry with its documentation.
+
+    Args:
+        section: the recipe section that names the entries: a key of `prefopt.registry.REGISTRIES`.
+        name: the entry; default: all of them.
 
     Raises: ConfigError for an unknown name.
     """
+    registry = REGISTRIES[section]
     if name is None:
-        return "\n".join(_objective_summary(each) for each in sorted(objective_names()))
-    spec = get_objective(name)
-    return f"{_objective_summary(name)}\n\n{textwrap.indent(inspect.getdoc(spec.fn) or '', '  ')}"
+        return "\n".join(_summary(registry.get(each)) for each in sorted(registry.names()))
+    spec = registry.get(name)
+    return f"{_summary(spec)}\n\n{textwrap.indent(inspect.getdoc(spec.fn) or '', '  ')}"
 
 
 def _section_pages() -> Iterator[tuple[str, str]]:
@@ -60,14 +65,29 @@ def _section_pages() -> Iterator[tuple[str, str]]:
         yield name, "\n".join(line for line in lines if line.strip())
 
 
-def _objective_summary(name: str) -> str:
-    spec = get_objective(name)
+def _summary(spec: Spec) -> str:
     parameters = [
         f"{key} (required)" if default is ... else f"{key}={show_value(default)}"
         for key, (_, default) in spec.fields.items()
     ]
-    needs = ", ".join(sorted(need.value for need in spec.needs)) or Need.PAIRS.value
-    return f"{name}  {', '.join(parameters)}\n    needs {needs}; {spec.source}"
+    traits = "; ".join([*_traits(spec), spec.source])
+    return f"{spec.name}  {', '.join(parameters)}\n    {traits}"
+
+
+def _traits(spec: Spec) -> list[str]:
+    """What a recipe that names this entry must know of it, a phrase each."""
+    if isinstance(spec, ObjectiveSpec):
+        needs = ", ".join(sorted(need.value for need in spec.needs)) or Need.PAIRS.value
+        when = [f"{need.value} if {key} > 0" for key, need in spec.needs_when.items()]
+        credit = [f"credit {spec.credit} on rollouts"] if spec.credit else []
+        return [", ".join([f"needs {needs}", *when]), *credit]
+    if isinstance(spec, CreditSpec):
+        gives = ", ".join(sorted(need.value for need in spec.gives)) or "no labels"
+        offline = ["takes the data set's own response"] if spec.needs_offline else []
+        return [f"gives {gives}", *offline]
+    if isinstance(spec, SignalSpec) and spec.needs_fields:
+        return [f"reads the columns named by {', '.join(spec.needs_fields)}"]
+    return []
 
 
 def _kind(field: FieldInfo) -> str:

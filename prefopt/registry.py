@@ -1,7 +1,7 @@
-"""Names of objectives, where they live and what they need; torch-free until one is looked up.
+"""Names of objectives, signals and credits, where they live and what they need; torch-free until looked up.
 
-Adding an objective is a function, one line in ``OBJECTIVES`` and one row of reference values in
-``tests/unit/test_objectives.py``. The keyword-only signature of the function *is* its YAML schema.
+Adding one is a function, one line in its table here and one row of reference values in its test. The
+keyword-only signature of the function *is* its YAML schema.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from prefopt.errors import ConfigError, suggest
 
@@ -23,17 +23,21 @@ class Need(enum.Enum):
     PAIRS = "pairs"
     REFERENCE = "reference"
     BEHAVIOR = "behavior"
+    """The sampler's own log-probs: rows must be rollouts."""
     REWARDS = "rewards"
     ADVANTAGES = "advantages"
+    SAMPLES = "samples"
+    """Fresh responses of the policy, scored or not."""
+    GROUPS = "groups"
+    """All responses to a prompt in one forward: a baseline over the group that depends on the policy."""
 
 
 @dataclass(frozen=True)
-class ObjectiveSpec:
-    """A registered objective: the pure function, what it needs, and where its maths comes from."""
+class Spec:
+    """A registered function: its name in recipes, and where it comes from."""
 
     name: str
     fn: Callable[..., Any]
-    needs: frozenset[Need]
     source: str
 
     @property
@@ -49,6 +53,35 @@ class ObjectiveSpec:
 
 
 @dataclass(frozen=True)
+class ObjectiveSpec(Spec):
+    """A loss: the pure function, what it needs, and where its maths comes from."""
+
+    needs: frozenset[Need]
+    needs_when: Mapping[str, Need]
+    """Needs that a hyper-parameter switches on when it is not 0."""
+    credit: str | None
+    """The credit that goes with it where a recipe names none."""
+
+
+@dataclass(frozen=True)
+class CreditSpec(Spec):
+    """A rule from scores to training labels, and which labels it gives."""
+
+    gives: frozenset[Need]
+    """PAIRS, ADVANTAGES or nothing (SAMPLES come with every rollout)."""
+    needs_offline: bool
+    """True if it takes the data set's own response as one side."""
+
+
+@dataclass(frozen=True)
+class SignalSpec(Spec):
+    """A factory of a `prefopt.signals.base.Signal`."""
+
+    needs_fields: tuple[str, ...]
+    """Hyper-parameters that name a column of the prompt data: those columns must be there."""
+
+
+@dataclass(frozen=True)
 class BoundObjective:
     """An objective with its hyper-parameters filled in: what the trainer calls."""
 
@@ -59,8 +92,59 @@ class BoundObjective:
         return self.spec.fn(lp, **self.params)
 
     @property
+    def needs(self) -> frozenset[Need]:
+        """What it needs with these hyper-parameters."""
+        return needs_with(self.spec, self.params)
+
+    @property
     def needs_reference(self) -> bool:
-        return Need.REFERENCE in self.spec.needs
+        return Need.REFERENCE in self.needs
+
+
+def needs_with(spec: ObjectiveSpec, params: Mapping[str, Any]) -> frozenset[Need]:
+    """What an objective needs with these hyper-parameters, defaults filled in."""
+    defaults = {name: default for name, (_, default) in spec.fields.items()}
+    on = {need for key, need in spec.needs_when.items() if params.get(key, defaults[key])}
+    return spec.needs | on
+
+
+AnySpec = TypeVar("AnySpec", bound=Spec)
+
+
+class Registry(Generic[AnySpec]):
+    """Specs by name: those of a table, imported when first looked up, and those user code registers.
+
+    Args:
+        key: the recipe key that holds the name, for error messages.
+        table: name -> module that defines it.
+    """
+
+    def __init__(self, key: str, table: Mapping[str, str]) -> None:
+        self.key = key
+        self.table = table
+        self._specs: dict[str, AnySpec] = {}
+
+    def add(self, spec: AnySpec) -> None:
+        """Registers ``spec``; ValueError if another function already has its name."""
+        known = self._specs.get(spec.name)
+        mine = (spec.fn.__module__, spec.fn.__qualname__)
+        if known is not None and (known.fn.__module__, known.fn.__qualname__) != mine:
+            raise ValueError(
+                f"{self.key} {spec.name!r} is already defined in {known.fn.__module__}"
+            )
+        self._specs[spec.name] = spec
+
+    def get(self, name: str) -> AnySpec:
+        """The spec of that name; ConfigError naming the nearest known one."""
+        if name not in self._specs and name in self.table:
+            importlib.import_module(self.table[name])
+        if name not in self._specs:
+            raise ConfigError(f"{self.key} = {name!r}: unknown; {suggest(name, self.names())}")
+        return self._specs[name]
+
+    def names(self) -> set[str]:
+        """Every name a recipe may use: the built-in table and whatever user code registered."""
+        return set(self.table) | set(self._specs)
 
 
 # name -> module that defines it. A module is imported only when one of its objectives is looked up.
@@ -79,33 +163,105 @@ OBJECTIVES: dict[str, str] = {
     "orpo": "prefopt.objectives.orpo",
     "cpo": "prefopt.objectives.cpo",
     "nll": "prefopt.objectives.nll",
+    "grpo": "prefopt.objectives.grpo",
+    "dr_grpo": "prefopt.objectives.grpo",
+    "rloo": "prefopt.objectives.rloo",
+    "hypo": "prefopt.objectives.hypo",
+    "sopo": "prefopt.objectives.sopo",
+}
+CREDITS: dict[str, str] = {
+    "best_worst": "prefopt.credit.pairs",
+    "best_random": "prefopt.credit.pairs",
+    "first_right_wrong": "prefopt.credit.pairs",
+    "all_pairs": "prefopt.credit.pairs",
+    "sopo": "prefopt.credit.pairs",
+    "group_mean": "prefopt.credit.advantages",
+    "group_mean_std": "prefopt.credit.advantages",
+    "leave_one_out": "prefopt.credit.advantages",
+    "none": "prefopt.credit.advantages",
+}
+SIGNALS: dict[str, str] = {
+    "math": "prefopt.signals.math",
+    "final_number": "prefopt.signals.math",
+    "exact_match": "prefopt.signals.matching",
+    "multiple_choice": "prefopt.signals.matching",
+    "regex": "prefopt.signals.matching",
+    "constraints": "prefopt.signals.constraints",
+    "python_tests": "prefopt.signals.python_tests",
+    "reward_model": "prefopt.signals.reward_model",
+    "judge": "prefopt.signals.judge",
+    "implicit_reward": "prefopt.signals.implicit_reward",
+    "length_penalty": "prefopt.signals.penalties",
+    "repetition_penalty": "prefopt.signals.penalties",
+    "truncation_penalty": "prefopt.signals.penalties",
+    "truncation_value": "prefopt.signals.penalties",
 }
 
-_SPECS: dict[str, ObjectiveSpec] = {}
+_OBJECTIVES: Registry[ObjectiveSpec] = Registry("objective.name", OBJECTIVES)
+_CREDITS: Registry[CreditSpec] = Registry("credit.name", CREDITS)
+_SIGNALS: Registry[SignalSpec] = Registry("signals.N.name", SIGNALS)
+REGISTRIES: Mapping[str, Registry[Any]] = {
+    "objective": _OBJECTIVES,
+    "credit": _CREDITS,
+    "signals": _SIGNALS,
+}
+"""By the recipe section that names their entries."""
+
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
 
 
 def objective(
-    name: str, *, needs: set[Need] | frozenset[Need] = frozenset(), source: str
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    name: str,
+    *,
+    needs: set[Need] | frozenset[Need] = frozenset(),
+    source: str,
+    needs_when: Mapping[str, Need] | None = None,
+    credit: str | None = None,
+) -> Callable[[_Fn], _Fn]:
     """Registers a pure function ``(ResponseLogps, *, hyper-parameters) -> ObjectiveOutput``.
 
     Args:
         name: the name recipes use in ``objective.name``.
         needs: inputs to provide; an objective without ``Need.REFERENCE`` never costs a reference pass.
         source: paper and equation.
+        needs_when: needs that a hyper-parameter switches on when it is not 0, e.g. a KL weight.
+        credit: the credit used on rollouts where the recipe names none.
 
     Returns: the function itself, unchanged.
     Raises: ValueError if another function already has that name.
     """
 
-    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        known = _SPECS.get(name)
-        if known is not None and (known.fn.__module__, known.fn.__qualname__) != (
-            fn.__module__,
-            fn.__qualname__,
-        ):
-            raise ValueError(f"objective {name!r} is already defined in {known.fn.__module__}")
-        _SPECS[name] = ObjectiveSpec(name, fn, frozenset(needs), source)
+    def register(fn: _Fn) -> _Fn:
+        when = dict(needs_when or {})
+        _OBJECTIVES.add(ObjectiveSpec(name, fn, source, frozenset(needs), when, credit))
+        return fn
+
+    return register
+
+
+def credit(
+    name: str, *, gives: set[Need] | frozenset[Need], source: str, needs_offline: bool = False
+) -> Callable[[_Fn], _Fn]:
+    """Registers a pure function ``(GroupScores, *, hyper-parameters) -> Labels`` (`prefopt.credit.base`)."""
+
+    def register(fn: _Fn) -> _Fn:
+        _CREDITS.add(CreditSpec(name, fn, source, frozenset(gives), needs_offline))
+        return fn
+
+    return register
+
+
+def signal(name: str, *, source: str, needs_fields: tuple[str, ...] = ()) -> Callable[[_Fn], _Fn]:
+    """Registers a factory ``(*, hyper-parameters) -> Signal`` (`prefopt.signals.base`).
+
+    Args:
+        name: the name recipes use in ``signals.N.name``.
+        source: what it follows.
+        needs_fields: hyper-parameters that name columns of the prompt data.
+    """
+
+    def register(fn: _Fn) -> _Fn:
+        _SIGNALS.add(SignalSpec(name, fn, source, tuple(needs_fields)))
         return fn
 
     return register
@@ -113,11 +269,17 @@ def objective(
 
 def get_objective(name: str) -> ObjectiveSpec:
     """Returns the registered objective; raises ConfigError naming the nearest known one."""
-    if name not in _SPECS and name in OBJECTIVES:
-        importlib.import_module(OBJECTIVES[name])
-    if name not in _SPECS:
-        raise ConfigError(f"objective.name = {name!r}: unknown; {suggest(name, objective_names())}")
-    return _SPECS[name]
+    return _OBJECTIVES.get(name)
+
+
+def get_credit(name: str) -> CreditSpec:
+    """Returns the registered credit; raises ConfigError naming the nearest known one."""
+    return _CREDITS.get(name)
+
+
+def get_signal(name: str) -> SignalSpec:
+    """Returns the registered signal; raises ConfigError naming the nearest known one."""
+    return _SIGNALS.get(name)
 
 
 def bind_objective(section: Mapping[str, Any]) -> BoundObjective:
@@ -128,4 +290,4 @@ def bind_objective(section: Mapping[str, Any]) -> BoundObjective:
 
 def objective_names() -> set[str]:
     """Every name ``objective.name`` accepts: the built-in table and whatever user code registered."""
-    return set(OBJECTIVES) | set(_SPECS)
+    return _OBJECTIVES.names()

@@ -27,9 +27,9 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from prefopt.collate import TokenLayout
 from prefopt.metrics import read_metrics
-from prefopt.regimes import GroupList
 from prefopt.trainer import PreferenceTrainer
 from prefopt.types import Group, ObjectiveOutput, Response, ResponseLogps
+from prefopt.windows import GroupList
 from tests.unit.memory_trainer import VOCABULARY, make_trainer, random_pairs
 from tests.unit.tiny_models import tiny_model
 
@@ -245,11 +245,11 @@ def trl_trainer(
     )  # fmt: skip
     return trainer_class(
         model=model, args=config, train_dataset=Dataset.from_list([_as_text(row) for row in rows]),
-        processing_class=_word_tokenizer(), peft_config=peft_config,
+        processing_class=word_tokenizer(), peft_config=peft_config,
     )  # fmt: skip
 
 
-def _word_tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     """One word a token: ``<5>`` is token 5, whatever stands beside it."""
     backend = Tokenizer(models.WordLevel({_word(i): i for i in range(VOCABULARY)}, _word(PAD)))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -265,10 +265,15 @@ def _word(token: int) -> str:
     return f"<{token}>"
 
 
+def as_words(ids: Ids) -> str:
+    """The text that `word_tokenizer` reads as these tokens."""
+    return " ".join(map(_word, ids))
+
+
 def _as_text(group: Group) -> dict[str, str]:
     (chosen, rejected) = group.pairs[0]
     texts = [
-        " ".join(map(_word, ids))
+        as_words(ids)
         for ids in (group.prompt_ids, group.responses[chosen].ids, group.responses[rejected].ids)
     ]
     return {"prompt": texts[0] + " ", "chosen": texts[1], "rejected": texts[2]}

@@ -13,7 +13,7 @@ from prefopt.cli import RECIPE_SCRIPTS, guarded, main, recipe_main
 from prefopt.config.explain import sections
 from prefopt.config.schema import Recipe
 from prefopt.errors import ConfigError, TrainingError
-from prefopt.registry import get_objective, objective_names
+from prefopt.registry import SIGNALS, get_objective, get_signal, objective_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -225,7 +225,43 @@ def test_one_objective_shows_its_documentation(capsys: pytest.CaptureFixture[str
     assert "did you mean 'simpo'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["check", "show", "train", "merge", "keys", "objectives"])
+def test_an_objective_says_what_a_weight_switches_on_and_its_credit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["objectives", "grpo"]) == 0
+    output = capsys.readouterr().out
+    assert "needs advantages, behavior, samples, reference if beta > 0" in output
+    assert "credit group_mean_std on rollouts" in output
+
+
+def test_credits_list_keys_and_what_they_give(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["credits"]) == 0
+    output = capsys.readouterr().out
+    assert "best_worst  min_margin=0.0, reject_longest=false\n    gives pairs; arXiv:" in output
+    assert "sopo  \n    gives pairs; takes the data set's own response; arXiv:" in output
+    assert "none  \n    gives no labels; " in output
+    assert main(["credits", "group_mean_std"]) == 0
+    assert "(r_i - mean(r)) / (std(r) + ε)" in capsys.readouterr().out
+    assert main(["credits", "best_wrost"]) == 2
+    assert "did you mean 'best_worst'?" in capsys.readouterr().err
+
+
+def test_signals_list_keys_and_the_columns_they_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["signals"]) == 0
+    output = capsys.readouterr().out
+    for name in SIGNALS:
+        spec = get_signal(name)
+        assert f"\n{name}  " in f"\n{output}"
+        assert spec.source in output
+        assert all(key in output for key in (*spec.fields, *spec.needs_fields))
+    assert main(["signals", "jugde"]) == 2
+    assert "did you mean 'judge'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["check", "show", "train", "merge", "keys", "objectives", "credits", "signals"],
+)
 def test_help_of_every_command_has_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,43 +9,61 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from prefopt.registry import Need, get_objective
+from prefopt.registry import Need, get_objective, needs_with
 from prefopt.types import ResponseLogps
 from tests.unit.objective_cases import (
     NAMES,
+    ON_PAIRS,
+    ON_SAMPLES,
+    all_metrics,
     call,
     gradient,
-    needs_reference,
     per_pair,
     perturbed,
     positional_parameters,
     random_batch,
     toy_batch,
+    unreduced,
 )
 
-REFERENCE_BASED = [name for name in NAMES if needs_reference(name)]
+REFERENCE_BASED = [name for name in NAMES if Need.REFERENCE in get_objective(name).needs]
+NEEDED_FIELDS = {
+    Need.REFERENCE: "reference",
+    Need.BEHAVIOR: "behavior",
+    Need.ADVANTAGES: "advantages",
+    Need.REWARDS: "rewards",
+    Need.GROUPS: "group",
+}
+"""Which field of `ResponseLogps` meets a need. PAIRS and SAMPLES may always be empty."""
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "hypo"])
 @pytest.mark.parametrize("defaults", [True, False], ids=["defaults", "perturbed"])
 def test_gradients_are_those_of_the_loss(name: str, defaults: bool) -> None:
-    """Autograd against finite differences in fp64, token losses included."""
+    """Autograd against finite differences in fp64, token and sample losses included.
+
+    Not hypo's, whose weights are constants to autograd: test_sample_objectives.py has its gradient.
+    """
     batch = random_batch(torch.float64)
     values = {} if defaults else perturbed(name)
 
     def losses(policy: Tensor) -> Tensor:
-        return per_pair(call(name, dataclasses.replace(batch, policy=policy), **values))
+        return unreduced(call(name, dataclasses.replace(batch, policy=policy), **values))
 
     assert torch.autograd.gradcheck(losses, (batch.policy.clone().requires_grad_(),))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_losses_are_per_pair_and_keep_the_dtype(name: str) -> None:
+def test_losses_are_per_pair_or_per_response_and_keep_the_dtype(name: str) -> None:
     for dtype in (torch.float32, torch.float64):
         output = call(name, random_batch(dtype), **perturbed(name))
-        tensors = [output.losses, *output.metrics.values()]
-        tensors += [output.token_losses] if output.token_losses is not None else []
-        assert all(tensor.shape == (4,) and tensor.dtype == dtype for tensor in tensors)
+        pairs = [output.losses, *output.metrics.values()]
+        pairs += [output.token_losses] if output.token_losses is not None else []
+        samples = [*output.sample_metrics.values()]
+        samples += [output.sample_losses] if output.sample_losses is not None else []
+        assert all(tensor.shape == (4,) and tensor.dtype == dtype for tensor in pairs)
+        assert all(tensor.shape == (7,) and tensor.dtype == dtype for tensor in samples)
+        assert (output.sample_losses is not None) == (name in ON_SAMPLES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,8 +71,8 @@ def test_metrics_carry_no_graph(name: str) -> None:
     batch = random_batch()
     batch.policy.requires_grad_()
     output = call(name, batch, **perturbed(name))
-    assert per_pair(output).requires_grad
-    assert not any(metric.requires_grad for metric in output.metrics.values())
+    assert unreduced(output).requires_grad
+    assert not any(metric.requires_grad for metric in all_metrics(output).values())
 
 
 def _widened(lp: ResponseLogps, left: int, right: int, filler: float) -> ResponseLogps:
@@ -62,10 +80,12 @@ def _widened(lp: ResponseLogps, left: int, right: int, filler: float) -> Respons
         return torch.nn.functional.pad(values, (left, right), value=value)
 
     assert lp.reference is not None
+    assert lp.behavior is not None
     return dataclasses.replace(
         lp,
         policy=pad(lp.policy, filler),
         reference=pad(lp.reference, filler),
+        behavior=pad(lp.behavior, filler),
         mask=pad(lp.mask.float(), 0.0).bool(),
     )
 
@@ -79,8 +99,8 @@ def test_padding_width_side_and_content_change_nothing(
     batch = random_batch()
     wide = _widened(batch, left, right, filler)
     values = perturbed(name)
-    assert_close(per_pair(call(name, wide, **values)), per_pair(call(name, batch, **values)))
-    metrics, wide_metrics = (dict(call(name, lp, **values).metrics) for lp in (batch, wide))
+    assert_close(unreduced(call(name, wide, **values)), unreduced(call(name, batch, **values)))
+    metrics, wide_metrics = (all_metrics(call(name, lp, **values)) for lp in (batch, wide))
     assert_close(wide_metrics, metrics)
     narrow = gradient(name, wide, **values)[:, left : left + batch.policy.shape[1]]
     assert_close(narrow, gradient(name, batch, **values))
@@ -93,16 +113,42 @@ def test_garbage_outside_the_mask_reaches_neither_loss_nor_gradient(
 ) -> None:
     batch = random_batch()
     assert batch.reference is not None
+    assert batch.behavior is not None
     dirty = dataclasses.replace(
         batch,
         policy=torch.where(batch.mask, batch.policy, garbage),
         reference=torch.where(batch.mask, batch.reference, garbage),
+        behavior=torch.where(batch.mask, batch.behavior, garbage),
     )
+    _assert_equal_in_all(name, dirty, batch)
+
+
+@pytest.mark.parametrize("name", ON_SAMPLES)
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -1e30])
+def test_what_stands_in_rows_that_are_no_samples_does_not_reach_the_samples(
+    name: str, garbage: float
+) -> None:
+    batch = random_batch()
+    assert batch.behavior is not None
+    assert batch.advantages is not None
+    assert batch.samples is not None
+    dirty = dataclasses.replace(
+        batch,
+        behavior=torch.where(batch.samples[:, None], batch.behavior, garbage),
+        advantages=torch.where(batch.samples, batch.advantages, garbage),
+        rewards=torch.full((7,), garbage),
+    )
+    _assert_equal_in_all(name, dirty, batch)
+
+
+def _assert_equal_in_all(name: str, left: ResponseLogps, right: ResponseLogps) -> None:
+    """Losses, gradients and metrics, to the last bit."""
     values = perturbed(name)
-    assert torch.equal(per_pair(call(name, dirty, **values)), per_pair(call(name, batch, **values)))
-    assert torch.equal(gradient(name, dirty, **values), gradient(name, batch, **values))
-    clean_metrics, dirty_metrics = (call(name, lp, **values).metrics for lp in (batch, dirty))
-    assert all(torch.equal(dirty_metrics[key], value) for key, value in clean_metrics.items())
+    outputs = [call(name, lp, **values) for lp in (left, right)]
+    assert torch.equal(unreduced(outputs[0]), unreduced(outputs[1]))
+    assert torch.equal(gradient(name, left, **values), gradient(name, right, **values))
+    left_metrics, right_metrics = map(all_metrics, outputs)
+    assert all(torch.equal(left_metrics[key], value) for key, value in right_metrics.items())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,8 +162,8 @@ def test_a_log_prob_of_exactly_zero_inside_the_mask_is_a_token(name: str) -> Non
     nearly = dataclasses.replace(zero, policy=torch.where(batch.mask, policy - 1e-7, 0.0))
     values = perturbed(name)
     assert_close(
-        per_pair(call(name, zero, **values)),
-        per_pair(call(name, nearly, **values)),
+        unreduced(call(name, zero, **values)),
+        unreduced(call(name, nearly, **values)),
         rtol=0,
         atol=1e-4,
     )
@@ -126,22 +172,30 @@ def test_a_log_prob_of_exactly_zero_inside_the_mask_is_a_token(name: str) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_row_order_changes_nothing(name: str) -> None:
     batch = random_batch()
-    assert batch.reference is not None
     order = torch.tensor([3, 6, 0, 5, 1, 4, 2])  # new row i holds old row order[i]
+    by_row = (
+        "policy",
+        "reference",
+        "mask",
+        "behavior",
+        "rewards",
+        "advantages",
+        "samples",
+        "group",
+    )
     shuffled = dataclasses.replace(
         batch,
-        policy=batch.policy[order],
-        reference=batch.reference[order],
-        mask=batch.mask[order],
         pairs=order.argsort()[batch.pairs],
+        **{field: getattr(batch, field)[order] for field in by_row},
     )
     values = perturbed(name)
-    assert torch.equal(
-        per_pair(call(name, shuffled, **values)), per_pair(call(name, batch, **values))
-    )
+    before, after = (call(name, lp, **values) for lp in (batch, shuffled))
+    assert torch.equal(per_pair(after), per_pair(before))
+    if before.sample_losses is not None:
+        assert torch.equal(after.sample_losses, before.sample_losses[order])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_PAIRS)
 def test_a_pair_does_not_see_the_other_pairs(name: str) -> None:
     """So any split of a batch over processes and micro-batches has the same per-pair losses."""
     batch = random_batch()
@@ -154,11 +208,49 @@ def test_a_pair_does_not_see_the_other_pairs(name: str) -> None:
     assert torch.equal(torch.cat(alone), together)
 
 
+@pytest.mark.parametrize("name", ON_SAMPLES)
+def test_a_sample_sees_only_its_group(name: str) -> None:
+    batch = random_batch()
+    assert batch.group is not None
+    assert batch.samples is not None
+    values = perturbed(name)
+    together = call(name, batch, **values).sample_losses
+    alone = torch.zeros(7)
+    for number in batch.group.unique():
+        part = dataclasses.replace(batch, samples=batch.samples & (batch.group == number))
+        losses = call(name, part, **values).sample_losses
+        assert losses is not None
+        alone += losses
+    assert together is not None
+    assert torch.equal(alone, together)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_without_pairs_still_runs_backward(name: str) -> None:
-    """A rank whose window has no pair must join the others' collectives, with a gradient of zero."""
-    empty = dataclasses.replace(random_batch(), pairs=torch.empty(0, 2, dtype=torch.long))
-    assert torch.equal(gradient(name, empty, **perturbed(name)), torch.zeros(7, 6))
+def test_a_batch_with_nothing_to_learn_from_still_runs_backward(name: str) -> None:
+    """A rank whose window has nothing must join the others' collectives, with a gradient of zero."""
+    filler = dataclasses.replace(
+        random_batch(),
+        pairs=torch.empty(0, 2, dtype=torch.long),
+        samples=torch.zeros(7, dtype=torch.bool),
+    )
+    values = perturbed(name)
+    assert torch.equal(gradient(name, filler, **values), torch.zeros(7, 6))
+    output = call(name, filler, **values)
+    nothing = [unreduced(output), *all_metrics(output).values()]
+    assert not any(tensor.any() for tensor in nothing)
+
+
+@pytest.mark.parametrize("name", ON_SAMPLES)
+def test_without_rollouts_there_are_no_sample_losses_and_nothing_is_asked_for(name: str) -> None:
+    """As at an evaluation on pairs: no row is a sample."""
+    offline = dataclasses.replace(
+        random_batch(), samples=None, behavior=None, advantages=None, group=None
+    )
+    output = call(name, offline)
+    assert output.sample_losses is not None
+    assert torch.equal(output.sample_losses, torch.zeros(7))
+    assert not any(metric.any() for metric in output.sample_metrics.values())
+    assert output.losses.shape == (4,)
 
 
 @pytest.mark.parametrize("name", REFERENCE_BASED)
@@ -166,28 +258,37 @@ def test_a_shared_shift_of_policy_and_reference_changes_nothing(name: str) -> No
     """Only the log-ratio counts. Shifting the shared tokens alone, where one variant weighs them unlike."""
     batch = random_batch(torch.float64)
     assert batch.reference is not None
-    values = perturbed(name) | {"nll_weight": 0.0}
+    values = {key: 0.0 if key == "nll_weight" else v for key, v in perturbed(name).items()}
     shift = torch.where(batch.mask, torch.linspace(-1, 1, 42, dtype=torch.float64).view(7, 6), 0.0)
     if name == "ld_dpo_policy_only":
         shift[:, 1:] = 0.0  # every response has a first token, which no pair weighs by α
     shifted = dataclasses.replace(
         batch, policy=batch.policy + shift, reference=batch.reference + shift
     )
-    assert_close(per_pair(call(name, shifted, **values)), per_pair(call(name, batch, **values)))
+    assert_close(unreduced(call(name, shifted, **values)), unreduced(call(name, batch, **values)))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_needs_say_whether_the_reference_is_used(name: str) -> None:
+def test_needs_say_what_is_used_and_no_more(name: str) -> None:
+    """At the defaults and, where a weight switches a need on, with that weight."""
+    spec, batch = get_objective(name), random_batch()
+    for values in ({}, dict.fromkeys(spec.needs_when, 0.0), dict.fromkeys(spec.needs_when, 0.5)):
+        needs = needs_with(spec, values)
+        assert needs & {Need.PAIRS, Need.SAMPLES}
+        unused = {field: None for need, field in NEEDED_FIELDS.items() if need not in needs}
+        call(name, dataclasses.replace(batch, **unused), **values)
+        if spec.needs_when and not values.get("beta", 1.0):
+            continue  # rloo always says GROUPS, and reads them for the term that is off
+        for need in needs & NEEDED_FIELDS.keys():
+            with pytest.raises(ValueError, match=need.value):
+                call(name, dataclasses.replace(batch, **{NEEDED_FIELDS[need]: None}), **values)
+
+
+@pytest.mark.parametrize("name", REFERENCE_BASED)
+def test_another_reference_is_another_loss(name: str) -> None:
     batch = random_batch()
-    without = dataclasses.replace(batch, reference=None)
-    assert Need.PAIRS in get_objective(name).needs
-    if not needs_reference(name):
-        call(name, without)
-        return
-    with pytest.raises(ValueError, match="reference"):
-        call(name, without)
     other = dataclasses.replace(batch, reference=random_batch(seed=1).reference)
-    assert not torch.allclose(call(name, other).losses, call(name, batch).losses, rtol=1e-3)
+    assert not torch.allclose(unreduced(call(name, other)), unreduced(call(name, batch)), rtol=1e-3)
 
 
 HYPER_PARAMETERS = [(name, key) for name in NAMES for key in get_objective(name).fields]
@@ -196,11 +297,12 @@ HYPER_PARAMETERS = [(name, key) for name in NAMES for key in get_objective(name)
 @pytest.mark.parametrize(("name", "key"), HYPER_PARAMETERS)
 def test_every_hyper_parameter_changes_the_loss(name: str, key: str) -> None:
     """Nothing a recipe may set is ignored. The toy batch has a fallen chosen response and unequal lengths."""
+    batch = random_batch() if name in ON_SAMPLES else toy_batch()
 
     def total(values: dict[str, float]) -> Tensor:
-        output = call(name, toy_batch(), **values)
-        token_losses = output.token_losses
-        return output.losses + (torch.zeros(2) if token_losses is None else token_losses)
+        """Padded, since a term with weight 0 is not there at all."""
+        losses = unreduced(call(name, batch, **values))
+        return torch.nn.functional.pad(losses, (0, 20 - len(losses)))
 
     difference = (total({key: perturbed(name)[key]}) - total({})).abs().max()
     assert difference > 1e-3
@@ -211,14 +313,14 @@ def test_an_objective_takes_log_probs_and_keywords_only(name: str) -> None:
     assert positional_parameters(name) == ["lp"]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("nll", "orpo")])
+@pytest.mark.parametrize("name", [n for n in NAMES if "nll_weight" in get_objective(n).fields])
 def test_without_nll_weight_no_token_term_is_computed(name: str) -> None:
     output = call(name, random_batch(), nll_weight=0.0)
     assert output.token_losses is None
     assert "nll/chosen" not in output.metrics
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_PAIRS)
 def test_descent_from_the_reference_raises_the_chosen_response(name: str) -> None:
     """Above the rejected one for all; above where it was for all but apo_down, balanced at the start."""
     batch = random_batch()

@@ -10,10 +10,22 @@ from typing import Annotated
 import pytest
 from pydantic import Field, PositiveFloat, ValidationError
 
-from prefopt import registry
 from prefopt.config.load import objective_schema
+from prefopt.credit.base import GroupScores, Labels
 from prefopt.errors import ConfigError
-from prefopt.registry import OBJECTIVES, Need, get_objective, objective, objective_names
+from prefopt.registry import (
+    CREDITS,
+    OBJECTIVES,
+    REGISTRIES,
+    Need,
+    credit,
+    get_credit,
+    get_objective,
+    needs_with,
+    objective,
+    objective_names,
+    signal,
+)
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 UpToThree = Annotated[float, Field(le=3)]
@@ -24,7 +36,8 @@ def _own_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it; the built-in objectives, imported once, stay."""
     for name in OBJECTIVES:
         get_objective(name)
-    monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))
+    for entries in REGISTRIES.values():
+        monkeypatch.setattr(entries, "_specs", dict(entries._specs))
 
 
 def _margin(lp: ResponseLogps, *, beta: PositiveFloat, scale: UpToThree = 1.0) -> ObjectiveOutput:
@@ -47,6 +60,50 @@ def test_a_name_near_nothing_lists_what_is_known_without_a_guess() -> None:
         get_objective("zzzzzz")
     assert "did you mean" not in str(error.value)
     assert all(name in str(error.value) for name in OBJECTIVES)
+
+
+@pytest.mark.parametrize(
+    ("section", "typo", "meant"),
+    [
+        ("credit", "best_wurst", "best_worst"),
+        ("credit", "grup_mean", "group_mean"),
+        ("signals", "mth", "math"),
+        ("signals", "judgge", "judge"),
+    ],
+)
+def test_credits_and_signals_suggest_as_objectives_do(section: str, typo: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'{typo}': unknown; did you mean '{meant}'"):
+        REGISTRIES[section].get(typo)
+
+
+@pytest.mark.parametrize("name", sorted(CREDITS))
+def test_every_credit_of_the_table_is_a_function_of_that_name_and_needs_no_torch(name: str) -> None:
+    spec = get_credit(name)
+    assert (spec.name, spec.fn.__name__, spec.fn.__module__) == (name, name, CREDITS[name])
+    program = (
+        f"import sys, {CREDITS[name]}; "
+        f"sys.exit(bool({{'torch', 'numpy', 'transformers'}} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_the_credit_of_an_objective_gives_the_labels_it_needs(name: str) -> None:
+    spec = get_objective(name)
+    labels = {Need.PAIRS, Need.ADVANTAGES} & spec.needs
+    if spec.credit is not None and Need.SAMPLES in spec.needs:
+        labels -= {Need.PAIRS}  # hypo's pairs are the data set's
+    if spec.credit is not None:
+        assert get_credit(spec.credit).gives == labels
+    else:
+        assert labels == {Need.PAIRS}
+
+
+@pytest.mark.parametrize(
+    ("params", "needed"), [({}, False), ({"beta": 0.0}, False), ({"beta": 0.1}, True)]
+)
+def test_a_weight_switches_its_need_on(params: dict[str, float], needed: bool) -> None:
+    assert (Need.REFERENCE in needs_with(get_objective("grpo"), params)) == needed
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
@@ -79,6 +136,25 @@ def test_an_objective_of_your_own_is_known_by_name_with_its_signature_as_schema(
     for bad in ({}, {"beta": 0}, {"beta": 1, "scale": 4}, {"beta": 1, "gama": 1}, {"beta": "1"}):
         with pytest.raises(ValidationError):
             objective_schema("my_margin").model_validate(bad)
+
+
+def test_credits_and_signals_of_your_own_are_known_by_name() -> None:
+    def keep(scores: GroupScores, *, share: UpToThree = 0.5) -> Labels:
+        return Labels()
+
+    def brevity(*, weight_column: str = "weight") -> None: ...
+
+    assert credit("keep", gives={Need.PAIRS}, source="mine", needs_offline=True)(keep) is keep
+    assert signal("brevity", source="mine", needs_fields=("weight_column",))(brevity) is brevity
+    kept, brief = REGISTRIES["credit"].get("keep"), REGISTRIES["signals"].get("brevity")
+    assert (kept.gives, kept.needs_offline) == ({Need.PAIRS}, True)
+    assert kept.fields == {"share": (UpToThree, 0.5)}
+    assert (brief.needs_fields, brief.fields) == (
+        ("weight_column",),
+        {"weight_column": (str, "weight")},
+    )
+    with pytest.raises(ValueError, match=r"'keep' is already defined in tests\.unit"):
+        credit("keep", gives=set(), source="another")(_margin)
 
 
 def test_names_are_known_without_torch() -> None:

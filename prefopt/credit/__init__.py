@@ -1,0 +1,1 @@
+"""Credit: pure rules from the scores of a group to training labels."""

@@ -1,0 +1,120 @@
+"""What every signal does: scores for the responses to a prompt. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from prefopt.errors import DataError
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the data has it: its row's other columns are what verifiers check against."""
+
+    id: str
+    ids: tuple[int, ...]
+    """Rendered token ids: what the policy continues."""
+    content: str | tuple[Message, ...]
+    """Plain text, or chat messages."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Every other column of the row, e.g. ``answer``."""
+    offline_ids: tuple[int, ...] | None = None
+    """The data set's own response (its chosen side), terminal EOS included, where the row has one."""
+
+    @property
+    def text(self) -> str:
+        """The prompt's text; of a dialogue, its turns one after the other."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n\n".join(str(message.get("content", "")) for message in self.content)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The responses to one prompt, as text without special tokens and as ids."""
+
+    prompt: Prompt
+    texts: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
+    truncated: tuple[bool, ...]
+    """True where generation hit its length limit: no end token."""
+
+
+class Signal(Protocol):
+    """Scores groups of responses; higher is better.
+
+    ``score`` gets many groups at once so that a model can batch them, and returns for each group one
+    finite float a response. A response that cannot be scored is NaN: its group is dropped and counted.
+    """
+
+    def score(self, groups: Sequence[Candidates]) -> list[list[float]]: ...
+
+    def close(self) -> None:
+        """Frees models and processes. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A signal that also counts: time-outs, unparsable answers, tokens spent, position bias."""
+
+    def report(self) -> Mapping[str, float]:
+        """Counters and rates since construction, by short name."""
+        ...
+
+
+@runtime_checkable
+class Replacing(Protocol):
+    """A signal whose score, where it says so, takes the place of the weighted sum of all signals."""
+
+    def replaces(self, group: Candidates) -> tuple[bool, ...]:
+        """For each response, True where the score replaces instead of adding."""
+        ...
+
+
+@dataclass(frozen=True)
+class PerResponse:
+    """A signal that looks at one response at a time; see `per_response`."""
+
+    fn: Callable[[Prompt, str], float]
+
+    def score(self, groups: Sequence[Candidates]) -> list[list[float]]:
+        return [[float(self.fn(group.prompt, text)) for text in group.texts] for group in groups]
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def per_response(fn: Callable[[Prompt, str], float]) -> Signal:
+    """A signal from a function ``(prompt, text) -> float``; the short way to one of your own.
+
+    In a file that the recipe lists under ``plugins``::
+
+        @signal("has_greeting", source="ours")
+        def has_greeting(*, word: str = "hello") -> Signal:
+            return per_response(lambda prompt, text: float(word in text.lower()))
+    """
+    return PerResponse(fn)
+
+
+def column(prompt: Prompt, name: str) -> Any:
+    """The value of a column of the prompt's row; a dot descends (``metadata.answer``).
+
+    Raises: DataError naming the row and the columns it has. The group is then dropped and counted.
+    """
+    value: Any = prompt.fields
+    rest = name
+    while isinstance(value, Mapping) and rest not in value and "." in rest:
+        head, rest = rest.split(".", 1)
+        value = value.get(head)
+    if not isinstance(value, Mapping) or rest not in value or value[rest] is None:
+        known = ", ".join(map(str, prompt.fields)) or "none"
+        raise DataError(
+            f"prompt {prompt.id}: column {name!r} is missing or empty; its columns: {known}. Name the "
+            "column in the signal's key, or drop rows without it from data.prompts"
+        )
+    return value[rest]

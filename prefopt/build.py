@@ -6,18 +6,31 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from prefopt.cache import atomic_write, cache_root
-from prefopt.checkpoint import find_checkpoint, writing
+from prefopt.build_reference import (
+    live_reference,
+    outside_model,
+    stored_outside_reference,
+    stored_reference,
+)
+from prefopt.build_rollouts import (
+    build_rollouts,
+    check_group_tokens,
+    load_run_data,
+    most_group_tokens,
+)
+from prefopt.cache import atomic_write
+from prefopt.checkpoint import find_checkpoint, oldest_checkpoint, writing
 from prefopt.checks import check
 from prefopt.config.load import load_recipe
 from prefopt.config.schema import DEFAULT_MICRO_BATCH_TOKENS, Recipe, TrainSection
-from prefopt.data import DataBundle, load_data
+from prefopt.data import DataBundle, PromptSet
 from prefopt.distributed import (
     check_launch,
     configure_deepspeed,
@@ -26,6 +39,7 @@ from prefopt.distributed import (
 )
 from prefopt.errors import ConfigError
 from prefopt.layouts import build_logp_model
+from prefopt.live_reference import Reference
 from prefopt.logps import LogpModel
 from prefopt.models.adapters import save_final
 from prefopt.models.load import (
@@ -36,16 +50,14 @@ from prefopt.models.load import (
     load_tokenizer,
 )
 from prefopt.optim import build_optimizer
-from prefopt.reference import ReferenceStore
-from prefopt.reference_pass import ReferenceLogps, fill_store
-from prefopt.regimes import GroupSource, OfflineRegime, SplitLimits, longest_row_tokens
-from prefopt.registry import bind_objective
+from prefopt.regimes import OfflineRegime
+from prefopt.registry import BoundObjective, bind_objective
+from prefopt.rollouts.regime import RolloutRegime
 from prefopt.run_record import RUN_FILE, describe_run, warn_about_changes
 from prefopt.trainer import PreferenceTrainer, TrainResult
+from prefopt.windows import GroupSource, SplitLimits, longest_row_tokens
 
 logger = logging.getLogger(__name__)
-
-SourceRows = list[tuple[GroupSource, list[int]]]
 
 
 def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -66,11 +78,34 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     run_dir = Path(recipe.run.output_dir)
     resume_from = find_checkpoint(run_dir, recipe.train.resume)
     tokenizer = load_tokenizer(recipe.model)
-    data = load_data(recipe.data, tokenizer, stage=recipe.stage)
+    data = load_run_data(recipe, tokenizer)
     accelerator = _accelerator(recipe)
     policy = load_policy(recipe.model, recipe.peft, seed=recipe.train.seed)
     check_vocabulary(policy.model, tokenizer)
-    trainer = build_trainer(recipe, data.train, data.eval, policy, accelerator)
+    trainer = build_trainer(
+        recipe, data.train, data.eval, policy, accelerator,
+        prompts=data.prompts, tokenizer=tokenizer,
+    )  # fmt: skip
+    try:
+        result = _run(recipe, trainer, data, policy, resume_from)
+    finally:
+        trainer.close()
+    if not result.finished:
+        _say_how_to_go_on(accelerator, run_dir, result, trainer.regime.num_steps)
+    save_verified(trainer.model, policy, tokenizer, run_dir / "final", accelerator)
+    accelerator.end_training()
+    return run_dir
+
+
+def _run(
+    recipe: Recipe,
+    trainer: PreferenceTrainer,
+    data: DataBundle,
+    policy: LoadedPolicy,
+    resume_from: Path | None,
+) -> TrainResult:
+    """Restores, records the run, and trains."""
+    run_dir, accelerator = Path(recipe.run.output_dir), trainer.accelerator
     record = describe_run(recipe, data, policy, trainer)
     if resume_from is not None:
         if accelerator.is_main_process and (run_dir / RUN_FILE).is_file():
@@ -80,50 +115,36 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     if accelerator.is_main_process:
         _write_run_files(run_dir, record, data)
     accelerator.wait_for_everyone()
-    result = trainer.train()
-    if not result.finished:
-        _say_how_to_go_on(accelerator, run_dir, result, trainer.regime.num_steps)
-    save_verified(trainer.model, policy, tokenizer, run_dir / "final", accelerator)
-    accelerator.end_training()
-    return run_dir
+    return trainer.train()
 
 
 def build_trainer(
     recipe: Recipe,
-    train_source: GroupSource,
+    train_source: GroupSource | None,
     eval_source: GroupSource | None,
     policy: LoadedPolicy,
     accelerator: Accelerator,
+    *,
+    prompts: PromptSet | None = None,
+    tokenizer: Any = None,
 ) -> PreferenceTrainer:
-    """The trainer of a recipe, reference log-probs computed or found, nothing trained yet.
+    """The trainer of a recipe, reference log-probs computed or found, engines started, nothing trained yet.
 
-    Sources may be tokenised files (`prefopt.data`) or groups in memory (`regimes.GroupList`).
+    Sources may be tokenised files (`prefopt.data`) or groups in memory (`windows.GroupList`).
+
+    Args:
+        prompts, tokenizer: what rollouts are sampled for and decoded with.
     """
     assert recipe.objective is not None  # the check has seen to it
     settings, objective = recipe.train, bind_objective(recipe.objective)
     engine = build_logp_model(policy.model, recipe.model.layout)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(policy.model)
-    limits = _split_limits(settings, engine, train_source, accelerator)
-    regime = OfflineRegime(
-        train_source,
-        global_batch_size=settings.global_batch_size,
-        limits=limits,
-        seed=settings.seed,
-        num_epochs=settings.num_epochs,
-        max_steps=settings.max_steps,
-        world_size=accelerator.num_processes,
-        rank=accelerator.process_index,
-    )
-    rows = [(train_source, regime.all_rows())]
-    rows += [(eval_source, list(range(len(eval_source))))] if eval_source is not None else []
-    reference = None
-    if objective.needs_reference and recipe.reference_name == "model":
-        reference = _outside_reference(recipe, rows, limits, accelerator)
-    configure_deepspeed(accelerator, settings.max_grad_norm)
-    model, optimizer = accelerator.prepare(engine, build_optimizer(engine, settings))
-    if objective.needs_reference and recipe.reference_name == "initial":
-        reference = _stored_logps(recipe, policy, model, rows, limits, accelerator, initial=True)
+    wiring = _Wiring(recipe, objective, policy, accelerator, train_source, eval_source)
+    if prompts is None:
+        regime, reference, model, optimizer = _wire_offline(wiring, engine)
+    else:
+        regime, reference, model, optimizer = _wire_rollouts(wiring, engine, prompts, tokenizer)
     # Dropout, where a recipe keeps it, must differ between processes.
     set_seed(settings.seed, device_specific=True)
     return PreferenceTrainer(
@@ -134,10 +155,102 @@ def build_trainer(
         settings=settings,
         accelerator=accelerator,
         run_dir=Path(recipe.run.output_dir),
-        limits=limits,
+        limits=regime.limits if isinstance(regime, OfflineRegime) else regime.splits,
         reference=reference,
         eval_source=eval_source,
+        importance_cap=recipe.regime.importance_cap,
     )
+
+
+@dataclass(frozen=True)
+class _Wiring:
+    """What both kinds of regime are wired from."""
+
+    recipe: Recipe
+    objective: BoundObjective
+    policy: LoadedPolicy
+    accelerator: Accelerator
+    train_source: GroupSource | None
+    eval_source: GroupSource | None
+
+
+class _Wired(NamedTuple):
+    regime: OfflineRegime | RolloutRegime
+    reference: Reference | None
+    model: Any
+    optimizer: Any
+
+
+def _wire_offline(wiring: _Wiring, engine: LogpModel) -> _Wired:
+    """A fixed data set: every reference log-prob is known before the first step."""
+    recipe, policy, accelerator = wiring.recipe, wiring.policy, wiring.accelerator
+    settings, source, held_out = recipe.train, wiring.train_source, wiring.eval_source
+    assert source is not None  # the check has seen to it
+    longest = longest_row_tokens(source, engine.packed)
+    limits = _split_limits(settings, engine, longest, accelerator)
+    regime = OfflineRegime(
+        source,
+        global_batch_size=settings.global_batch_size,
+        limits=limits,
+        seed=settings.seed,
+        num_epochs=settings.num_epochs,
+        max_steps=settings.max_steps,
+        world_size=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+    rows = [(source, regime.all_rows())]
+    rows += [(held_out, list(range(len(held_out))))] if held_out is not None else []
+    reference = None
+    if wiring.objective.needs_reference and recipe.reference_name == "model":
+        reference = stored_outside_reference(recipe, rows, limits, accelerator)
+    model, optimizer = _prepared(wiring, engine)
+    if wiring.objective.needs_reference and recipe.reference_name == "initial":
+        reference = stored_reference(recipe, policy, model, rows, limits, accelerator, initial=True)
+    return _Wired(regime, reference, model, optimizer)
+
+
+def _wire_rollouts(
+    wiring: _Wiring, engine: LogpModel, prompts: PromptSet, tokenizer: Any
+) -> _Wired:
+    """Fresh samples: the reference is computed when they arrive, by weights held beside the policy's."""
+    recipe, accelerator = wiring.recipe, wiring.accelerator
+    # The sampler's log-probs are at its temperature; what they are compared with must be too.
+    engine.temperature = recipe.regime.temperature
+    needed = most_group_tokens(recipe, wiring.objective, prompts)
+    sources = [s for s in (wiring.train_source, wiring.eval_source) if s is not None]
+    longest = max([needed, *(longest_row_tokens(source, engine.packed) for source in sources)])
+    limits = _split_limits(recipe.train, engine, longest, accelerator)
+    check_group_tokens(longest, limits)
+    outside = None
+    if wiring.objective.needs_reference and recipe.reference_name == "model":
+        outside = outside_model(recipe, limits, accelerator)
+        outside.temperature = recipe.regime.temperature
+    model, optimizer = _prepared(wiring, engine)
+    reference: Reference | None = None
+    if wiring.objective.needs_reference:
+        reference = live_reference(recipe, model, outside, limits, accelerator)
+    root = Path(recipe.run.output_dir) / "checkpoints"
+    regime = build_rollouts(
+        recipe,
+        wiring.objective,
+        model=model,
+        policy=wiring.policy,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        pairs=wiring.train_source,
+        accelerator=accelerator,
+        splits=limits,
+        on_push=None if reference is None else reference.after_push,
+        keep_from=lambda: oldest_checkpoint(root),
+    )
+    return _Wired(regime, reference, model, optimizer)
+
+
+def _prepared(wiring: _Wiring, engine: LogpModel) -> tuple[Any, Any]:
+    """The wrapped model and optimizer."""
+    settings = wiring.recipe.train
+    configure_deepspeed(wiring.accelerator, settings.max_grad_norm)
+    return wiring.accelerator.prepare(engine, build_optimizer(engine, settings))
 
 
 def save_verified(
@@ -161,7 +274,7 @@ def save_verified(
 
 
 def _split_limits(
-    settings: TrainSection, engine: LogpModel, source: GroupSource, accelerator: Accelerator
+    settings: TrainSection, engine: LogpModel, longest: int, accelerator: Accelerator
 ) -> SplitLimits:
     """The recipe's bounds on one forward, or the device's defaults, never below the longest row."""
     tokens = settings.micro_batch_tokens
@@ -172,7 +285,7 @@ def _split_limits(
             # Some 200 MB of activations: enough tokens to fill the cores, and no slower than more
             # (measured with bench/offline_step.py: 2 pairs a forward against 8).
             tokens = max(256, 2**20 // (config.num_hidden_layers * config.hidden_size))
-        tokens = max(tokens, longest_row_tokens(source, engine.packed))
+        tokens = max(tokens, longest)
     return SplitLimits(tokens, settings.micro_batch_size, engine.packed)
 
 
@@ -193,42 +306,6 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         settings = _flat(recipe.model_dump())
         accelerator.init_trackers("prefopt", settings, init_kwargs={"wandb": {"name": name}})
     return accelerator
-
-
-def _outside_reference(
-    recipe: Recipe, rows: SourceRows, limits: SplitLimits, accelerator: Accelerator
-) -> ReferenceLogps:
-    """Log-probs of ``reference.path``; its weights are gone before the policy's optimizer exists."""
-    section = recipe.reference
-    assert section is not None and section.path is not None  # the check has seen to it
-    model = recipe.model.model_copy(update={"path": section.path, "revision": section.revision})
-    loaded = load_policy(model, None, seed=0, trainable=False)
-    engine = build_logp_model(loaded.model, "packed" if limits.packed else "padded")
-    engine = engine.to(accelerator.device)
-    return _stored_logps(recipe, loaded, engine, rows, limits, accelerator, initial=False)
-
-
-def _stored_logps(
-    recipe: Recipe,
-    loaded: LoadedPolicy,
-    model: Any,
-    rows: SourceRows,
-    limits: SplitLimits,
-    accelerator: Accelerator,
-    *,
-    initial: bool,
-) -> ReferenceLogps:
-    """Reference log-probs of every row the run will see, from the store or computed with ``model``."""
-    cache_dir = recipe.reference.cache_dir if recipe.reference else None
-    root = cache_root(cache_dir or recipe.data.cache_dir)
-    store = ReferenceStore(root, loaded.weights_hash, precision=recipe.train.precision)
-    reference = ReferenceLogps(store.directory, is_initial_policy=initial)
-    if accelerator.is_main_process:
-        logger.info("reference: %s", loaded.description)
-    for source, wanted in rows:
-        fill_store(store, model, source, wanted, limits, accelerator)
-        reference.load(store, map(source.group, wanted))
-    return reference
 
 
 def _write_run_files(run_dir: Path, record: dict[str, Any], data: DataBundle) -> None:

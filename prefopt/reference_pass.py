@@ -7,7 +7,7 @@ no second copy of the weights exists, under LoRA or full fine-tuning alike.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from prefopt.distributed import sum_over_processes
 from prefopt.errors import TrainingError
 from prefopt.reference import ReferenceStore, response_key
-from prefopt.regimes import GroupSource, SplitLimits
 from prefopt.sweep import layout_fn, split_rows, sweep
 from prefopt.types import Group
+from prefopt.windows import GroupSource, SplitLimits
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class ReferenceLogps:
     """
 
     def __init__(self, directory: Path, *, is_initial_policy: bool) -> None:
-        self.directory = directory
+        self.where = f"stored at {directory}; delete that and run again"
         self.is_initial_policy = is_initial_policy
         self._arrays: dict[bytes, np.ndarray] = {}
 
@@ -52,6 +52,21 @@ class ReferenceLogps:
                 )
             for response, array in zip(group.responses, arrays, strict=True):
                 self._arrays[response_key(group.prompt_ids, response)] = array
+
+    def prepare(self, batches: Sequence[Sequence[Group]], version: int | None = None) -> None:
+        """Nothing to do: every row of the run was computed before it."""
+
+    def after_push(self, version: int) -> None:
+        """Nothing changes."""
+
+    def after_step(self) -> None:
+        """Nothing changes."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to load: the store has it."""
 
     def tensor(self, groups: Sequence[Group]) -> Tensor:
         """(R, T) fp32, rows group by group, zero outside each response."""

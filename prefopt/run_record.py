@@ -28,7 +28,17 @@ _PACKAGES = (
     "deepspeed",
 )
 # Settings that may change between a run and its continuation without changing what it computes.
-_FREE = ("run.", "train.resume", "train.save_every", "train.keep_checkpoints", "train.log_every")
+_FREE = (
+    "run.",
+    "engine.timeout_s",
+    "engine.startup_timeout_s",
+    "engine.max_restarts",
+    "engine.urls",
+    "train.resume",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+)
 
 
 def describe_run(
@@ -44,9 +54,11 @@ def describe_run(
         },
         "weights": {"hash": policy.weights_hash, "description": policy.description},
         "data": {
-            "train_rows": len(data.train),
+            "train_rows": len(data.train) if data.train is not None else 0,
             "eval_rows": len(data.eval) if data.eval is not None else 0,
-            "train_hash": data.train.fingerprint,
+            "prompts": len(data.prompts) if data.prompts is not None else 0,
+            "train_hash": data.train.fingerprint if data.train is not None else None,
+            "prompts_hash": data.prompts.fingerprint if data.prompts is not None else None,
             "order_hash": trainer.regime.order_hash,
             "rejects": dict(data.reject_counts),
         },
@@ -58,6 +70,12 @@ def describe_run(
         "versions": versions(),
         "git": git_commit(),
     }
+
+
+def settings_that_count(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's settings that decide what a run computes, as a flat mapping."""
+    leaves = _leaves(recipe.model_dump(mode="json"))
+    return {key: value for key, value in leaves.items() if not key.startswith(_FREE)}
 
 
 def versions() -> dict[str, str]:

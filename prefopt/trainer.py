@@ -24,16 +24,18 @@ from prefopt.checkpoint import Checkpoints
 from prefopt.collate import make_batch, response_mask
 from prefopt.config.schema import TrainSection
 from prefopt.distributed import Interrupts, clip_gradients, max_over_processes, sync_gradients
-from prefopt.errors import TrainingError
+from prefopt.errors import PrefoptError, TrainingError
+from prefopt.importance import weighted
 from prefopt.layouts import log_ratio_tolerance
+from prefopt.live_reference import Reference
 from prefopt.metrics import MeanMeter, MetricsLog, peak_memory_gib
 from prefopt.optim import learning_rate, set_learning_rate
-from prefopt.reference_pass import ReferenceLogps
-from prefopt.regimes import GroupSource, MicroBatch, OfflineRegime, SplitLimits, Window
+from prefopt.regimes import Regime
 from prefopt.registry import BoundObjective
 from prefopt.sweep import layout_fn, sweep
-from prefopt.training_metrics import add_batch_metrics, add_layout_metrics
+from prefopt.training_metrics import add_batch_metrics, add_layout_metrics, add_sample_metrics
 from prefopt.types import Group, ObjectiveOutput, ResponseLogps
+from prefopt.windows import GroupSource, MicroBatch, SplitLimits, Window
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +65,9 @@ class PreferenceTrainer:
         accelerator: created by the launcher's configuration.
         run_dir: where metrics and checkpoints go.
         limits: size of one forward; also says which layout the model takes.
-        reference: stored reference log-probs, or None for an objective that needs none.
+        reference: where reference log-probs come from, or None for an objective that needs none.
         eval_source: held-out groups, or None.
+        importance_cap: weight samples by their truncated importance; None: do not.
     """
 
     def __init__(
@@ -73,13 +76,14 @@ class PreferenceTrainer:
         optimizer: Any,
         *,
         objective: BoundObjective,
-        regime: OfflineRegime,
+        regime: Regime,
         settings: TrainSection,
         accelerator: Accelerator,
         run_dir: Path,
         limits: SplitLimits,
-        reference: ReferenceLogps | None = None,
+        reference: Reference | None = None,
         eval_source: GroupSource | None = None,
+        importance_cap: float | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -90,6 +94,7 @@ class PreferenceTrainer:
         self.limits = limits
         self.reference = reference
         self.eval_source = eval_source
+        self.importance_cap = importance_cap
         self.log = MetricsLog(run_dir / "metrics.jsonl")
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints", accelerator, keep=settings.keep_checkpoints
@@ -118,7 +123,7 @@ class PreferenceTrainer:
             interrupts,
         ):
             while self.regime.step < total:
-                window = self.regime.next()
+                window = self._next_window()
                 self._step(window)
                 self._after_step(window.step + 1, bar)
                 if interrupts.requested():
@@ -128,6 +133,10 @@ class PreferenceTrainer:
             self._save(total)
         return TrainResult(total, finished=True)
 
+    def close(self) -> None:
+        """Stops whatever feeds the trainer: engines, their processes, signals."""
+        self.regime.close()
+
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint: weights, optimizer, random states, position, the open logging window.
 
@@ -135,6 +144,8 @@ class PreferenceTrainer:
         """
         state = self.checkpoints.load(path)
         self.regime.load_state_dict(state["regime"])
+        if self.reference is not None:
+            self.reference.load_state(self.checkpoints.load_tensors(path))
         self._meter.load_state_dict(state["metrics"], self.accelerator)
         self._open_window_s = state["open_window_s"]
         logger.info("resumed from %s (step %d)", path, self.regime.step)
@@ -149,8 +160,9 @@ class PreferenceTrainer:
             layout=self._layout, what="eval",
         )  # fmt: skip
         for groups, policy, counts in batches:
-            lp = self._response_logps(groups, policy)
-            lp = lp if counts else replace(lp, pairs=lp.pairs[:0])
+            if self.reference is not None:
+                self.reference.prepare([groups])
+            lp = self._response_logps(groups, policy, counts=counts)
             output = self.objective(lp)
             meter.add_values(output.metrics)
             add_batch_metrics(meter, lp, output)
@@ -162,32 +174,46 @@ class PreferenceTrainer:
         self.model.train()
         if self.accelerator.is_main_process:
             self.log.rewind(self.regime.step)
-        if self.regime.step == 0:
-            self._check_reference()
-            if self.eval_source is not None:
-                self._write({"step": 0, **self.evaluate()})
+        if self.regime.step == 0 and self.eval_source is not None:
+            self._write({"step": 0, **self.evaluate()})
         self._clock = time.perf_counter() - self._open_window_s
 
-    def _check_reference(self) -> None:
+    def _next_window(self) -> Window:
+        """The next window; if its engine or signal gave up, what has been trained is saved first."""
+        try:
+            return self.regime.next()
+        except PrefoptError:
+            # Raised on every process or none (`RolloutRegime` sees to it), so all save together.
+            if self.regime.step > 0 and self.checkpoints.newest_step() != self.regime.step:
+                self._save(self.regime.step)
+            raise
+
+    def _check_reference(self, window: Window) -> None:
         """At step 0 the policy is its own initial reference; anything else is a wrong reference."""
         if self.reference is None or not self.reference.is_initial_policy:
             return
-        groups = self.regime.window(0).micro_batches[0].groups
+        groups = window.micro_batches[0].groups
         self.model.eval()
         with torch.no_grad():
             layout = self._layout(groups).to(self.accelerator.device)
-            lp = self._response_logps(groups, self.model(layout).float())
+            lp = self._response_logps(groups, self.model(layout).float(), counts=True)
         self.model.train()
         gap = (lp.log_ratio.abs().sum() / lp.mask.sum()).item()
         limit = log_ratio_tolerance(self.model, self.settings.precision)
         if not gap <= limit:
             raise TrainingError(
                 f"the policy is not its own reference at step 0: mean |log-ratio| {gap:.3g} nats a token "
-                f"(limit {limit:g}); the stored reference log-probs are not of these weights. Delete the "
-                f"store at {self.reference.directory} and run again"
+                f"(limit {limit:g}); the reference log-probs are not of these weights "
+                f"({self.reference.where})"
             )
 
     def _step(self, window: Window) -> None:
+        started = time.perf_counter()
+        if self.reference is not None:
+            batches = [batch.groups for batch in window.micro_batches]
+            self.reference.prepare(batches, window.version)
+        if window.step == 0:
+            self._check_reference(window)
         rate = learning_rate(self.settings, window.step, self.regime.num_steps)
         set_learning_rate(self.optimizer, rate)  # before backward: DeepSpeed steps inside it
         last = len(window.micro_batches) - 1
@@ -200,44 +226,61 @@ class PreferenceTrainer:
         taken = self._check_gradient(norm, window)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.reference is not None:
+            self.reference.after_step()
+        for name, (total, count) in window.metrics.items():
+            self._meter.add(name, total, count)
         self._meter.add("train/grad_norm", norm if taken else 0.0, float(taken))
         if self.settings.precision == "fp16":
             self._meter.add_total("train/skipped_steps", float(not taken))
         self._meter.add("loss/total", 0.0, float(self.accelerator.is_main_process))
         self._meter.add("train/epoch", window.epoch, 1.0)
         self._meter.add("train/learning_rate", rate, 1.0)
+        self._meter.add("time/train_s", time.perf_counter() - started, 1.0)
 
     def _micro_batch_loss(self, micro_batch: MicroBatch, window: Window) -> Tensor:
         layout = self._layout(micro_batch.groups)
         add_layout_metrics(self._meter, micro_batch.groups, layout, counts=micro_batch.counts)
         policy = self.model(layout.to(self.accelerator.device)).float()
-        lp = self._response_logps(micro_batch.groups, policy)
-        if not micro_batch.counts:
-            # Other ranks have one micro-batch more: run backward with them, and add nothing.
-            lp = replace(lp, pairs=lp.pairs[:0])
+        lp = self._response_logps(micro_batch.groups, policy, counts=micro_batch.counts)
         output = self.objective(lp)
-        loss = output.losses.sum() / window.num_pairs
-        if output.token_losses is not None:
-            loss = loss + output.token_losses.sum() / window.num_chosen_tokens
+        if self.importance_cap is not None:
+            output, weights = weighted(output, lp, self.importance_cap)
+            output = replace(
+                output, sample_metrics={**output.sample_metrics, "rollout/importance": weights}
+            )
+        loss = _reduced(output, window)
         if not torch.isfinite(loss):
             raise TrainingError(_name_culprits(micro_batch.groups, lp, output, window.step))
         self._meter.add_values(output.metrics)
         add_batch_metrics(self._meter, lp, output)
+        add_sample_metrics(self._meter, lp, output)
         # The very number that is minimised: summed over micro-batches and ranks, counted once a window.
         self._meter.add("loss/total", loss, 0.0)
-        return loss if len(lp.pairs) else loss + policy.sum() * 0.0
+        # With nothing to learn from here, run backward through everything with the others all the same.
+        learns = len(lp.pairs) or (lp.samples is not None and bool(lp.samples.any()))
+        return loss if learns and loss.requires_grad else loss + policy.sum() * 0.0
 
-    def _response_logps(self, groups: Sequence[Group], policy: Tensor) -> ResponseLogps:
-        batch = make_batch(groups)
-        device = policy.device
-        reference = None if self.reference is None else self.reference.tensor(groups).to(device)
-        rewards = None if batch.rewards is None else batch.rewards.to(device)
+    def _response_logps(
+        self, groups: Sequence[Group], policy: Tensor, *, counts: bool
+    ) -> ResponseLogps:
+        """``counts`` False: another rank has one micro-batch more; run with it, and add nothing."""
+        batch, device = make_batch(groups), policy.device
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        samples = moved(batch.samples)
         return ResponseLogps(
             policy=policy,
             mask=response_mask(batch).to(device),
-            pairs=batch.pairs.to(device),
-            reference=reference,
-            rewards=rewards,
+            pairs=batch.pairs.to(device) if counts else batch.pairs[:0].to(device),
+            reference=None if self.reference is None else moved(self.reference.tensor(groups)),
+            behavior=moved(batch.behavior_logps),
+            rewards=moved(batch.rewards),
+            advantages=moved(batch.advantages),
+            samples=samples if counts or samples is None else torch.zeros_like(samples),
+            group=moved(batch.group),
         )
 
     def _check_gradient(self, norm: Tensor | float, window: Window) -> bool:
@@ -300,11 +343,22 @@ class PreferenceTrainer:
             "metrics": self._meter.state_dict(self.accelerator),
             "open_window_s": started - self._clock,
         }
-        self.checkpoints.save(step, state)
+        tensors = {} if self.reference is None else self.reference.state()
+        self.checkpoints.save(step, state, tensors)
         self._clock += time.perf_counter() - started
 
 
-_SHOWN = ("loss/total", "rewards/accuracy", "rewards/margin")
+_SHOWN = ("loss/total", "rewards/accuracy", "rewards/margin", "rollout/reward")
+
+
+def _reduced(output: ObjectiveOutput, window: Window) -> Tensor:
+    """The scalar to minimise: each kind of loss over its count in the global batch (1 if it has none)."""
+    loss = output.losses.sum() / max(1, window.num_pairs)
+    if output.token_losses is not None:
+        loss = loss + output.token_losses.sum() / max(1, window.num_chosen_tokens)
+    if output.sample_losses is not None:
+        loss = loss + output.sample_losses.sum() / max(1, window.num_samples)
+    return loss
 
 
 def _name_culprits(
@@ -312,13 +366,18 @@ def _name_culprits(
 ) -> str:
     """Which pairs have a loss that is not finite, and what their log-probs look like."""
     losses = output.losses if output.token_losses is None else output.losses + output.token_losses
-    owners = [group.id for group in groups for _ in group.pairs]
+    owners, what = [group.id for group in groups for _ in group.pairs], "pairs"
+    if output.sample_losses is not None:
+        losses, what = torch.cat([losses, output.sample_losses]), "pairs or samples"
+        owners += [
+            f"{group.id} response {i}" for group in groups for i in range(len(group.responses))
+        ]
     bad = [
         f"{owners[i]} (loss {losses[i].item()})"
         for i in (~losses.isfinite()).nonzero()[:, 0].tolist()
     ]
     broken = "" if lp.policy.isfinite().all() else "; the policy's own log-probs are not finite"
     return (
-        f"step {step + 1}: the loss of {len(bad)} pairs is not finite{broken}: {', '.join(bad[:16])}. "
+        f"step {step + 1}: the loss of {len(bad)} {what} is not finite{broken}: {', '.join(bad[:16])}. "
         "Look at them with `prefopt show`; with fp16 weights use bf16, else lower train.learning_rate"
     )

@@ -27,6 +27,30 @@ def add_batch_metrics(meter: MeanMeter, lp: ResponseLogps, output: ObjectiveOutp
         meter.add("log_ratio/rejected", ratio[rejected].sum(), count)
 
 
+def add_sample_metrics(meter: MeanMeter, lp: ResponseLogps, output: ObjectiveOutput) -> None:
+    """Samples' losses, entropy, KL to the reference and distance from their sampler; means over samples.
+
+    Entropy and KL are the one-sample estimates -log π and log π - log π_ref; names a token are means over
+    tokens.
+    """
+    if lp.samples is None or lp.behavior is None:
+        return
+    rows, count = lp.samples.float(), lp.samples.sum()
+    lengths = (lp.lengths * rows).sum()
+    meter.add("tokens/sample", lengths, count)
+    meter.add("rollout/entropy_per_token", -(lp.behavior.sum(-1) * rows).sum(), lengths)
+    gap = ((lp.policy.detach() - lp.behavior) * lp.mask).abs().sum(-1)
+    meter.add("rollout/policy_gap", (gap * rows).sum(), lengths)
+    if output.sample_losses is not None:
+        meter.add("loss/samples", output.sample_losses.detach().sum(), count)
+    if lp.reference is not None:
+        ratio = lp.log_ratio.detach().sum(-1)
+        meter.add("kl/reference", (ratio * rows).sum(), count)
+        meter.add("kl/reference_per_token", (ratio * rows).sum(), lengths)
+    for name, value in output.sample_metrics.items():
+        meter.add(name, (value.detach() * rows).sum(), count)
+
+
 def add_layout_metrics(
     meter: MeanMeter, groups: Sequence[Group], layout: TokenLayout, *, counts: bool
 ) -> None:

@@ -13,7 +13,7 @@ HUB_ONLY = ("split", "subset", "revision")
 
 def named_sources(data: DataSection) -> Iterator[tuple[str, SourceSection]]:
     """Every source with its dotted key, training mixture first."""
-    for name in ("train", "eval"):
+    for name in ("train", "eval", "prompts"):
         for index, source in enumerate(getattr(data, name)):
             yield f"data.{name}.{index}", source
 
@@ -36,10 +36,12 @@ def sources_take_their_keys(recipe: Recipe, _: Surroundings) -> Iterator[Finding
             )
 
 
-@rule("data", "stage")
+@rule("data", "stage", "regime")
 def sources_have_their_columns(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     for key, source in named_sources(recipe.data):
         columns = source.columns
+        if not _is_read_as_pairs(recipe, key):
+            continue
         if recipe.stage == "sft":
             if was_set(columns, "rejected") and columns.rejected is not None:
                 yield Finding(
@@ -61,6 +63,14 @@ def sources_have_their_columns(recipe: Recipe, _: Surroundings) -> Iterator[Find
                 f"{key}.drop_ties",
                 "needs columns.score_chosen and columns.score_rejected: a tie is two equal scores",
             )
+
+
+def _is_read_as_pairs(recipe: Recipe, key: str) -> bool:
+    """False for sources of prompts: rollouts read those without their responses, or with one of them."""
+    if key.startswith("data.prompts"):
+        return False
+    only_prompts = recipe.regime.name == "rollouts" and not recipe.regime.offline_pairs
+    return not (only_prompts and key.startswith("data.train"))
 
 
 @rule("data")

@@ -42,7 +42,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any] | None:
 
 @rule("data")
 def data_files_exist(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    for name in ("train", "eval"):
+    for name in ("train", "eval", "prompts"):
         for index, source in enumerate(getattr(recipe.data, name)):
             if is_local_data(source) and not _matches(source.path):
                 yield Finding(f"data.{name}.{index}.path", _missing("file", source.path))
@@ -54,7 +54,11 @@ def hub_is_not_asked(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     models = [recipe.model.path, recipe.model.tokenizer, recipe.peft and recipe.peft.adapter]
     models.append(recipe.reference and recipe.reference.path)
     names = [name for name in models if name and not is_local(name)]
-    names += [s.path for s in (*recipe.data.train, *recipe.data.eval) if not is_local_data(s)]
+    names += [
+        s.path
+        for s in (*recipe.data.train, *recipe.data.eval, *recipe.data.prompts)
+        if not is_local_data(s)
+    ]
     if names:
         yield Finding(
             "", f"not checked, on the hub: {', '.join(dict.fromkeys(names))}", is_note=True

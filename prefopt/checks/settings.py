@@ -7,12 +7,15 @@ from collections.abc import Iterator
 
 from prefopt.checks.rules import Finding, Surroundings, rule, was_set
 from prefopt.config.schema import Recipe
-from prefopt.registry import Need, get_objective
+from prefopt.registry import Need, get_objective, needs_with
 
 
 def objective_needs(recipe: Recipe) -> frozenset[Need]:
-    """What the recipe's objective needs; nothing for a stage without one."""
-    return get_objective(recipe.objective["name"]).needs if recipe.objective else frozenset()
+    """What the recipe's objective needs with its hyper-parameters; nothing for a stage without one."""
+    if recipe.objective is None:
+        return frozenset()
+    params = {key: value for key, value in recipe.objective.items() if key != "name"}
+    return needs_with(get_objective(recipe.objective["name"]), params)
 
 
 @rule("stage", "objective", "reference", "regime")
@@ -72,15 +75,19 @@ def reference_keys_are_read(recipe: Recipe, _: Surroundings) -> Iterator[Finding
         yield Finding("reference.cache_dir", "would be ignored: reference.name is 'none'")
 
 
-@rule("stage", "objective", "data")
+@rule("stage", "objective", "data", "regime")
 def offline_data_gives_what_objective_needs(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     if recipe.stage != "preference" or recipe.objective is None:
         return
     needs = objective_needs(recipe)
-    for need in sorted({Need.BEHAVIOR, Need.ADVANTAGES} & needs, key=lambda n: n.value):
+    if recipe.regime.name != "offline":
+        return
+    for need in sorted(
+        {Need.BEHAVIOR, Need.ADVANTAGES, Need.SAMPLES} & needs, key=lambda n: n.value
+    ):
         yield Finding(
             "objective.name",
-            f"needs {need.value} log-probs or labels that regime.name = 'offline' does not have",
+            f"needs {need.value}, which only rollouts have. Set regime.name: rollouts",
         )
     if Need.REWARDS not in needs:
         return

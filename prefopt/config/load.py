@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create
 
 from prefopt.config.explain import explain
 from prefopt.config.schema import Recipe
-from prefopt.config.yaml_file import Document, apply_overrides, read_yaml
+from prefopt.config.yaml_file import Document, KeyPath, apply_overrides, read_yaml
 from prefopt.errors import ConfigError, suggest
-from prefopt.registry import get_objective, objective_names
+from prefopt.registry import REGISTRIES, Spec, get_objective
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,11 @@ def draft_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Draft:
         problems += [explain(item, document) for item in items]
         broken |= {str(item["loc"][0]) for item in items}
     problems += (plugin_problems := _plugin_problems(document, Path(path)))
-    objective_problems = _objective_problems(document)
-    if objective_problems or plugin_problems:
-        broken.add("objective")
-    problems += objective_problems
+    for section in REGISTRIES:
+        section_problems = _named_problems(document, section)
+        if section_problems or plugin_problems:
+            broken.add(section)
+        problems += section_problems
     if recipe is None:
         recipe = _sound_sections(document.raw, broken)
     return Draft(recipe, document, tuple(problems), frozenset(broken))
@@ -73,9 +74,13 @@ def objective_schema(name: str) -> type[BaseModel]:
 
     Raises: ConfigError for an unknown name.
     """
+    return _schema(get_objective(name))
+
+
+def _schema(spec: Spec, extra: Mapping[str, Any] | None = None) -> type[BaseModel]:
     config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    fields: Any = get_objective(name).fields
-    return create_model(f"{name}_hyperparameters", __config__=config, **fields)
+    fields: Any = {**spec.fields, **(extra or {})}
+    return create_model(f"{spec.name}_hyperparameters", __config__=config, **fields)
 
 
 def _sound_sections(raw: Mapping[str, Any], broken: set[str]) -> Recipe:
@@ -99,32 +104,46 @@ def _without_noise(items: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _objective_problems(document: Document) -> list[str]:
-    """Unknown name; unknown, missing, mistyped or out-of-bound hyper-parameter of ``objective``."""
-    section = document.raw.get("objective")
-    if not isinstance(section, dict):
-        return []  # absent, or a wrong type the schema has already reported
-    name = section.get("name")
+# What a recipe may say of an entry beside its own hyper-parameters.
+_SHARED_KEYS: dict[str, dict[str, Any]] = {"signals": {"weight": (float, 1.0)}}
+
+
+def _named_problems(document: Document, section: str) -> list[str]:
+    """What is wrong with the entries of ``objective``, ``credit`` or ``signals``: names and their keys."""
+    found = document.raw.get(section)
+    if isinstance(found, dict):
+        return _entry_problems(document, (section,), found, section)
+    items = found if isinstance(found, list) else []  # another type the schema has already reported
+    return [
+        problem
+        for index, item in enumerate(items)
+        if isinstance(item, dict)
+        for problem in _entry_problems(document, (section, index), item, section)
+    ]
+
+
+def _entry_problems(
+    document: Document, path: KeyPath, entry: Mapping[str, Any], section: str
+) -> list[str]:
+    """Unknown name; unknown, missing, mistyped or out-of-bound hyper-parameter of one entry."""
+    registry, key = REGISTRIES[section], ".".join(map(str, path))
+    known, name = registry.names(), entry.get("name")
     if name is None:
-        where = document.origin(("objective",))
-        return [f"{where}objective.name is missing. Known: {', '.join(sorted(objective_names()))}."]
-    if not isinstance(name, str) or name not in objective_names():
-        where = document.origin(("objective", "name"))
-        return [
-            f"{where}objective.name = {name!r}: unknown; {suggest(str(name), objective_names())}"
-        ]
+        return [f"{document.origin(path)}{key}.name is missing. Known: {', '.join(sorted(known))}."]
+    if not isinstance(name, str) or name not in known:
+        where = document.origin((*path, "name"))
+        return [f"{where}{key}.name = {name!r}: unknown; {suggest(str(name), known)}"]
     try:
-        schema = objective_schema(name)
+        schema = _schema(registry.get(name), _SHARED_KEYS.get(section))
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         return []  # signatures live beside torch code; structure is checked all the same without it
     try:
-        schema.model_validate({key: value for key, value in section.items() if key != "name"})
+        schema.model_validate({key: value for key, value in entry.items() if key != "name"})
     except ValidationError as error:
-        known = {*schema.model_fields, "name"}
-        items = [{**item, "loc": ("objective", *item["loc"])} for item in error.errors()]
-        return [explain(item, document, known) for item in items]
+        items = [{**item, "loc": (*path, *item["loc"])} for item in error.errors()]
+        return [explain(item, document, {*schema.model_fields, "name"}) for item in items]
     return []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.cache import atomic_write
 from prefopt.config.schema import DataSection, SourceSection
+from prefopt.data.prompts import PromptSet
 from prefopt.data.tokenise import tokenise_source
 from prefopt.data.tokens import TokenSet, TokenStore, count_rejects
 from prefopt.errors import ConfigError, DataError
@@ -23,17 +25,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DataBundle:
-    """Training rows, held-out rows if any, and what was refused on the way."""
+    """Training rows, held-out rows and prompts, whichever the run has, and what was refused on the way."""
 
-    train: TokenSet
+    train: TokenSet | None
     eval: TokenSet | None
     sources: tuple[tuple[str, TokenStore], ...]
-    """Path as the recipe has it, and the store, of every source."""
+    """Path as the recipe has it, and the store, of every source of pairs or rows."""
+    prompts: PromptSet | None = None
 
     @property
     def reject_counts(self) -> dict[str, int]:
         """Refused rows of all sources by reason."""
-        return count_rejects([store for _, store in self.sources])
+        counts = Counter(count_rejects([store for _, store in self.sources]))
+        if self.prompts is not None:
+            counts.update(self.prompts.reject_counts)
+        return dict(counts)
 
     def write_rejects(self, path: str | Path) -> None:
         """One JSON line a refused row: source, id, file, row, reason, lengths in tokens, detail."""
@@ -48,6 +54,8 @@ class DataBundle:
                 written.add(store.directory)
                 for line in store.rejects():
                     file.write(json.dumps({"source": name, **line}, ensure_ascii=False) + "\n")
+            for line in self.prompts.rejects if self.prompts is not None else ():
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def load_data(
@@ -78,18 +86,18 @@ def load_data(
         for section in dict.fromkeys(_unweighted(s) for s in (*data.train, *data.eval))
     }
     train = [stores[_unweighted(section)] for section in data.train]
-    if data.eval:
+    if data.eval or not train:
         train_rows = [np.arange(len(store)) for store in train]
         held_out = [stores[_unweighted(section)] for section in data.eval]
         eval_rows = [np.arange(len(store)) for store in held_out]
-        eval_set = _mix(data.eval, held_out, eval_rows, data.seed)
+        eval_set = _mix(data.eval, held_out, eval_rows, data.seed) if held_out else None
     else:
         train_rows, eval_rows = split_rows(train, data.eval_frac, data.seed)
         eval_set = _mix(data.train, train, eval_rows, data.seed, most=1.0)
-    train_set = _mix(data.train, train, train_rows, data.seed)
-    if train_set is None:
+    train_set = _mix(data.train, train, train_rows, data.seed) if train else None
+    if train_set is None and data.train:
         raise DataError("data: no row is left to train on")
-    if eval_set is not None:
+    if eval_set is not None and train_set is not None:
         _warn_of_leaks(train_set, eval_set)
     sources = tuple((section.path, store) for section, store in stores.items())
     return DataBundle(train_set, eval_set, sources)

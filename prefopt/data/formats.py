@@ -72,6 +72,50 @@ def resolve(section: SourceSection, first: RawRow, *, pairs: bool) -> Reading:
     return Reading(form, columns, pairs, section.drop_ties)
 
 
+def prompt_reading(section: SourceSection, first: RawRow) -> Reading:
+    """The reading of a source whose rows have a prompt and no response.
+
+    A ``prompt`` column left at its default and absent is looked for as ``conversations`` or ``messages``.
+
+    Raises: DataError for a missing column.
+    """
+    columns = section.columns
+    if columns.prompt in (None, "prompt") and not has_column(first.data, "prompt"):
+        dialogue = next((name for name in _DIALOGUE_COLUMNS if has_column(first.data, name)), None)
+        columns = columns.model_copy(update={"prompt": dialogue or "prompt"})
+    assert columns.prompt is not None
+    value = column(first, columns.prompt)
+    form = section.format
+    if form == "auto":
+        message = value[0] if isinstance(value, list) and value else value
+        if isinstance(message, dict):
+            form = "sharegpt" if "from" in message else "chat"
+        else:
+            form = "hh" if isinstance(value, str) and _is_transcript(value) else "text"
+    return Reading(form, columns, pairs=False)
+
+
+def prompt_row(row: RawRow, reading: Reading) -> Row | Refused:
+    """One row's prompt in canonical shape, without responses, or the reason it is refused.
+
+    A dialogue that ends with the assistant's turn is a prompt without that turn: what it said is a
+    response, and the policy is to give its own.
+    """
+    columns = reading.columns
+    assert columns.prompt is not None  # `prompt_reading` has seen to it
+    value = column(row, columns.prompt)
+    if reading.format == "text":
+        result = Row(_text(row, columns.prompt, value), (), ())
+    else:
+        turns = _messages(row, reading, columns.prompt, value, "user")
+        if turns and turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
+        if columns.system is not None:
+            turns = _with_system(row, columns.system, turns)
+        result = Row(turns, (), ())
+    return _refusal(result, reading) or result
+
+
 def canonical(row: RawRow, reading: Reading) -> Row | Refused:
     """One row in canonical shape, or the reason it is refused.
 

@@ -97,6 +97,7 @@ def test_a_sound_recipe_passes_offline_and_says_what_it_took_on_trust(recipe_fil
             "data.eval_frac = 0.1",
             "would be ignored",
         ),
+        (["data.train=[]"], "data.train", "is missing"),
         (["model.quantization=4bit"], "model.quantization = '4bit'", "nothing to train without"),
         (["model.dtype=float16"], "model.dtype = 'float16'", "small updates underflow"),
         ([*LORA, "model.dtype=float16"], "train.precision = 'fp32'", "does not go with"),

@@ -1,0 +1,179 @@
+"""Prompts for rollouts: rendered by the one renderer, with the columns that signals check against."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prefopt.config.schema import DataSection, SourceSection
+from prefopt.data.chunks import Limits, check
+from prefopt.data.formats import Reading, canonical, prompt_reading, prompt_row, resolve
+from prefopt.data.readers import RawRow
+from prefopt.data.render import Rendered, Renderer, Request
+from prefopt.data.rows import Refused, Reject, Row, column, has_column
+from prefopt.data.sources import first_rows, open_source
+from prefopt.data.tokens import require_rows
+from prefopt.errors import DataError
+from prefopt.signals.base import Prompt
+
+_BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in file order, and what was refused on the way."""
+
+    prompts: tuple[Prompt, ...]
+    rejects: tuple[dict[str, Any], ...]
+    """One line a refused row: source, id, file, row, reason, lengths in tokens."""
+    fingerprint: str
+    """SHA-256 of the prompts' ids, of the offline responses and of the fields."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def reject_counts(self) -> dict[str, int]:
+        return dict(Counter(line["reason"] for line in self.rejects))
+
+
+def load_prompts(
+    sections: Sequence[SourceSection],
+    data: DataSection,
+    renderer: Renderer,
+    *,
+    max_new_tokens: int,
+    fields: Sequence[str] = (),
+    needs_offline: bool = False,
+) -> PromptSet:
+    """The prompts of ``sections``; each must leave ``max_new_tokens`` of room in ``data.max_length_tokens``.
+
+    A row's ``chosen`` column, where it has one, becomes the prompt's offline response. Source weights and
+    ``drop_ties`` do not apply: every prompt is met once an epoch.
+
+    Args:
+        fields: columns that signals read: a row without one is an error that names it.
+        needs_offline: every row must have a response of its own.
+
+    Raises: DataError, ConfigError, ModelError as `load_data` does; DataError if no prompt is left.
+    """
+    prompts: list[Prompt] = []
+    rejects: list[dict[str, Any]] = []
+    limits = Limits(data.max_length_tokens, data.max_prompt_tokens)
+    for section in sections:
+        reader = _Reader(section, renderer, limits, max_new_tokens, tuple(fields), needs_offline)
+        for result in reader.rows():
+            if isinstance(result, Prompt):
+                prompts.append(result)
+            else:
+                rejects.append({"source": section.path, **result})
+    found = PromptSet(tuple(prompts), tuple(rejects), _fingerprint(prompts))
+    require_rows(len(prompts), "data.prompts", found.reject_counts)
+    return found
+
+
+@dataclass(frozen=True)
+class _Reader:
+    section: SourceSection
+    renderer: Renderer
+    limits: Limits
+    max_new_tokens: int
+    fields: tuple[str, ...]
+    needs_offline: bool
+
+    def rows(self) -> Iterator[Prompt | dict[str, Any]]:
+        """Each row as a prompt, or as the line that says why it is refused."""
+        source = open_source(self.section)
+        first = next(first_rows(source, 1), None)
+        if first is None:
+            raise DataError(f"data: {self.section.path}: holds no rows")
+        reading, has_response = self._reading(first)
+        batch: list[RawRow] = []
+        for row in first_rows(source, self.section.max_rows):
+            batch.append(row)
+            if len(batch) == _BATCH_ROWS:
+                yield from self._batch(batch, reading, has_response)
+                batch = []
+        yield from self._batch(batch, reading, has_response)
+
+    def _reading(self, first: RawRow) -> tuple[Reading, bool]:
+        """How to read the source, and whether its rows have a response."""
+        has_response = has_column(first.data, self.section.columns.chosen)
+        if self.needs_offline and not has_response:
+            column(first, self.section.columns.chosen)  # raises, naming the columns there are
+        section = self.section.model_copy(update={"drop_ties": False})
+        if has_response:
+            return resolve(section, first, pairs=False), True
+        return prompt_reading(section, first), False
+
+    def _batch(
+        self, rows: Sequence[RawRow], reading: Reading, has_response: bool
+    ) -> Iterator[Prompt | dict[str, Any]]:
+        read = canonical if has_response else prompt_row
+        found = [read(row, reading) for row in rows]
+        requests = [Request(row.prompt, row.responses) for row in found if isinstance(row, Row)]
+        rendered = iter(self.renderer.render_batch(requests))
+        for raw, row in zip(rows, found, strict=True):
+            result = next(rendered) if isinstance(row, Row) else row
+            result = self._checked(result)
+            if isinstance(result, Refused) or isinstance(row, Refused):
+                yield self._line(raw, reading, result)
+            else:
+                yield self._prompt(raw, reading, row, result)
+
+    def _checked(self, result: Rendered | Refused) -> Rendered | Refused:
+        """``result``, or why it cannot be a prompt. Too long a response is only a missing one."""
+        if isinstance(result, Refused):
+            return result
+        prompt = len(result.prompt_ids)
+        most = self.limits.max_length - self.max_new_tokens
+        if prompt > min(most, self.limits.max_prompt or most):
+            return Refused(Reject.PROMPT_TOO_LONG, lengths=(prompt,))
+        if prompt == 0:
+            return Refused(Reject.EMPTY_PROMPT)
+        if not result.responses:
+            return result
+        checked = check(result, self.limits)
+        if isinstance(checked, Refused) and not self.needs_offline:
+            return replace(result, responses=())
+        return checked
+
+    def _prompt(self, raw: RawRow, reading: Reading, row: Row, rendered: Rendered) -> Prompt:
+        for name in self.fields:
+            column(raw, name)  # a signal reads it: raises, naming the columns there are
+        columns = reading.columns
+        own = {columns.prompt, columns.chosen, columns.rejected, columns.system}
+        return Prompt(
+            id=raw.where if columns.id is None else str(column(raw, columns.id)),
+            ids=rendered.prompt_ids,
+            content=row.prompt if isinstance(row.prompt, str) else tuple(row.prompt),
+            fields={k: v for k, v in raw.data.items() if k not in own or k in self.fields},
+            offline_ids=rendered.responses[0] if rendered.responses else None,
+        )
+
+    def _line(self, raw: RawRow, reading: Reading, result: Rendered | Refused) -> dict[str, Any]:
+        assert isinstance(result, Refused)
+        name = reading.columns.id
+        line: dict[str, Any] = {
+            "id": raw.where if name is None else str(column(raw, name)),
+            "file": raw.file,
+            "row": raw.number,
+            "reason": str(result.reason),
+        }
+        if result.lengths is not None:
+            line["lengths"] = dict(zip(("prompt", "chosen"), result.lengths, strict=False))
+        if result.detail is not None:
+            line["detail"] = result.detail
+        return line
+
+
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        row = [prompt.id, prompt.ids, prompt.offline_ids, prompt.fields]
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()

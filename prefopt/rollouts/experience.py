@@ -1,0 +1,215 @@
+"""The experience log: every rollout is on disk before it is trained on, and found again after a kill.
+
+Append-only shards of JSON lines, one line a group and a commit line a batch. A batch counts once its commit
+line is there; what a kill cut short is dropped when the log is opened. Token ids and log-probs are base64
+of little-endian int32 and float32 (exact, and an eighth of the space); texts and scores are readable.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefopt.engines.base import Completion
+from prefopt.engines.probe import Gap
+from prefopt.errors import TrainingError
+from prefopt.rollouts.batch import RolloutBatch, RolloutGroup
+from prefopt.rollouts.plan import Start
+
+DIRECTORY = "rollouts"
+_SHARD_BYTES = 64 * 2**20
+
+
+class ExperienceLog:
+    """The batches of one process.
+
+    Args:
+        directory: of this process alone.
+        lineage: hash of whatever decides what a batch is (data, sampling, training settings). A batch of
+            another lineage stays on disk and is not found again.
+    """
+
+    def __init__(self, directory: Path, lineage: str) -> None:
+        self.directory = directory
+        self.lineage = lineage
+        self._found: dict[int, tuple[Path, int, int]] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+        for shard in _shards(directory):
+            self._open(shard)
+
+    def get(self, step: int) -> RolloutBatch | None:
+        """The batch of ``step`` as it was logged last, or None. Raises: TrainingError if it is damaged."""
+        if step not in self._found:
+            return None
+        path, start, end = self._found[step]
+        with path.open("rb") as file:
+            file.seek(start)
+            lines = file.read(end - start).splitlines()
+        try:
+            rows = [json.loads(line) for line in lines]
+            return read_batch(rows)
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"{path}: the rollouts of step {step} cannot be read ({error}); the file was changed. Delete "
+                f"it: the batches it held are sampled again"
+            ) from error
+
+    def append(self, batch: RolloutBatch) -> None:
+        """Writes a batch, flushed to disk. Raises: TrainingError if it cannot be written."""
+        commit = {
+            "commit": batch.step,
+            "version": batch.version,
+            "groups": len(batch.groups),
+            "lineage": self.lineage,
+            "timings": dict(batch.timings),
+            "gap": None if batch.gap is None else [batch.gap.mean, batch.gap.max],
+        }
+        rows = [*map(_group_row, batch.groups), commit]
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        path = self._current()
+        try:
+            with path.open("ab") as file:
+                start = file.tell()
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise TrainingError(
+                f"{path} cannot be written: {error}. Nothing is trained on before it is logged: free space "
+                "and run the same command, it goes on from the newest checkpoint"
+            ) from error
+        self._found[batch.step] = (path, start, start + len(data))
+
+    def _current(self) -> Path:
+        shards = _shards(self.directory)
+        if shards and shards[-1].stat().st_size < _SHARD_BYTES:
+            return shards[-1]
+        return self.directory / f"shard-{len(shards):05d}.jsonl"
+
+    def _open(self, shard: Path) -> None:
+        """Indexes a shard, and cuts what follows its last commit: a batch that a kill left half written."""
+        start = position = 0
+        with shard.open("rb") as file:
+            for line in file:
+                position += len(line)
+                commit = _commit(line)
+                if commit is not None:
+                    if commit["lineage"] == self.lineage:
+                        self._found[commit["commit"]] = (shard, start, position)
+                    start = position
+        if start < shard.stat().st_size:
+            os.truncate(shard, start)
+
+
+def read_log(run_dir: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """``(commit, groups)`` rows of every committed batch, rank by rank in the order they were written.
+
+    ``commit["rank"]`` says whose it is. A step that was sampled anew after a kill is there twice.
+    """
+    for directory in sorted((run_dir / DIRECTORY).glob("rank-*")):
+        rank = int(directory.name.removeprefix("rank-"))
+        for shard in _shards(directory):
+            rows: list[dict[str, Any]] = []
+            with shard.open("rb") as file:
+                for line in file:
+                    commit = _commit(line)
+                    if commit is not None:
+                        yield {**commit, "rank": rank}, rows
+                        rows = []
+                    elif line.endswith(b"\n"):
+                        rows.append(json.loads(line))
+
+
+def _shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("shard-*.jsonl"))
+
+
+def _commit(line: bytes) -> dict[str, Any] | None:
+    """The commit row of a line, None for any other or a torn one."""
+    if not (line.startswith(b'{"commit"') and line.endswith(b"\n")):
+        return None
+    return json.loads(line)
+
+
+def _group_row(group: RolloutGroup) -> dict[str, Any]:
+    start = group.start
+    return {
+        "id": group.prompt_id,
+        "place": start.place,
+        "row": start.row,
+        "prompt_ids": _pack(group.prompt_ids, "<i4"),
+        "prefix_tokens": len(start.prefix),
+        "responses": [
+            {
+                "text": text,
+                "ids": _pack(completion.ids, "<i4"),
+                "logps": _pack(completion.logps, "<f4"),
+                "stop_reason": completion.stop_reason,
+                "seed": seed,
+            }
+            for text, completion, seed in zip(
+                group.texts, group.completions, start.seeds, strict=False
+            )
+        ],
+        "offline_ids": None if group.offline_ids is None else _pack(group.offline_ids, "<i4"),
+        "rewards": group.rewards,
+        "parts": dict(group.parts),
+        "pairs": group.pairs,
+        "advantages": group.advantages,
+        "skipped": group.skipped,
+        "failed": group.failed,
+    }
+
+
+def read_batch(rows: list[dict[str, Any]]) -> RolloutBatch:
+    """The batch that ``rows`` are of: its groups, then its commit."""
+    *groups, commit = rows
+    if len(groups) != commit["groups"]:
+        raise ValueError(f"{len(groups)} groups where {commit['groups']} were written")
+    return RolloutBatch(
+        step=commit["commit"],
+        version=commit["version"],
+        groups=tuple(map(_read_group, groups)),
+        timings=commit["timings"],
+        gap=None if commit["gap"] is None else Gap(*commit["gap"]),
+    )
+
+
+def _read_group(row: dict[str, Any]) -> RolloutGroup:
+    responses = row["responses"]
+    prompt_ids = _ints(row["prompt_ids"])
+    prefix = prompt_ids[len(prompt_ids) - row["prefix_tokens"] :]
+    return RolloutGroup(
+        start=Start(row["place"], row["row"], prefix, tuple(r["seed"] for r in responses)),
+        prompt_id=row["id"],
+        prompt_ids=prompt_ids,
+        completions=tuple(
+            Completion(_ints(r["ids"]), _floats(r["logps"]), r["stop_reason"]) for r in responses
+        ),
+        texts=tuple(r["text"] for r in responses),
+        rewards=None if row["rewards"] is None else tuple(row["rewards"]),
+        parts={name: tuple(values) for name, values in row["parts"].items()},
+        offline_ids=None if row["offline_ids"] is None else _ints(row["offline_ids"]),
+        pairs=tuple((chosen, rejected) for chosen, rejected in row["pairs"]),
+        advantages=None if row["advantages"] is None else tuple(row["advantages"]),
+        skipped=row["skipped"],
+        failed=row["failed"],
+    )
+
+
+def _pack(values: Any, dtype: str) -> str:
+    return base64.b64encode(np.asarray(values, dtype).tobytes()).decode()
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(np.frombuffer(base64.b64decode(text), "<i4").tolist())
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(np.frombuffer(base64.b64decode(text), "<f4").tolist())

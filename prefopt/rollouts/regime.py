@@ -1,0 +1,286 @@
+"""The regime of rollouts: pushes weights when due, keeps generation ahead by its lag, hands out windows.
+
+One engine call an optimizer step. With ``max_lag = 0`` a step's batch is sampled when it is asked for; with
+more, a worker thread samples later batches while the trainer trains, in an order that the schedule fixes, so
+that the two differ in who waits and not in what is sampled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from prefopt.engines.base import PolicyFiles
+from prefopt.errors import ConfigError, EngineError, PrefoptError, SignalError, TrainingError
+from prefopt.regimes import OfflineRegime
+from prefopt.rollouts.batch import RolloutBatch, merge
+from prefopt.rollouts.experience import ExperienceLog
+from prefopt.rollouts.plan import PromptPlan, Schedule
+from prefopt.rollouts.probe import Probe
+from prefopt.rollouts.publisher import PolicyPublisher
+from prefopt.rollouts.sampler import Sampler
+from prefopt.rollouts.statistics import rollout_metrics
+from prefopt.rollouts.worker import Worker, wait
+from prefopt.types import Group
+from prefopt.windows import GroupList, SplitLimits, Window, forward_tokens, make_window
+
+
+@dataclass(frozen=True)
+class RolloutLimits:
+    """When a rollout is not trained on, and when a run stops for it."""
+
+    max_failed_frac: float
+    drop_lag_above: int | None = None
+    timeout_s: float = 1800.0
+    """Longest wait for one job of the engine."""
+
+
+class RolloutRegime:
+    """Windows of freshly sampled responses.
+
+    Args:
+        plan, schedule: which prompts, and which policy version, each step takes.
+        sampler: makes batches; None on a process whose share another process samples.
+        log: of this process; None where ``sampler`` is.
+        publisher: writes versions; None where the engine shares the weights in training.
+        probe: compares the engine with the trainer after a push.
+        splits: size of one forward.
+        limits: staleness and failures.
+        num_steps: optimizer steps of the run.
+        whole_groups: the objective couples the responses to a prompt: they stay in one forward.
+        offline: pairs that every window also holds (HyPO).
+        on_push: called with every version pushed (`live_reference`).
+        keep_from: the oldest step that a checkpoint can still send the run back to.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: PromptPlan,
+        schedule: Schedule,
+        sampler: Sampler | None,
+        log: ExperienceLog | None,
+        publisher: PolicyPublisher | None,
+        probe: Probe,
+        accelerator: Accelerator,
+        splits: SplitLimits,
+        limits: RolloutLimits,
+        num_steps: int,
+        whole_groups: bool = False,
+        offline: OfflineRegime | None = None,
+        on_push: Callable[[int], None] | None = None,
+        keep_from: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self.plan = plan
+        self.schedule = schedule
+        self.sampler = sampler
+        self.log = log
+        self.publisher = publisher
+        self.probe = probe
+        self.accelerator = accelerator
+        self.splits = splits
+        self.limits = limits
+        self.num_steps = num_steps
+        self.whole_groups = whole_groups
+        self.offline = offline
+        self.on_push = on_push
+        self.keep_from = keep_from
+        self.step = 0
+        self._worker = Worker(threaded=schedule.max_lag > 0)
+        self._jobs: dict[int, Future[RolloutBatch]] = {}
+        self._next_job = 0
+        self._pushed: int | None = None
+
+    def next(self) -> Window:
+        """The window of the next optimizer step; StopIteration after the last.
+
+        Raises (on every process, so that all can save): EngineError, SignalError, TrainingError.
+        """
+        if self.step >= self.num_steps:
+            raise StopIteration
+        step, begun = self.step, time.perf_counter()
+        self._submit(step, below=step)  # after a resume: what older versions still have to sample
+        pushing = time.perf_counter()
+        if self.schedule.pushes_at(step):
+            self._push(step)
+        sync_s = time.perf_counter() - pushing
+        self._submit(step, below=step + 1)
+        batch = self._take(step)
+        # Without a lag the trainer waits for all of generating and scoring; with one, for what is left of it.
+        timings = {"sync_s": sync_s, "wait_s": time.perf_counter() - begun - sync_s}
+        self.step += 1
+        return self._window(replace(batch, timings={**batch.timings, **timings}))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, and a hash that tells whether it is the same run."""
+        return {"step": self.step, "order": self.order_hash}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after the checkpoint's step; ConfigError if prompts, sampling or schedule changed since."""
+        if state["order"] != self.order_hash:
+            raise ConfigError(
+                "the checkpoint was made with other prompts, another train.seed, or other regime settings: "
+                "its position means nothing here. Restore them, or start afresh in another run.output_dir"
+            )
+        self.step = state["step"]
+        if self.offline is not None:
+            self.offline.step = self.step
+
+    @property
+    def order_hash(self) -> str:
+        """Hash of everything that decides which prompts a step samples, with which seeds and version."""
+        plan = self.plan
+        ids = hashlib.sha256(repr([(p.id, p.ids, p.offline_ids) for p in plan.prompts]).encode())
+        offline = None if self.offline is None else self.offline.order_hash
+        numbers = (plan.seed, plan.per_step, plan.num_samples, plan.reset_frac, self.schedule)
+        return hashlib.sha256(f"{ids.hexdigest()}:{numbers}:{offline}".encode()).hexdigest()
+
+    def close(self) -> None:
+        """Stops generating, and closes engine and signals."""
+        self._worker.close()
+        if self.sampler is not None:
+            self.sampler.close()
+
+    def _push(self, version: int) -> None:
+        """Sends the weights of this moment to the engine. A collective."""
+        expected = self.probe.expected() if self.probe.is_due(version) else None
+        files = None if self.publisher is None else self.publisher.write(version)
+        if self.publisher is not None:
+            oldest = [s for s in (self.keep_from(), self.step) if s is not None]
+            self.publisher.prune(self.schedule.version_of(min(oldest)))
+        if self.on_push is not None:
+            self.on_push(version)
+        if self.sampler is not None:
+            load = files or PolicyFiles(version, self.probe.nowhere, is_adapter=True)
+            self._worker.submit(lambda: self._load(load, expected))
+        self._pushed = version
+
+    def _load(self, files: PolicyFiles, expected: Sequence[Sequence[float]] | None) -> None:
+        assert self.sampler is not None
+        self.sampler.engine.load_policy(files)
+        if expected is not None:
+            self.probe.check(self.sampler.engine, expected, files.version)
+
+    def _submit(self, step: int, *, below: int) -> None:
+        """Hands the worker the batches it may sample by now, of versions before ``below``, in order."""
+        last = min(step + self.schedule.max_lag, self.num_steps - 1)
+        for job in range(max(step, self._next_job), last + 1):
+            version = self.schedule.version_of(job)
+            if version >= below:
+                return
+            if self.sampler is not None and self.log is not None:
+                if version != self._pushed and self.log.get(job) is None:
+                    self._load_from_disk(version)
+                self._jobs[job] = self._worker.submit(lambda job=job: self._make(job))
+            self._next_job = job + 1
+
+    def _load_from_disk(self, version: int) -> None:
+        """After a resume: a version that was pushed before the checkpoint and still samples."""
+        files = None if self.publisher is None else self.publisher.find(version)
+
+        def load() -> None:
+            if files is None:
+                raise TrainingError(
+                    f"the policy of step {version} samples the next batch, and is not in policies/ of the run "
+                    "directory any more; resume from an earlier checkpoint (train.resume), or start afresh in "
+                    "another run.output_dir"
+                )
+            # The trainer holds later weights: there is nothing to probe against.
+            self._load(files, None)
+
+        self._worker.submit(load)
+        self._pushed = version
+
+    def _make(self, step: int) -> RolloutBatch:
+        """The batch of ``step``: as logged by an earlier life of the run, else sampled and logged now."""
+        assert self.sampler is not None and self.log is not None
+        logged = self.log.get(step)
+        if logged is not None:
+            self.probe.take()  # the batch keeps what was found when it was sampled
+            return logged
+        batch = self.sampler.make(step, self.schedule.version_of(step))
+        batch = replace(batch, gap=self.probe.take())
+        self.log.append(batch)
+        return batch
+
+    def _take(self, step: int) -> RolloutBatch:
+        """The batch of ``step`` from every process; fails on all of them if it failed on one."""
+        mine, error = None, None
+        if self.sampler is not None:
+            waiting = len(self._jobs) + 1  # pushes and batches ahead of it in the queue
+            try:
+                mine = wait(
+                    self._jobs.pop(step),
+                    self.limits.timeout_s * waiting,
+                    f"the rollouts of step {step + 1}",
+                )
+            except (PrefoptError, TimeoutError) as problem:
+                error = problem
+        batches = [mine]
+        if self.accelerator.num_processes > 1:
+            shares = gather_object([(mine, None if error is None else str(error))])
+            batches = [share for share, _ in shares]
+            texts = [text for _, text in shares if text is not None]
+            if error is None and texts:
+                raise EngineError(f"on another process: {texts[0]}")
+        if error is not None:
+            raise error
+        return self._checked(merge([batch for batch in batches if batch is not None]))
+
+    def _checked(self, batch: RolloutBatch) -> RolloutBatch:
+        lag, most = batch.step - batch.version, self.schedule.most_lag
+        if most is not None and lag > most:
+            raise TrainingError(
+                f"step {batch.step}: its rollouts are {lag} steps old, the bound is {most}"
+            )
+        failed = [group for group in batch.groups if group.failed is not None]
+        if len(failed) > self.limits.max_failed_frac * len(batch.groups):
+            raise SignalError(
+                f"step {batch.step + 1}: signals failed on {len(failed)} of {len(batch.groups)} groups "
+                f"(regime.max_failed_frac = {self.limits.max_failed_frac:g}); the first, "
+                f"{failed[0].prompt_id}: {failed[0].failed}"
+            )
+        return batch
+
+    def _window(self, batch: RolloutBatch) -> Window:
+        lag, limit = batch.step - batch.version, self.limits.drop_lag_above
+        stale = limit is not None and lag > limit
+        learning = [group for group in batch.groups if group.is_trained_on and not stale]
+        groups = [part for g in learning for part in self._parts(g.trainable(batch.version))]
+        if self.offline is not None:
+            groups += [self.offline.source.group(row) for row in self.offline.rows(batch.step)]
+        first = batch.groups[0].trainable(batch.version)
+        return make_window(
+            GroupList(groups),
+            range(len(groups)),
+            self.splits,
+            step=batch.step,
+            epoch=self.plan.epoch(batch.step),
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            version=batch.version,
+            filler=replace(first, responses=first.responses[:1], pairs=()),
+            metrics=rollout_metrics(
+                batch,
+                stale=stale,
+                counts=self.accelerator.is_main_process,
+            ),
+        )
+
+    def _parts(self, group: Group) -> list[Group]:
+        """The group, or, where no pair or baseline ties its responses together, pieces that fit a forward."""
+        source = GroupList([group])
+        if group.pairs or self.whole_groups or len(group.responses) == 1:
+            return [group]
+        if forward_tokens(source, 0, self.splits.packed) <= self.splits.max_tokens:
+            return [group]
+        half = len(group.responses) // 2
+        pieces = (group.responses[:half], group.responses[half:])
+        return [p for piece in pieces for p in self._parts(replace(group, responses=piece))]

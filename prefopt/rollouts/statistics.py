@@ -1,0 +1,51 @@
+"""What is logged of a step's rollouts (docs/metrics.md)."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping
+
+from prefopt.rollouts.batch import RolloutBatch, RolloutGroup
+
+Means = Mapping[str, tuple[float, float]]
+
+
+def rollout_metrics(batch: RolloutBatch, *, stale: bool, counts: bool) -> Means:
+    """``{name: (sum, count)}`` of a merged batch; ``counts`` False zeroes all, for all but one process."""
+    found: dict[str, tuple[float, float]] = {}
+    groups = batch.groups
+    completions = [c for group in groups for c in group.completions]
+    num_groups, num_responses = len(groups), len(completions)
+    found["rollout/lag"] = (batch.step - batch.version, 1)
+    found["rollout/truncated_frac"] = (
+        sum(c.stop_reason == "length" for c in completions),
+        num_responses,
+    )
+    found["rollout/tokens"] = (sum(len(c.ids) for c in completions), num_responses)
+    found["rollout/failed_frac"] = (sum(g.failed is not None for g in groups), num_groups)
+    found["rollout/dropped_stale_frac"] = (num_groups if stale else 0, num_groups)
+    found["credit/trained_frac"] = (sum(g.is_trained_on for g in groups), num_groups)
+    for reason, count in sorted(Counter(g.skipped for g in groups if g.skipped).items()):
+        found[f"credit/{reason}_frac"] = (count, num_groups)
+    found["credit/pairs"] = (sum(len(g.pairs) for g in groups), num_groups)
+    found |= _reward_metrics(groups)
+    found |= {f"time/{name}": (seconds, 1) for name, seconds in batch.timings.items()}
+    if batch.gap is not None:
+        found["rollout/probe_gap_mean"] = (batch.gap.mean, 1)
+        found["rollout/probe_gap_max"] = (batch.gap.max, 1)
+    return found if counts else dict.fromkeys(found, (0.0, 0.0))
+
+
+def _reward_metrics(groups: tuple[RolloutGroup, ...]) -> dict[str, tuple[float, float]]:
+    """Mean reward and each part's mean over sampled responses, and the spread within groups."""
+    found: dict[str, tuple[float, float]] = {}
+    rewards = [g.rewards[: len(g.completions)] for g in groups if g.rewards is not None]
+    if rewards:
+        found["rollout/reward"] = (sum(map(sum, rewards)), sum(map(len, rewards)))
+        found["rollout/reward_best"] = (sum(map(max, rewards)), len(rewards))
+        found["rollout/reward_std"] = (sum(map(statistics.pstdev, rewards)), len(rewards))
+    for name in sorted({name for group in groups for name in group.parts}):
+        values = [g.parts[name][: len(g.completions)] for g in groups if name in g.parts]
+        found[f"reward/{name}"] = (sum(map(sum, values)), sum(map(len, values)))
+    return found

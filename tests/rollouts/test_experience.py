@@ -1,0 +1,115 @@
+"""The experience log gives back what was written, whatever a kill left behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prefopt.engines.base import Completion
+from prefopt.engines.probe import Gap
+from prefopt.errors import TrainingError
+from prefopt.rollouts import experience
+from prefopt.rollouts.batch import RolloutBatch, RolloutGroup
+from prefopt.rollouts.experience import ExperienceLog, read_log
+from prefopt.rollouts.plan import Start
+
+
+def batch(step: int, num_groups: int = 2) -> RolloutBatch:
+    """A batch with every field set, and floats that only exact storage gives back."""
+    rng = np.random.default_rng(step)
+
+    def completion() -> Completion:
+        logps = tuple(np.log(rng.random(5)).astype(np.float32).astype(float).tolist())
+        return Completion((7, 8, 9, 10, 2), logps, "eos")
+
+    groups = tuple(
+        RolloutGroup(
+            start=Start(place, 3 * place, prefix=(5, 6)[:place], seeds=(2**61 + place, step)),
+            prompt_id=f"ünïcode {place}",
+            prompt_ids=(1, 4, 5, 6)[: 3 + place],
+            completions=(completion(), completion()),
+            texts=('with "quotes"\nand lines', ""),
+            rewards=(0.1 + 0.2, -1 / 3, 1.0),
+            parts={"math": (1.0, 0.0, 1.0)},
+            offline_ids=(9, 2),
+            pairs=((0, 1), (2, 1)),
+            advantages=(0.1, -0.1),
+            skipped="tie" if place else None,
+            failed=None,
+        )
+        for place in range(num_groups)
+    )
+    # The rolled-in prefix is the end of what was continued.
+    groups = tuple(g if not g.start.prefix else _ending_in_prefix(g) for g in groups)
+    timings = {"generate_s": 0.25, "score_s": 1e-3}
+    return RolloutBatch(step, step // 2, groups, timings, Gap(1 / 3, 2.5) if step % 2 else None)
+
+
+def _ending_in_prefix(group: RolloutGroup) -> RolloutGroup:
+    return replace(group, prompt_ids=(1, 4, *group.start.prefix))
+
+
+def test_batches_come_back_exactly(tmp_path: Path) -> None:
+    log = ExperienceLog(tmp_path, "a")
+    for step in range(4):
+        log.append(batch(step))
+    for reader in (log, ExperienceLog(tmp_path, "a")):
+        assert [reader.get(step) for step in range(4)] == [batch(step) for step in range(4)]
+        assert reader.get(4) is None
+
+
+def test_whatever_a_kill_cuts_off_is_the_last_batch_only(tmp_path: Path) -> None:
+    log = ExperienceLog(tmp_path / "whole", "a")
+    log.append(batch(0))
+    (shard,) = (tmp_path / "whole").iterdir()
+    first = shard.stat().st_size
+    log.append(batch(1))
+    data = shard.read_bytes()
+    for size in sorted({*range(first, len(data), 97), len(data) - 1}):
+        directory = tmp_path / f"cut-{size}"
+        directory.mkdir()
+        (directory / shard.name).write_bytes(data[:size])
+        cut = ExperienceLog(directory, "a")
+        assert cut.get(0) == batch(0)
+        assert cut.get(1) is None
+        cut.append(batch(1))
+        assert ExperienceLog(directory, "a").get(1) == batch(1)
+        assert (directory / shard.name).read_bytes() == data
+
+
+def test_the_newest_of_two_batches_of_one_step_counts(tmp_path: Path) -> None:
+    log = ExperienceLog(tmp_path, "a")
+    log.append(batch(3, num_groups=1))
+    log.append(batch(3, num_groups=2))
+    assert ExperienceLog(tmp_path, "a").get(3) == batch(3, num_groups=2)
+
+
+def test_batches_of_other_settings_are_kept_and_not_found(tmp_path: Path) -> None:
+    ExperienceLog(tmp_path / "rollouts" / "rank-00000", "old").append(batch(0))
+    log = ExperienceLog(tmp_path / "rollouts" / "rank-00000", "new")
+    assert log.get(0) is None
+    log.append(batch(1))
+    assert [commit["commit"] for commit, _ in read_log(tmp_path)] == [0, 1]
+
+
+def test_shards_turn_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experience, "_SHARD_BYTES", 1)
+    log = ExperienceLog(tmp_path, "a")
+    for step in range(3):
+        log.append(batch(step))
+    assert len(list(tmp_path.iterdir())) == 3
+    assert [ExperienceLog(tmp_path, "a").get(step) for step in range(3)] == [
+        batch(step) for step in range(3)
+    ]
+
+
+def test_a_changed_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    log = ExperienceLog(tmp_path, "a")
+    log.append(batch(0))
+    (shard,) = tmp_path.iterdir()
+    shard.write_text(shard.read_text().replace('"stop_reason"', '"stop_season"'))
+    with pytest.raises(TrainingError, match=shard.name):
+        ExperienceLog(tmp_path, "a").get(0)

@@ -1,0 +1,281 @@
+"""Rollouts feed the trainer what the schedule says, and a step learns from exactly what was sampled."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefopt.errors import SignalError
+from prefopt.metrics import read_metrics
+from prefopt.rollouts import regime as regime_module
+from prefopt.rollouts.experience import ExperienceLog, read_log
+from prefopt.rollouts.worker import Worker
+from prefopt.trainer import PreferenceTrainer
+from prefopt.types import Group
+from prefopt.windows import GroupList
+from tests.rollouts.rollout_runs import make_rollout_trainer, random_prompts
+from tests.unit.memory_trainer import make_trainer, random_pairs, trained_weights
+
+PROMPTS = random_prompts(10)
+
+
+def train(trainer: PreferenceTrainer) -> list[dict[str, Any]]:
+    """Trains to the end, and returns the rows of metrics.jsonl."""
+    try:
+        assert trainer.train().finished
+    finally:
+        trainer.close()
+    return read_metrics(trainer.log.path)
+
+
+def logged_groups(trainer: PreferenceTrainer, step: int) -> list[Group]:
+    """What the trainer was given at ``step``, from the experience log."""
+    log: ExperienceLog = trainer.regime.log  # type: ignore[attr-defined]
+    batch = log.get(step)
+    assert batch is not None
+    return [g.trainable(batch.version) for g in batch.groups if g.is_trained_on]
+
+
+def test_online_rollouts_are_on_policy_to_rounding(tmp_path: Path) -> None:
+    """HF generate with a cache against our packed forward: the same fp32 maths in another order."""
+    rows = train(make_rollout_trainer(tmp_path, PROMPTS))
+    assert len(rows) == 5
+    for row in rows:
+        assert row["rollout/lag"] == 0
+        assert row["rollout/policy_gap"] < 1e-5
+        assert row["rollout/probe_gap_max"] < 1e-4
+    # From the second step on the policy is not its reference any more.
+    assert abs(rows[0]["kl/reference"]) < 1e-5 < abs(rows[-1]["kl/reference"])
+
+
+def test_the_signal_is_learnt(tmp_path: Path) -> None:
+    rows = train(make_rollout_trainer(tmp_path, PROMPTS, max_steps=40, global_batch_size=8))
+    first, last = (
+        sum(row["rollout/reward"] for row in part) / len(part) for part in (rows[:8], rows[-8:])
+    )
+    assert last > first + 0.15
+
+
+def test_a_step_is_the_offline_step_on_the_pairs_that_were_logged(tmp_path: Path) -> None:
+    """Sampled once and never synced, the run is offline DPO: the un-rolled path must agree."""
+    online = make_rollout_trainer(tmp_path / "on", PROMPTS, regime={"sync_every": None})
+    rows = train(online)
+    assert [row["rollout/lag"] for row in rows] == [0, 1, 2, 3, 4]
+    weights = trained_weights(online)
+    windows = [logged_groups(online, step) for step in range(5)]
+    sizes = {len(groups) for groups in windows}
+    pairs = [
+        Group(f"{step}-{i}", g.prompt_ids, g.responses, g.pairs)
+        for step, groups in enumerate(windows)
+        for i, g in enumerate(groups)
+    ]
+    offline = make_trainer(
+        tmp_path / "off", GroupList(pairs), objective={"name": "dpo", "beta": 0.1},
+        learning_rate=1e-2, lr_scheduler="constant", warmup_frac=0.0, max_steps=5,
+    )  # fmt: skip
+    ends = [sum(map(len, windows[: step + 1])) for step in range(5)]
+    starts = [0, *ends]
+    offline.regime.rows = lambda step: list(range(starts[step], ends[step]))  # type: ignore[method-assign]
+    want = train(offline)
+    assert sizes
+    torch.testing.assert_close(
+        [row["loss/total"] for row in rows], [row["loss/total"] for row in want], rtol=1e-5, atol=0
+    )
+    for name, weight in trained_weights(offline).items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("sync_every", "max_lag"), [(1, 1), (1, 2), (3, 0), (2, 1)])
+def test_asynchronous_runs_equal_their_schedule_run_in_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sync_every: int, max_lag: int
+) -> None:
+    """Who waits for whom changes nothing: the same versions sample the same batches."""
+    settings = {"sync_every": sync_every, "max_lag": max_lag}
+    threaded = make_rollout_trainer(tmp_path / "threaded", PROMPTS, regime=settings, max_steps=7)
+    rows = train(threaded)
+    monkeypatch.setattr(regime_module, "Worker", lambda threaded: Worker(threaded=False))
+    inline = make_rollout_trainer(tmp_path / "inline", PROMPTS, regime=settings, max_steps=7)
+    want = train(inline)
+    assert [r["loss/total"] for r in rows] == [r["loss/total"] for r in want]
+    schedule = threaded.regime.schedule  # type: ignore[attr-defined]
+    assert [r["rollout/lag"] for r in rows] == [
+        step - schedule.version_of(step) for step in range(7)
+    ]
+    for name, weight in trained_weights(inline).items():
+        assert torch.equal(trained_weights(threaded)[name], weight)
+
+
+def test_versions_on_disk_are_kept_as_long_as_needed_and_no_longer(tmp_path: Path) -> None:
+    train(make_rollout_trainer(tmp_path, PROMPTS, regime={"sync_every": 2}, max_steps=7))
+    (only,) = (tmp_path / "policies").iterdir()
+    assert only.name.startswith("step-00000006-")
+
+
+def test_every_rollout_is_on_disk_before_it_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_rollout_trainer(tmp_path, PROMPTS, regime={"max_lag": 1})
+    step = PreferenceTrainer._step
+    seen = []
+
+    def checked(self: PreferenceTrainer, window: Any) -> None:
+        committed = {commit["commit"] for commit, _ in read_log(tmp_path)}
+        assert window.step in committed
+        seen.append(window.step)
+        step(self, window)
+
+    monkeypatch.setattr(PreferenceTrainer, "_step", checked)
+    train(trainer)
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_a_window_without_a_pair_runs_and_teaches_nothing(tmp_path: Path) -> None:
+    """limit 0: every response scores 0, every group is a tie."""
+    trainer = make_rollout_trainer(tmp_path, PROMPTS, signals=[{"name": "low_tokens", "limit": 0}])
+    before = trained_weights(trainer)
+    rows = train(trainer)
+    assert [row["credit/tie_frac"] for row in rows] == [1.0] * 5
+    assert [row["loss/total"] for row in rows] == [0.0] * 5
+    assert all(row["train/grad_norm"] == 0 for row in rows)
+    for name, weight in trained_weights(trainer).items():
+        assert torch.equal(before[name], weight)
+
+
+def test_a_failing_signal_drops_its_group_and_is_counted(tmp_path: Path) -> None:
+    trainer = make_rollout_trainer(
+        tmp_path,
+        PROMPTS,
+        signals=[{"name": "low_tokens", "broken": "prompt-3"}],
+        regime={"max_failed_frac": 0.5},
+    )
+    rows = train(trainer)
+    assert sum(row["rollout/failed_frac"] for row in rows) == pytest.approx(2 / 4)
+    reasons = {g["failed"] for _, groups in read_log(tmp_path) for g in groups if g["failed"]}
+    assert len(reasons) == 1 and "cannot be scored" in reasons.pop()
+
+
+def test_too_many_failures_stop_the_run_with_a_checkpoint(tmp_path: Path) -> None:
+    trainer = make_rollout_trainer(
+        tmp_path,
+        PROMPTS,
+        signals=[{"name": "low_tokens", "broken": "prompt-3"}],
+        regime={"max_failed_frac": 0.2},
+    )
+    with pytest.raises(SignalError, match=r"1 of 4 groups .*prompt-3.*cannot be scored"):
+        train(trainer)
+    step = trainer.regime.step
+    assert trainer.checkpoints.newest_step() == (step or None)
+
+
+def test_groups_without_a_label_are_replaced_up_to_the_budget(tmp_path: Path) -> None:
+    def trained(frac: float) -> tuple[float, int]:
+        rows = train(
+            make_rollout_trainer(
+                tmp_path / str(frac),
+                PROMPTS,
+                regime={"resample_frac": frac, "samples_per_prompt": 2, "max_new_tokens": 2},
+                signals=[{"name": "low_tokens", "limit": 8}],
+            )
+        )
+        groups = [len(groups) for _, groups in read_log(tmp_path / str(frac))]
+        assert max(groups) <= 4 * (1 + frac)
+        pairs = sum(row["credit/pairs"] * n for row, n in zip(rows, groups, strict=True))
+        return pairs, sum(groups)
+
+    (few, sampled), (more, resampled) = trained(0.0), trained(1.0)
+    assert sampled == 20 < resampled
+    assert more > few
+
+
+def test_rolled_in_tokens_are_context_not_loss(tmp_path: Path) -> None:
+    trainer = make_rollout_trainer(tmp_path, PROMPTS, regime={"reset_frac": 1.0}, max_steps=1)
+    train(trainer)
+    log: ExperienceLog = trainer.regime.log  # type: ignore[attr-defined]
+    batch = log.get(0)
+    assert batch is not None
+    for group in batch.groups:
+        prompt = PROMPTS.prompts[group.start.row]
+        assert group.start.prefix
+        assert group.prompt_ids == prompt.ids + group.start.prefix
+        assert all(len(c.logps) == len(c.ids) <= 6 for c in group.completions)
+
+
+@pytest.mark.parametrize("kind", ["behavior", "synced", "ema", "initial"])
+def test_references_follow_the_policy_as_they_say(tmp_path: Path, kind: str) -> None:
+    """Online, the policy that sampled is the policy at the start of the step: log-ratio 0, loss log 2."""
+    trainer = make_rollout_trainer(
+        tmp_path,
+        PROMPTS,
+        reference={"name": kind, **({"ema_rate": 1.0} if kind == "ema" else {})},
+        max_steps=6,
+    )
+    rows = train(trainer)
+    follows = kind != "initial"
+    for row in rows[1:]:
+        assert (abs(row["loss/pairs"] - math.log(2)) < 1e-5) == follows
+        assert (abs(row["log_ratio/chosen"]) < 1e-4) == follows
+
+
+def test_a_reference_synced_every_second_push_lags_by_one(tmp_path: Path) -> None:
+    rows = train(
+        make_rollout_trainer(
+            tmp_path, PROMPTS, reference={"name": "synced", "sync_every_pushes": 2}, max_steps=6
+        )
+    )
+    at_reference = [abs(row["loss/pairs"] - math.log(2)) < 1e-5 for row in rows]
+    assert at_reference == [True, False] * 3
+
+
+def test_group_objectives_train_on_every_response(tmp_path: Path) -> None:
+    rows = train(make_rollout_trainer(tmp_path, PROMPTS, objective={"name": "grpo"}))
+    for row in rows:
+        assert row["tokens/sample"] > 0
+        assert row["rollout/policy_gap"] < 1e-5
+        assert "loss/samples" in row
+
+
+@pytest.mark.parametrize("micro", [None, 24])
+def test_splitting_groups_over_forwards_changes_nothing(tmp_path: Path, micro: int | None) -> None:
+    """Policy-gradient groups are cut to fit a forward; the step is the same."""
+    rows = train(
+        make_rollout_trainer(
+            tmp_path / "split", PROMPTS, objective={"name": "grpo"}, micro_batch_tokens=micro
+        )
+    )
+    want = train(make_rollout_trainer(tmp_path / "whole", PROMPTS, objective={"name": "grpo"}))
+    for row, other in zip(rows, want, strict=True):
+        assert row["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=1e-4)
+
+
+def test_offline_pairs_and_fresh_samples_share_a_step(tmp_path: Path) -> None:
+    rows = train(
+        make_rollout_trainer(
+            tmp_path,
+            PROMPTS,
+            objective={"name": "hypo"},
+            regime={"offline_pairs": True, "samples_per_prompt": 2},
+            signals=[],
+            pairs=GroupList(random_pairs(12)),
+        )
+    )
+    for row in rows:
+        assert row["tokens/chosen"] > 0
+        assert row["tokens/sample"] > 0
+
+
+def test_the_log_says_who_sampled_what_with_which_seed(tmp_path: Path) -> None:
+    trainer = make_rollout_trainer(tmp_path, PROMPTS, regime={"sync_every": 2})
+    train(trainer)
+    for commit, groups in read_log(tmp_path):
+        assert commit["version"] == commit["commit"] // 2 * 2
+        assert set(commit["timings"]) == {"generate_s", "score_s"}
+        for group in groups:
+            seeds = [response["seed"] for response in group["responses"]]
+            assert len(set(seeds)) == 4
+            assert set(group["parts"]) == {"low_tokens"}
+            json.dumps(group)

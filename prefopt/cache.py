@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import errno
 import os
 import shutil
@@ -43,6 +44,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@functools.cache  # once: setting it races with other threads that make files
 def _umask() -> int:
     current = os.umask(0)  # the only portable way to read it is to set it
     os.umask(current)

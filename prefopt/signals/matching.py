@@ -1,0 +1,124 @@
+"""Verifiers that compare text: equal, a letter of a multiple choice, a regular expression."""
+
+from __future__ import annotations
+
+import string
+from typing import Annotated
+
+import regex as regex_lib
+from pydantic import AfterValidator, Field, PositiveFloat
+
+from prefopt.registry import signal
+from prefopt.signals.base import Prompt, Signal, column, per_response
+
+REGEX_TIMEOUT_S = 1.0
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        regex_lib.compile(pattern)
+    except regex_lib.error as error:
+        raise ValueError(f"must be a regular expression: {error}") from error
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+NumChoices = Annotated[int, Field(ge=2, le=26)]
+
+
+@signal("exact_match", source="string equality", needs_fields=("answer",))
+def exact_match(
+    *, answer: str = "answer", extract: Pattern | None = None, ignore_case: bool = False
+) -> Signal:
+    """1.0 if the response is the gold text, white space at the ends and runs of it aside, else 0.0.
+
+    Args:
+        answer: column with the gold text, or a list of texts of which any will do.
+        extract: regular expression; its last match in the response (its first group, if it has one) is
+            compared instead of the whole response. No match is wrong.
+        ignore_case: compare without case.
+    """
+
+    def normal(text: str) -> str:
+        text = " ".join(text.split())
+        return text.casefold() if ignore_case else text
+
+    def score(prompt: Prompt, text: str) -> float:
+        gold = column(prompt, answer)
+        golds = gold if isinstance(gold, list | tuple) else [gold]
+        found = text if extract is None else _last_match(extract, text)
+        return float(found is not None and normal(found) in {normal(str(g)) for g in golds})
+
+    return per_response(score)
+
+
+@signal("regex", source="regular expression")
+def regex(*, pattern: Pattern, timeout_s: PositiveFloat = REGEX_TIMEOUT_S) -> Signal:
+    """1.0 if the pattern is found in the response, else 0.0. ``^`` and ``$`` are the ends of the whole text.
+
+    Args:
+        pattern: Python regular expression; ``(?s)``, ``(?i)`` and ``(?m)`` set flags.
+        timeout_s: longest time for one response; then it does not match. Patterns that backtrack without
+            end meet model-written text sooner or later.
+    """
+    compiled = regex_lib.compile(pattern)
+
+    def score(prompt: Prompt, text: str) -> float:
+        try:
+            return float(compiled.search(text, timeout=timeout_s) is not None)
+        except TimeoutError:
+            return 0.0
+
+    return per_response(score)
+
+
+@signal("multiple_choice", source="letter extraction", needs_fields=("answer",))
+def multiple_choice(*, answer: str = "answer", num_choices: NumChoices = 4) -> Signal:
+    r"""1.0 if the response chooses the gold letter, else 0.0; see `extract_choice` for how it is read.
+
+    Args:
+        answer: column with the gold choice: a letter, or a number counted from 0.
+        num_choices: the letters are the first so many of the alphabet.
+    """
+    letters = string.ascii_uppercase[:num_choices]
+
+    def score(prompt: Prompt, text: str) -> float:
+        gold = column(prompt, answer)
+        wanted = letters[gold] if isinstance(gold, int) and 0 <= gold < num_choices else str(gold)
+        wanted = wanted.strip().strip("().").upper()
+        if len(wanted) != 1 or wanted not in letters:
+            return float("nan")
+        return float(extract_choice(text, letters) == wanted)
+
+    return per_response(score)
+
+
+def extract_choice(text: str, letters: str = "ABCD") -> str | None:
+    r"""The letter a response settles on, or None.
+
+    In this order, the last of each kind: ``\boxed{B}``; "answer is (B)", "answer: B"; a letter in brackets,
+    ``(B)`` or ``[B]``; a letter alone on the last line, ``B``, ``B.``, ``**B**`` or ``B) the text``. Bare
+    letters inside a sentence are words ("A", "I") and are not read.
+    """
+    one = f"[{letters}]"
+    last_line = text.strip().rsplit("\n", 1)[-1]
+    for pattern, where in (
+        (rf"\\boxed\{{\s*(?:\\text\{{)?\s*\(?({one})\)?\.?\s*\}}", text),
+        (rf"(?i:answer)(?i:\s+is)?\s*:?[\s*$]*\(?\[?({one})(?![\w'])", text),
+        (rf"[(\[]({one})[)\]]", text),
+        (rf"^\W*({one})(?:\W*$|[.):]\s)", last_line),
+    ):
+        found = regex_lib.findall(pattern, where)
+        if found:
+            return found[-1]
+    return None
+
+
+def _last_match(pattern: str, text: str) -> str | None:
+    found = None
+    try:
+        for match in regex_lib.finditer(pattern, text, timeout=REGEX_TIMEOUT_S):
+            found = match.group(1) if match.re.groups else match.group()
+    except TimeoutError:
+        return None
+    return found

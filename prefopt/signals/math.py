@@ -1,0 +1,114 @@
+"""Verifiers of mathematical answers: math-verify for expressions, and the plain number GSM8K ends with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+
+from pydantic import PositiveFloat, PositiveInt
+
+from prefopt.registry import signal
+from prefopt.signals.base import Candidates, Prompt, Signal, column, per_response
+from prefopt.signals.line_workers import LineWorkers, WorkerDied, WorkerTimeout
+
+_NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?|[-+]?\$?\.\d+")
+_MARKER = re.compile(r"####|\bA:|\\boxed\s*\{|(?i:answer\s+is)\s*:?|(?i:\banswer:)")
+
+
+class _Math:
+    """Asks the worker processes; see `math`."""
+
+    def __init__(self, answer: str, timeout_s: float, num_workers: int) -> None:
+        self.answer = answer
+        self.timeout_s = timeout_s
+        self._workers = LineWorkers("prefopt.signals.math_worker", num_workers)
+        self._counts = {"responses": 0, "timeouts": 0, "crashes": 0}
+
+    def score(self, groups: Sequence[Candidates]) -> list[list[float]]:
+        messages = [
+            (str(column(group.prompt, self.answer)), text, self.timeout_s)
+            for group in groups
+            for text in group.texts
+        ]
+        # Three steps (parse, parse, compare) stop themselves; the parent's own deadline is for those that
+        # hang where no signal handler runs.
+        answers = iter(self._workers.ask_all(messages, 3 * self.timeout_s + 1))
+        return [[self._value(next(answers)) for _ in group.texts] for group in groups]
+
+    def _value(self, answer: float | Exception | None) -> float:
+        self._counts["responses"] += 1
+        self._counts["timeouts"] += isinstance(answer, WorkerTimeout)
+        self._counts["crashes"] += isinstance(answer, WorkerDied)
+        if isinstance(answer, Exception):
+            return 0.0  # the response made it hang or die: not a right answer
+        return float("nan") if answer is None else answer
+
+    def report(self) -> Mapping[str, float]:
+        return dict(self._counts)
+
+    def close(self) -> None:
+        self._workers.close()
+
+
+@signal(
+    "math",
+    source="math-verify, the reward of arXiv:2506.21495 on verifiable prompts",
+    needs_fields=("answer",),
+)
+def math(
+    *, answer: str = "answer", timeout_s: PositiveFloat = 5.0, num_workers: PositiveInt = 2
+) -> Signal:
+    r"""1.0 if math-verify finds the response's last answer equal to the gold one, else 0.0.
+
+    The response's answer is what stands in its last ``\boxed{}``, LaTeX environment or number. A response
+    that exhausts time or memory is wrong (and counted); a gold answer that cannot be parsed is NaN.
+
+    Args:
+        answer: column with the gold answer: LaTeX with or without ``$``, or a number.
+        timeout_s: longest time for each of parsing gold, parsing response, comparing.
+        num_workers: processes that verify; each holds sympy (about 100 MB) and starts when first needed.
+    """
+    return _Math(answer, timeout_s, num_workers)
+
+
+@signal(
+    "final_number",
+    source="GSM8K, github.com/openai/grade-school-math: exact match of the last number",
+    needs_fields=("answer",),
+)
+def final_number(*, answer: str = "answer") -> Signal:
+    r"""1.0 if the response's final number equals the gold one, else 0.0; for GSM8K-like problems.
+
+    The final number is the first after the last marker (``####``, ``A:``, ``\boxed{``, ``answer is``,
+    ``answer:``), or without a marker the last of the text. Compared as decimals: 70,000 = 70000.0 = $70000.
+
+    Args:
+        answer: column with the gold answer: a number, or a solution that ends with one.
+    """
+
+    def score(prompt: Prompt, text: str) -> float:
+        gold = extract_number(str(column(prompt, answer)))
+        if gold is None:
+            return float("nan")
+        return float(extract_number(text) == gold)
+
+    return per_response(score)
+
+
+def extract_number(text: str) -> Decimal | None:
+    """The final number of a solution, as `final_number` reads it; None if there is none."""
+    markers = list(_MARKER.finditer(text))
+    if markers:
+        after = _NUMBER.search(text, markers[-1].end())
+        if after:
+            return _decimal(after.group())
+    numbers = _NUMBER.findall(text)
+    return _decimal(numbers[-1]) if numbers else None
+
+
+def _decimal(number: str) -> Decimal | None:
+    try:
+        return Decimal(number.replace(",", "").replace("$", ""))
+    except InvalidOperation:  # hundreds of digits, beyond what Decimal's exponent holds
+        return None

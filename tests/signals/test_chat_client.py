@@ -1,0 +1,246 @@
+"""The chat client against a real HTTP server: retries, deadlines, cache, keys."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import multiprocessing
+import socket
+import threading
+import time
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefopt.errors import SignalError
+from prefopt.signals.chat_client import (
+    ChatClient,
+    ChatRefused,
+    Endpoint,
+    Reply,
+    ReplyCache,
+    retry_after_s,
+)
+from tests.signals.chat_server import Answer, chat_server
+
+KEY = "sk-very-secret-123"
+ASK = [{"role": "user", "content": "Hello"}]
+
+
+def client(base_url: str, cache: Path | None = None, **settings: Any) -> ChatClient:
+    endpoint = Endpoint(base_url, "judge-1", **{"deadline_s": 10.0, "timeout_s": 5.0, **settings})
+    return ChatClient(endpoint, {"temperature": 0.0}, ReplyCache(cache) if cache else None)
+
+
+def text_of(reply: Reply | ChatRefused) -> str:
+    assert isinstance(reply, Reply), reply
+    return reply.text
+
+
+def test_a_request_holds_model_messages_and_sampling_and_tokens_are_counted() -> None:
+    with chat_server(lambda body: Answer("hi")) as server:
+        chat = client(server.base_url)
+        (reply,) = chat.complete_all([ASK])
+    assert text_of(reply) == "hi"
+    assert server.requests == [{"model": "judge-1", "messages": ASK, "temperature": 0.0}]
+    assert server.authorizations == [None]
+    counts = chat.report()
+    assert (counts["prompt_tokens"], counts["completion_tokens"], counts["requests"]) == (10, 5, 1)
+
+
+def test_replies_keep_the_order_of_requests_and_concurrency_is_bounded() -> None:
+    def answer(body: dict) -> Answer:
+        number = int(body["messages"][0]["content"])
+        return Answer(str(number), delay_s=0.01 * (number % 3))
+
+    requests = [[{"role": "user", "content": str(n)}] for n in range(20)]
+    with chat_server(answer) as server:
+        replies = client(server.base_url, concurrency=3).complete_all(requests)
+    assert [text_of(reply) for reply in replies] == [str(n) for n in range(20)]
+    assert 2 <= server.most_at_once <= 3
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [Answer(status=429), Answer(status=500), Answer(status=503), Answer(raw=b"<html>busy</html>")],
+    ids=["429", "500", "503", "no JSON"],
+)
+def test_a_passing_failure_is_retried(failure: Answer) -> None:
+    answers = itertools.chain([failure], itertools.repeat(Answer("ok")))
+    with chat_server(lambda body: next(answers)) as server:
+        chat = client(server.base_url)
+        assert text_of(chat.complete_all([ASK])[0]) == "ok"
+    assert chat.report()["retries"] == 1
+
+
+def test_retry_after_is_waited_for() -> None:
+    answers = iter([Answer(status=429, headers={"Retry-After": "1.2"}), Answer("ok")])
+    with chat_server(lambda body: next(answers)) as server:
+        start = time.monotonic()
+        client(server.base_url).complete_all([ASK])
+    assert 1.2 <= time.monotonic() - start < 5
+
+
+def test_retry_after_may_be_seconds_a_date_or_nonsense() -> None:
+    assert retry_after_s("7") == 7.0
+    assert 8 < retry_after_s(formatdate(time.time() + 10, usegmt=True)) <= 10
+    assert retry_after_s("soon") == retry_after_s(None) == retry_after_s("-3") == 0.0
+
+
+def test_waits_grow_between_attempts() -> None:
+    times: list[float] = []
+
+    def answer(body: dict) -> Answer:
+        times.append(time.monotonic())
+        return Answer(status=500) if len(times) < 4 else Answer("ok")
+
+    with chat_server(answer) as server:
+        client(server.base_url).complete_all([ASK])
+    waits = [b - a for a, b in itertools.pairwise(times)]
+    assert 0.25 <= waits[0] < 0.7 and 0.5 <= waits[1] < 1.2 and 1.0 <= waits[2] < 2.2
+
+
+def test_an_endpoint_that_is_down_is_named_at_the_deadline() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+    start = time.monotonic()
+    with pytest.raises(SignalError, match=r"127\.0\.0\.1.*judge-1.*deadline_s = 1 .*ConnectError"):
+        client(url, deadline_s=1.0).complete_all([ASK])
+    assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("drip", [False, True], ids=["silent", "dripping"])
+def test_an_endpoint_that_does_not_finish_is_named_at_the_deadline(drip: bool) -> None:
+    """Dripping: a byte now and then keeps a per-read time-out from ever firing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        done = threading.Event()
+
+        def serve() -> None:
+            listener.settimeout(0.1)
+            open_ = []
+            while not done.is_set():
+                try:
+                    connection, _ = listener.accept()
+                    open_.append(connection)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n")
+                except TimeoutError:
+                    pass
+                for connection in open_ if drip else []:
+                    with contextlib.suppress(OSError):
+                        connection.sendall(b" ")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        start = time.monotonic()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with pytest.raises(SignalError, match=r"did not answer.*ReadTimeout"):
+            client(url, timeout_s=0.5, deadline_s=1.5).complete_all([ASK])
+        done.set()
+        thread.join()
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wrong_key_model_or_url_stops_at_once_and_never_shows_the_key(
+    status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MY_JUDGE_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+    body = json.dumps({"error": f"Incorrect API key provided: {KEY}"}).encode()
+    with chat_server(lambda _: Answer(status=status, raw=body)) as server:
+        chat = client(server.base_url, api_key_env="MY_JUDGE_KEY")
+        with pytest.raises(SignalError, match=rf"HTTP {status}.*Incorrect.*\*\*\*") as caught:
+            chat.complete_all([ASK])
+    assert server.authorizations == [f"Bearer {KEY}"]
+    shown = f"{caught.value} {caught.value.__cause__} {vars(chat)} {chat.endpoint} {caplog.text}"
+    assert KEY not in shown and "MY_JUDGE_KEY" in shown
+
+
+def test_a_request_that_is_refused_does_not_take_the_others_along() -> None:
+    def answer(body: dict) -> Answer:
+        long = len(body["messages"][0]["content"]) > 10
+        return Answer(status=400, raw=b"context length exceeded") if long else Answer("ok")
+
+    requests = [ASK, [{"role": "user", "content": "x" * 100}], ASK]
+    with chat_server(answer) as server:
+        chat = client(server.base_url)
+        first, second, third = chat.complete_all(requests)
+    assert text_of(first) == text_of(third) == "ok"
+    assert isinstance(second, ChatRefused) and "context length" in str(second)
+    assert chat.report()["refused"] == 1
+
+
+def test_replies_are_cached_by_model_messages_and_sampling_and_never_with_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_JUDGE_KEY", KEY)
+    with chat_server(lambda body: Answer(f"{body['temperature']}")) as server:
+        cache = ReplyCache(tmp_path)
+        warm = Endpoint(server.base_url, "judge-1", api_key_env="MY_JUDGE_KEY")
+        other = Endpoint(server.base_url, "judge-2")
+        for endpoint, temperature, expected in (
+            (warm, 0.0, 1), (warm, 0.0, 1), (warm, 0.5, 2), (other, 0.0, 3), (warm, 0.5, 3),
+        ):  # fmt: skip
+            chat = ChatClient(endpoint, {"temperature": temperature}, cache)
+            assert text_of(chat.complete_all([ASK])[0]) == str(temperature)
+            assert len(server.requests) == expected
+    assert chat.report() == {**chat.report(), "cached": 1, "requests": 0, "prompt_tokens": 0}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 3
+    assert all(KEY not in path.read_text() and KEY not in path.name for path in files)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"text": "x"}', b"[1]"])
+def test_a_damaged_cache_file_is_asked_for_again(tmp_path: Path, damage: bytes) -> None:
+    with chat_server(lambda body: Answer("good")) as server:
+        client(server.base_url, tmp_path).complete_all([ASK])
+        (file,) = (path for path in tmp_path.rglob("*.json"))
+        file.write_bytes(damage)
+        assert text_of(client(server.base_url, tmp_path).complete_all([ASK])[0]) == "good"
+        assert json.loads(file.read_text())["text"] == "good"
+    assert len(server.requests) == 2
+
+
+def _write_forever(directory: str) -> None:
+    cache = ReplyCache(Path(directory))
+    for number in itertools.count():
+        cache.put("ab" + "0" * 62, Reply(str(number) * 5000, "stop", 1, 1))
+
+
+def test_a_writer_that_is_killed_leaves_whole_replies_only(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    for _ in range(3):
+        writer = context.Process(target=_write_forever, args=(str(tmp_path),))
+        writer.start()
+        end = time.monotonic() + 30
+        while ReplyCache(tmp_path).get("ab" + "0" * 62) is None:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.05)
+        writer.kill()
+        writer.join()
+        reply = ReplyCache(tmp_path).get("ab" + "0" * 62)
+        assert reply is not None and len(set(reply.text)) <= len(reply.text) / 5000
+        next(tmp_path.rglob("ab*.json")).unlink()
+
+
+def test_a_key_that_is_not_set_is_known_before_anything_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MY_JUDGE_KEY", raising=False)
+    with pytest.raises(SignalError, match=r"'MY_JUDGE_KEY'.*not set"):
+        client("http://localhost:1/v1", api_key_env="MY_JUDGE_KEY")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:pw@host/v1", "http://host/v1?key=sk-1", "host/v1", ""]
+)
+def test_urls_that_hold_keys_or_are_none_are_refused_unquoted(url: str) -> None:
+    with pytest.raises(SignalError, match="base_url") as caught:
+        client(url)
+    assert "pw" not in str(caught.value) and "sk-1" not in str(caught.value)

@@ -21,6 +21,10 @@ _EXPORTS = {
     "ResponseLogps": "prefopt.types",
     "ObjectiveOutput": "prefopt.types",
     "PreferenceTrainer": "prefopt.trainer",
+    "Engine": "prefopt.engines.base",
+    "Signal": "prefopt.signals.base",
+    "signal": "prefopt.registry",
+    "per_response": "prefopt.signals.base",
 }
 
 __all__ = ["__version__", *_EXPORTS]

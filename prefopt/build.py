@@ -29,7 +29,7 @@ from prefopt.cache import atomic_write
 from prefopt.checkpoint import find_checkpoint, oldest_checkpoint, writing
 from prefopt.checks import check
 from prefopt.config.load import load_recipe
-from prefopt.config.schema import DEFAULT_MICRO_BATCH_TOKENS, Recipe, TrainSection
+from prefopt.config.schema import DEFAULT_MICRO_BATCH_TOKENS, EngineSection, Recipe, TrainSection
 from prefopt.data import DataBundle, PromptSet
 from prefopt.distributed import (
     check_launch,
@@ -41,6 +41,7 @@ from prefopt.errors import ConfigError
 from prefopt.layouts import build_logp_model
 from prefopt.live_reference import Reference
 from prefopt.logps import LogpModel
+from prefopt.metrics import read_metrics
 from prefopt.models.adapters import save_final
 from prefopt.models.load import (
     LoadedPolicy,
@@ -53,6 +54,7 @@ from prefopt.optim import build_optimizer
 from prefopt.regimes import OfflineRegime
 from prefopt.registry import BoundObjective, bind_objective
 from prefopt.rollouts.regime import RolloutRegime
+from prefopt.rollouts.statistics import time_split
 from prefopt.run_record import RUN_FILE, describe_run, warn_about_changes
 from prefopt.trainer import PreferenceTrainer, TrainResult
 from prefopt.windows import GroupSource, SplitLimits, longest_row_tokens
@@ -115,7 +117,10 @@ def _run(
     if accelerator.is_main_process:
         _write_run_files(run_dir, record, data)
     accelerator.wait_for_everyone()
-    return trainer.train()
+    result = trainer.train()
+    if accelerator.is_main_process and recipe.regime.name == "rollouts":
+        logger.info("%s", time_split(read_metrics(run_dir / "metrics.jsonl")))
+    return result
 
 
 def build_trainer(
@@ -289,6 +294,15 @@ def _split_limits(
     return SplitLimits(tokens, settings.micro_batch_size, engine.packed)
 
 
+def _longest_wait_s(recipe: Recipe) -> float:
+    """How long other processes may wait while the main one starts an engine or samples."""
+    if recipe.regime.name == "offline":
+        return 0.0
+    engine = recipe.engine or EngineSection()
+    jobs = 2 * (recipe.regime.max_lag + 2)  # a push and a batch each
+    return engine.startup_timeout_s + jobs * engine.timeout_s
+
+
 def _accelerator(recipe: Recipe) -> Accelerator:
     precision = "no" if recipe.train.precision == "fp32" else recipe.train.precision
     try:
@@ -296,7 +310,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
             mixed_precision=precision,
             log_with=list(recipe.run.trackers) or None,
             project_dir=recipe.run.output_dir,
-            kwargs_handlers=process_group_options(),
+            kwargs_handlers=process_group_options(_longest_wait_s(recipe)),
         )
     except ValueError as error:  # e.g. fp16 on a device that has none
         raise ConfigError(f"train.precision = {recipe.train.precision}: {error}") from error

@@ -119,7 +119,9 @@ def build_rollouts(
     schedule = Schedule(regime.sync_every, regime.max_lag)
     plan = _plan(recipe, prompts)
     num_steps = recipe.train.max_steps or plan.num_steps(recipe.train.num_epochs)
-    shares_weights = section.name == "hf" and regime.sync_every == 1 and regime.max_lag == 0
+    shares_weights = (
+        section.name == "hf" and regime.sync_every == 1 and not recipe.hf_engine_has_process
+    )
     share = _share(section, accelerator)
     sampler = log = None
     if share is not None:
@@ -140,7 +142,7 @@ def build_rollouts(
         probe=Probe(model, prompts.prompts, accelerator, layout=layout, limit=limit),
         accelerator=accelerator,
         splits=splits,
-        limits=RolloutLimits(regime.max_failed_frac, regime.drop_lag_above, section.timeout_s),
+        limits=_limits(recipe, section, limit),
         num_steps=num_steps,
         whole_groups=Need.GROUPS in objective.needs,
         offline=_offline(recipe, pairs, splits, num_steps, accelerator),
@@ -187,7 +189,7 @@ def _engine(
         pad_id=tokenizer.pad_token_id or 0,
         max_model_len=section.max_model_len or longest + recipe.regime.max_new_tokens,
         device=section.device or str(accelerator.device),
-        separate_process=recipe.regime.max_lag > 0,
+        separate_process=recipe.hf_engine_has_process,
         share_trainable=shares_weights,
         log_dir=Path(recipe.run.output_dir) / "engine",
     )
@@ -260,6 +262,18 @@ def _gap_limit(recipe: Recipe, section: EngineSection, policy: LoadedPolicy) -> 
     dtypes = own | ({section.dtype} - {"auto"})
     exact = dtypes == {"float32"} and recipe.train.precision == "fp32"
     return _GAP_FP32 if exact else _GAP_LOWER
+
+
+def _limits(recipe: Recipe, section: EngineSection, gap: float) -> RolloutLimits:
+    regime = recipe.regime
+    # Under dropout, or of a truncated distribution, the sampler's log-probs are not what the trainer computes.
+    comparable = regime.top_p == 1 and regime.top_k == 0 and recipe.model.disable_dropout
+    return RolloutLimits(
+        max_failed_frac=regime.max_failed_frac,
+        drop_lag_above=regime.drop_lag_above,
+        max_policy_gap=gap if comparable else None,
+        timeout_s=section.timeout_s,
+    )
 
 
 def _lineage(

@@ -9,12 +9,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefopt import __version__
 from prefopt.errors import ConfigError, PrefoptError
 
+if TYPE_CHECKING:
+    from prefopt.config.schema import Recipe
+
 RECIPE_SCRIPTS = ("sft", "reward_model", "dpo", "simpo")
-"""Scripts under ``recipes/`` that are named after one stage or objective; preference.py takes the rest."""
+"""Scripts under ``recipes/`` that are named after one stage or objective; preference.py takes the rest, and
+online_dpo.py every recipe with rollouts, whatever its objective."""
 
 _OVERRIDES = (
     "section.key=value, e.g. train.learning_rate=8e-7 data.train.0.path=pairs.jsonl peft=null"
@@ -32,7 +37,7 @@ def recipe_main(trains: str, argv: Sequence[str] | None = None) -> int:
 
     Args:
         trains: the objective or stage this script is for; "preference" takes any objective without a
-            script of its own.
+            script of its own, "online_dpo" any recipe with ``regime.name: rollouts``.
         argv: arguments, default ``sys.argv[1:]``.
 
     Returns: the exit code. A recipe that trains something else is refused, naming its script.
@@ -94,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_merge(commands)
     _add_keys(commands)
-    _add_objectives(commands)
+    _add_registries(commands)
     return parser
 
 
@@ -161,12 +166,25 @@ def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         commands,
         "show",
         _show,
-        "The first examples as the model sees them: tokens with roles, loss mask, lengths, rejects.",
-        "prefopt show recipes/dpo/zephyr-7b-full.yaml -n 1",
+        "The first examples of a recipe as tokens, with roles, loss mask, lengths and rejects; or what a run "
+        "has sampled, scored and labelled.",
+        "prefopt show recipes/dpo/zephyr-7b-full.yaml -n 1\n  prefopt show runs/online --rollouts --step 10",
     )
-    _add_recipe(parser)
     parser.add_argument(
-        "-n", type=int, default=2, metavar="N", help="examples to show (default: 2)"
+        "recipe", metavar="RECIPE_OR_RUN", help="a YAML recipe, or with --rollouts a run directory"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    parser.add_argument(
+        "-n", type=int, default=2, metavar="N", help="examples or prompts to show (default: 2)"
+    )
+    parser.add_argument(
+        "--rollouts", action="store_true", help="responses of a run with scores and labels"
+    )
+    parser.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="step as metrics.jsonl counts them (default: the newest)",
     )
     parser.add_argument("--no-color", action="store_true", help="plain text, for files and diffs")
 
@@ -211,15 +229,25 @@ def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
 
 
-def _add_objectives(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(
-        commands,
-        "objectives",
-        _objectives,
-        "Every objective: hyper-parameters with defaults, what it needs, and its source.",
-        "prefopt objectives simpo",
-    )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="one objective, with its formula")
+# Command, recipe section, what its page lists, an entry for the example.
+_REGISTRY_PAGES = (
+    ("objectives", "objective", "objective: hyper-parameters with defaults, what it needs", "simpo"),
+    ("credits", "credit", "rule from scores to pairs or advantages: its keys, what it gives", "best_worst"),
+    ("signals", "signals", "signal that scores rollouts: its keys, the columns it reads", "math"),
+)  # fmt: skip
+
+
+def _add_registries(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    for command, section, lists, entry in _REGISTRY_PAGES:
+        parser = _command(
+            commands,
+            command,
+            _registry,
+            f"Every {lists}, and its source.",
+            f"prefopt {command} {entry}",
+        )
+        parser.set_defaults(section=section)
+        parser.add_argument("name", nargs="?", metavar="NAME", help="only this one, in full")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -237,11 +265,34 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    color = not arguments.no_color
+    if arguments.rollouts:
+        from prefopt.show_rollouts import show_rollouts
+
+        _refuse_overrides(arguments)
+        show_rollouts(Path(arguments.recipe), arguments.step, arguments.n, color=color)
+        return
+    if arguments.step is not None:
+        raise ConfigError(
+            f"--step {arguments.step}: is a step of a run; add --rollouts and name the run's directory"
+        )
+    if Path(arguments.recipe).is_dir():
+        raise ConfigError(
+            f"{arguments.recipe} is a directory. What a run sampled: prefopt show {arguments.recipe} "
+            "--rollouts. The examples of a recipe: prefopt show RECIPE.yaml"
+        )
     from prefopt.checks import examine
     from prefopt.show import show
 
     recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True)
-    show(recipe, arguments.n, color=not arguments.no_color)
+    show(recipe, arguments.n, color=color)
+
+
+def _refuse_overrides(arguments: argparse.Namespace) -> None:
+    if arguments.overrides:
+        raise ConfigError(
+            f"{arguments.overrides[0]}: would be ignored: --rollouts shows a run as it was. Leave it out"
+        )
 
 
 def _train(arguments: argparse.Namespace, trains: str | None = None) -> None:
@@ -249,9 +300,8 @@ def _train(arguments: argparse.Namespace, trains: str | None = None) -> None:
 
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     recipe, notes = examine(arguments.recipe, arguments.overrides, num_processes=num_processes)
-    found = recipe.objective["name"] if recipe.objective else recipe.stage
     if trains is not None:
-        _require_script(arguments.recipe, found, trains)
+        _require_script(arguments.recipe, recipe, trains)
     if os.environ.get("RANK", "0") == "0":
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
@@ -260,14 +310,26 @@ def _train(arguments: argparse.Namespace, trains: str | None = None) -> None:
     train(recipe)
 
 
-def _require_script(recipe: str, found: str, trains: str) -> None:
-    """Raises ConfigError if a recipe is given to the script of another objective or stage."""
-    right = found if found in RECIPE_SCRIPTS else "preference"
-    if right != trains:
-        raise ConfigError(
-            f"trains '{found}', and this script trains '{trains}'. Launch recipes/{right}.py",
-            source=recipe,
-        )
+def script_of(recipe: Recipe) -> str:
+    """The script under ``recipes/`` that trains a recipe, without ``.py``."""
+    if recipe.regime.name == "rollouts":
+        return "online_dpo"
+    found = recipe.objective["name"] if recipe.objective else recipe.stage
+    return found if found in RECIPE_SCRIPTS else "preference"
+
+
+def _require_script(path: str, recipe: Recipe, trains: str) -> None:
+    """Raises ConfigError if a recipe is given to the script of another regime, objective or stage."""
+    right = script_of(recipe)
+    if right == trains:
+        return
+    if "online_dpo" in (right, trains):
+        takes = "rollouts" if trains == "online_dpo" else "a fixed data set"
+        found = f"regime.name = '{recipe.regime.name}', and this script trains on {takes}"
+    else:
+        name = recipe.objective["name"] if recipe.objective else recipe.stage
+        found = f"trains '{name}', and this script trains '{trains}'"
+    raise ConfigError(f"{found}. Launch recipes/{right}.py", source=path)
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -283,10 +345,10 @@ def _keys(arguments: argparse.Namespace) -> None:
     print(keys_page(arguments.section))
 
 
-def _objectives(arguments: argparse.Namespace) -> None:
-    from prefopt.help_pages import objectives_page
+def _registry(arguments: argparse.Namespace) -> None:
+    from prefopt.help_pages import registry_page
 
-    print(objectives_page(arguments.name))
+    print(registry_page(arguments.section, arguments.name))
 
 
 if __name__ == "__main__":

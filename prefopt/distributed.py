@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -15,6 +16,9 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHand
 from torch import Tensor, nn
 
 from prefopt.errors import ConfigError
+
+# The shortest default of the collectives we meet (NCCL's).
+_COLLECTIVE_TIMEOUT_S = 600.0
 
 
 @contextlib.contextmanager
@@ -36,15 +40,22 @@ def clip_gradients(
     return 0.0 if norm is None else norm
 
 
-def process_group_options() -> list[KwargsHandler]:
+def process_group_options(longest_wait_s: float = 0.0) -> list[KwargsHandler]:
     """What `Accelerator` must be told about collectives: gloo for several processes without a GPU.
+
+    Args:
+        longest_wait_s: of a process for another outside training, e.g. for rollouts; the collectives' own
+            timeout (10 minutes under NCCL) is raised above it.
 
     Left alone on a machine without one, accelerate 1.15 gives every process of a DeepSpeed launch rank 0
     of 1, and DeepSpeed then stops over its batch size.
     """
-    if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return []
-    return [InitProcessGroupKwargs(backend="gloo")]
+    options: dict[str, Any] = {} if torch.cuda.is_available() else {"backend": "gloo"}
+    if longest_wait_s > _COLLECTIVE_TIMEOUT_S:
+        options["timeout"] = timedelta(seconds=longest_wait_s)
+    return [InitProcessGroupKwargs(**options)] if options else []
 
 
 def check_launch(accelerator: Accelerator) -> None:

@@ -202,6 +202,14 @@ class LiveReference(_ComputedLogps):
         with torch.no_grad():
             for parameter, value in zip(self._trainable, weights, strict=True):
                 _local(parameter).copy_(value)
+                _drop_gathered(parameter)
+
+
+def _drop_gathered(parameter: Any) -> None:
+    """Lets the next forward gather anew what ZeRO-3 keeps gathered: small parameters, beside their shards."""
+    status = getattr(parameter, "ds_status", None)
+    if status is not None and status.name == "AVAILABLE":
+        parameter.partition(has_been_updated=False)
 
 
 def _local(parameter: Any) -> Tensor:

@@ -34,6 +34,7 @@ _FREE = (
     "engine.startup_timeout_s",
     "engine.max_restarts",
     "engine.urls",
+    "engine.cpus",
     "train.resume",
     "train.save_every",
     "train.keep_checkpoints",

@@ -1,4 +1,4 @@
-"""``prefopt show``: the first examples as the model sees them, token by token, and what was refused."""
+"""``prefopt show``: the first examples or prompts as the model sees them, and what was refused."""
 
 from __future__ import annotations
 
@@ -9,38 +9,71 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from prefopt.build_rollouts import load_run_data, prompt_fields
 from prefopt.config.schema import Recipe
-from prefopt.data import DataBundle, load_data
+from prefopt.data import DataBundle, PromptSet
 from prefopt.models.load import load_tokenizer
+from prefopt.signals.base import Prompt, column
 from prefopt.types import Group, Response
 
 HEAD_TOKENS, TAIL_TOKENS = 200, 60
 """Tokens shown of the beginning and of the end of a longer part."""
+
+FIELD_CHARS = 300
+"""Characters shown of a column that signals read."""
 
 STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red", "response": "green"}
 SEPARATOR = "│"
 
 
 def show(recipe: Recipe, n: int = 2, *, color: bool = True) -> None:
-    """Prints the first ``n`` training examples of a recipe as tokens, and its rejects by reason.
+    """Prints the first ``n`` training examples or prompts of a recipe as tokens, and its rejects by reason.
 
     Each part says its role, its length in tokens and whether it carries loss; ``│`` stands between
-    tokens and ``⏎`` for a line break inside one. No model is loaded; what is tokenised here is cached
-    and found again by the run.
+    tokens and ``⏎`` for a line break inside one. Prompts for rollouts are shown with the columns that
+    the signals read. No model is loaded; what is tokenised here is cached and found again by the run.
 
     Args:
         recipe: a checked recipe.
         n: examples to print.
         color: colour the roles where the terminal can; plain text otherwise.
 
-    Raises: DataError, ModelError as `load_data` and `load_tokenizer` do.
+    Raises: DataError, ModelError as `load_run_data` and `load_tokenizer` do.
     """
     console = Console(no_color=not color, highlight=False, soft_wrap=True)
     tokenizer = load_tokenizer(recipe.model)
-    data = load_data(recipe.data, tokenizer, stage=recipe.stage)
-    for index in range(min(n, len(data.train))):
-        _print_group(console, data.train.group(index), tokenizer)
+    data = load_run_data(recipe, tokenizer)
+    if data.prompts is not None:
+        for prompt in data.prompts.prompts[:n]:
+            _print_prompt(console, prompt, prompt_fields(recipe), tokenizer)
+    if data.train is not None:
+        for index in range(min(n, len(data.train))):
+            _print_group(console, data.train.group(index), tokenizer)
     _print_summary(console, data)
+
+
+def _print_prompt(console: Console, prompt: Prompt, fields: Sequence[str], tokenizer: Any) -> None:
+    """A prompt as the policy continues it, the data's own response, and what signals check against."""
+    own = prompt.offline_ids
+    length = f" · own response {len(own)}" if own is not None else ""
+    console.print(Text(f"── {prompt.id} ── prompt {len(prompt.ids)}{length}", "bold"))
+    console.print(
+        Text(f"prompt ({len(prompt.ids)} tokens, the policy goes on from here)", "bold dim")
+    )
+    console.print(token_text(tokenizer, prompt.ids, STYLES["prompt"]))
+    if own is not None:
+        title = f"own response ({len(own)} tokens, from the data)"
+        console.print(Text(title, f"bold {STYLES['response']}"))
+        console.print(token_text(tokenizer, own, STYLES["response"]))
+    for name in fields:
+        console.print(Text(f"{name}: {_short(column(prompt, name))}", "cyan"))
+    console.print(Text(_bos(tokenizer, prompt.ids), "italic"))
+    console.print()
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= FIELD_CHARS else f"{text[:FIELD_CHARS]} …"
 
 
 def _print_group(console: Console, group: Group, tokenizer: Any) -> None:
@@ -96,19 +129,19 @@ def _parts(group: Group) -> list[tuple[str, tuple[int, ...]]]:
 
 def _ends(tokenizer: Any, group: Group) -> str:
     """How the sequence starts and ends: what goes wrong most often with chat templates."""
-    bos = tokenizer.bos_token_id
-    count = group.prompt_ids.count(bos) if bos is not None else 0
-    start = (
-        f"BOS {tokenizer.bos_token!r} {count} time(s) in the prompt"
-        if bos is not None
-        else "no BOS"
-    )
     ends = ", ".join(
         f"{role} ends with {_piece(tokenizer, ids[-1])!r}"
         for role, ids in _parts(group)
         if role != "prompt"
     )
-    return f"{start}; {ends}{_scores(group.responses)}"
+    return f"{_bos(tokenizer, group.prompt_ids)}; {ends}{_scores(group.responses)}"
+
+
+def _bos(tokenizer: Any, prompt_ids: Sequence[int]) -> str:
+    if tokenizer.bos_token_id is None:
+        return "no BOS"
+    count = list(prompt_ids).count(tokenizer.bos_token_id)
+    return f"BOS {tokenizer.bos_token!r} {count} time(s) in the prompt"
 
 
 def _scores(responses: Sequence[Response]) -> str:
@@ -117,12 +150,15 @@ def _scores(responses: Sequence[Response]) -> str:
 
 
 def _print_summary(console: Console, data: DataBundle) -> None:
-    train, held_out = data.train, data.eval
-    longest = int(train.num_tokens.max())
-    console.print(
-        f"{len(train)} rows to train on ({int(train.num_tokens.sum())} tokens, longest {longest}), "
-        f"{len(held_out) if held_out is not None else 0} held out"
-    )
+    held_out = f"{len(data.eval) if data.eval is not None else 0} held out"
+    if data.prompts is not None:
+        console.print(f"{_prompts_line(data.prompts)}, {held_out}")
+    if data.train is not None:
+        lengths = data.train.num_tokens
+        console.print(
+            f"{len(data.train)} rows to train on ({int(lengths.sum())} tokens, longest "
+            f"{int(lengths.max())}), {held_out}"
+        )
     counts = data.reject_counts
     console.print(f"{sum(counts.values())} rejected")
     first = _first_of_each_reason(data)
@@ -130,11 +166,21 @@ def _print_summary(console: Console, data: DataBundle) -> None:
         console.print(f"  {count} {reason}, first: {first[reason]}")
 
 
+def _prompts_line(prompts: PromptSet) -> str:
+    lengths = [len(prompt.ids) for prompt in prompts.prompts]
+    own = sum(prompt.offline_ids is not None for prompt in prompts.prompts)
+    return (
+        f"{len(prompts)} prompts to sample from ({sum(lengths)} tokens, longest {max(lengths)}), "
+        f"{own} with a response of their own"
+    )
+
+
 def _first_of_each_reason(data: DataBundle) -> dict[str, str]:
     """Where the first row of every reject reason stands, with its detail or lengths."""
     first: dict[str, str] = {}
-    for _, store in data.sources:
-        for line in store.rejects():
+    of_prompts = data.prompts.rejects if data.prompts is not None else ()
+    for lines in (of_prompts, *(store.rejects() for _, store in data.sources)):
+        for line in lines:
             where = f"{Path(str(line['file'])).name} row {line['row']}"
             found = line.get("detail") or line.get("lengths")
             first.setdefault(line["reason"], f"{where} ({found})" if found else where)

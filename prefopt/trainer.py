@@ -30,11 +30,12 @@ from prefopt.layouts import log_ratio_tolerance
 from prefopt.live_reference import Reference
 from prefopt.metrics import MeanMeter, MetricsLog, peak_memory_gib
 from prefopt.optim import learning_rate, set_learning_rate
+from prefopt.reduction import PolicyGap, name_culprits, reduced
 from prefopt.regimes import Regime
 from prefopt.registry import BoundObjective
 from prefopt.sweep import layout_fn, sweep
 from prefopt.training_metrics import add_batch_metrics, add_layout_metrics, add_sample_metrics
-from prefopt.types import Group, ObjectiveOutput, ResponseLogps
+from prefopt.types import Group, ResponseLogps
 from prefopt.windows import GroupSource, MicroBatch, SplitLimits, Window
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class PreferenceTrainer:
         self._clock = time.perf_counter()
         self._open_window_s = 0.0
         self._skipped = 0
+        self._policy_gap = PolicyGap()
 
     def train(self, resume_from: Path | None = None) -> TrainResult:
         """Runs to the last step, or to an interrupt, after which a checkpoint says where to go on.
@@ -222,6 +224,7 @@ class PreferenceTrainer:
                 loss = self._micro_batch_loss(micro_batch, window)
                 # Wrappers average gradients over processes; the loss is already a global mean.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
+        self._policy_gap.check(window)
         norm = clip_gradients(self.accelerator, self._parameters, self.settings.max_grad_norm)
         taken = self._check_gradient(norm, window)
         self.optimizer.step()
@@ -249,12 +252,13 @@ class PreferenceTrainer:
             output = replace(
                 output, sample_metrics={**output.sample_metrics, "rollout/importance": weights}
             )
-        loss = _reduced(output, window)
+        loss = reduced(output, window)
         if not torch.isfinite(loss):
-            raise TrainingError(_name_culprits(micro_batch.groups, lp, output, window.step))
+            raise TrainingError(name_culprits(micro_batch.groups, lp, output, window.step))
         self._meter.add_values(output.metrics)
         add_batch_metrics(self._meter, lp, output)
         add_sample_metrics(self._meter, lp, output)
+        self._policy_gap.add(lp)
         # The very number that is minimised: summed over micro-batches and ranks, counted once a window.
         self._meter.add("loss/total", loss, 0.0)
         # With nothing to learn from here, run backward through everything with the others all the same.
@@ -349,35 +353,3 @@ class PreferenceTrainer:
 
 
 _SHOWN = ("loss/total", "rewards/accuracy", "rewards/margin", "rollout/reward")
-
-
-def _reduced(output: ObjectiveOutput, window: Window) -> Tensor:
-    """The scalar to minimise: each kind of loss over its count in the global batch (1 if it has none)."""
-    loss = output.losses.sum() / max(1, window.num_pairs)
-    if output.token_losses is not None:
-        loss = loss + output.token_losses.sum() / max(1, window.num_chosen_tokens)
-    if output.sample_losses is not None:
-        loss = loss + output.sample_losses.sum() / max(1, window.num_samples)
-    return loss
-
-
-def _name_culprits(
-    groups: Sequence[Group], lp: ResponseLogps, output: ObjectiveOutput, step: int
-) -> str:
-    """Which pairs have a loss that is not finite, and what their log-probs look like."""
-    losses = output.losses if output.token_losses is None else output.losses + output.token_losses
-    owners, what = [group.id for group in groups for _ in group.pairs], "pairs"
-    if output.sample_losses is not None:
-        losses, what = torch.cat([losses, output.sample_losses]), "pairs or samples"
-        owners += [
-            f"{group.id} response {i}" for group in groups for i in range(len(group.responses))
-        ]
-    bad = [
-        f"{owners[i]} (loss {losses[i].item()})"
-        for i in (~losses.isfinite()).nonzero()[:, 0].tolist()
-    ]
-    broken = "" if lp.policy.isfinite().all() else "; the policy's own log-probs are not finite"
-    return (
-        f"step {step + 1}: the loss of {len(bad)} {what} is not finite{broken}: {', '.join(bad[:16])}. "
-        "Look at them with `prefopt show`; with fp16 weights use bf16, else lower train.learning_rate"
-    )

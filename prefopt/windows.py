@@ -86,6 +86,8 @@ class Window:
     """Responses of the global batch that the policy sampled."""
     version: int | None = None
     """Policy version that sampled them."""
+    max_policy_gap: float | None = None
+    """Largest mean |policy - sampler| log-prob, nats a token; None where the two are not the same weights."""
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """What the regime has to log: ``{name: (sum, count)}``, the same names on every process."""
 
@@ -110,6 +112,7 @@ def make_window(
     world_size: int,
     filler: Group | None = None,
     version: int | None = None,
+    max_policy_gap: float | None = None,
     metrics: Mapping[str, tuple[float, float]] | None = None,
 ) -> Window:
     """The window of ``rows`` for one rank.
@@ -117,6 +120,7 @@ def make_window(
     Args:
         rows: indices into ``source``; the whole global batch. May be empty if there is a ``filler``.
         version: of the policy that sampled the rows, if one did.
+        max_policy_gap: see `Window`.
         filler: what a rank without anything to do runs; default: the shortest row.
     """
     # Every rank reads the whole window: which response of a group is the chosen one, its pairs say.
@@ -136,6 +140,7 @@ def make_window(
         num_chosen_tokens=sum(len(response.ids) for response in chosen),
         num_samples=sum(r.is_sampled for group in groups.values() for r in group.responses),
         version=version,
+        max_policy_gap=max_policy_gap,
         metrics=metrics or {},
     )
 

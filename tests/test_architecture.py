@@ -54,6 +54,7 @@ LAYERS = {
     "prefopt.checkpoint": 4,
     "prefopt.sweep": 4,
     "prefopt.live_reference": 4,
+    "prefopt.reduction": 4,
     "prefopt.reference_pass": 4,
     "prefopt.trainer": 5,
     "prefopt.stages": 5,

@@ -48,11 +48,12 @@ def data_files_exist(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
                 yield Finding(f"data.{name}.{index}.path", _missing("file", source.path))
 
 
-@rule("model", "peft", "reference", "data")
+@rule("model", "peft", "reference", "data", "signals")
 def hub_is_not_asked(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     """One note for all: a check works offline, so what is on the hub is taken on trust."""
     models = [recipe.model.path, recipe.model.tokenizer, recipe.peft and recipe.peft.adapter]
     models.append(recipe.reference and recipe.reference.path)
+    models += [section.get("path") for section in recipe.signals]
     names = [name for name in models if name and not is_local(name)]
     names += [
         s.path

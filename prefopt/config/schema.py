@@ -193,8 +193,9 @@ class EngineSection(Section):
     """What samples the rollouts."""
 
     name: Literal["hf", "vllm", "vllm_server"] = "hf"
-    """`hf`: Hugging Face generate, in this process (in one of its own where `regime.max_lag` > 0). `vllm`:
-    vLLM in process. `vllm_server`: vLLM's OpenAI server, started by the run or found at `urls`."""
+    """`hf`: Hugging Face generate, in this process (in one of its own where `regime.max_lag` > 0, or where
+    it has a `device` or `cpus` of its own). `vllm`: vLLM in process. `vllm_server`: vLLM's OpenAI server,
+    started by the run or found at `urls`."""
     urls: tuple[str, ...] = Field(default=(), strict=False)
     """Servers that run already, e.g. http://node7:8000; started by the run if left out."""
     num_servers: PositiveInt = 1
@@ -203,6 +204,9 @@ class EngineSection(Section):
     """CUDA_VISIBLE_DEVICES of each server that is started, e.g. ["6", "7"]; default: what the run sees."""
     device: str | None = None
     """Torch device of an `hf` engine in a process of its own; default: the run's."""
+    cpus: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False)
+    """Cores that an `hf` engine in a process of its own is bound to, a thread each; default: the run's. Keep
+    training off them (`taskset`): two that share a core take turns."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the engine's weights; `auto` is the policy's."""
     batch_size: PositiveInt = 256
@@ -337,6 +341,13 @@ class Recipe(Section):
     run: RunSection
     plugins: tuple[str, ...] = Field(default=(), strict=False)
     """Python files (relative to the recipe) imported first: where your own objectives live."""
+
+    @property
+    def hf_engine_has_process(self) -> bool:
+        """Does an `hf` engine run beside training, with weights that are pushed to it?"""
+        engine = self.engine or EngineSection()
+        apart = self.regime.max_lag > 0 or engine.device is not None or bool(engine.cpus)
+        return engine.name == "hf" and apart
 
     @property
     def reference_name(self) -> str:

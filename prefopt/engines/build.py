@@ -119,6 +119,7 @@ def _hf_process(
         dtype=None if section.dtype == "auto" else section.dtype,
         batch_size=section.batch_size,
         timeout_s=section.timeout_s,
+        cpus=section.cpus,
     )
     return ProcessEngine(
         source,

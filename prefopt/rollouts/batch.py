@@ -75,6 +75,8 @@ class RolloutBatch:
     groups: tuple[RolloutGroup, ...]
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds, by phase: ``generate_s``, ``score_s``."""
+    reports: Mapping[str, float] = field(default_factory=dict)
+    """What signals count of themselves (a judge's consistency, tokens), since the run was started."""
     gap: Gap | None = None
     """What the probe found after the push that this is the first batch of."""
 
@@ -82,7 +84,7 @@ class RolloutBatch:
 def merge(batches: Sequence[RolloutBatch]) -> RolloutBatch:
     """One batch of all processes' shares, groups in the order one process would have sampled them.
 
-    Timings are the slowest process's, the gap the widest.
+    Timings are the slowest process's, the gap the widest, reports means over processes.
     """
     first = batches[0]
     groups = sorted((g for batch in batches for g in batch.groups), key=lambda g: g.start.place)
@@ -90,4 +92,9 @@ def merge(batches: Sequence[RolloutBatch]) -> RolloutBatch:
     slowest = {n: max(batch.timings.get(n, 0.0) for batch in batches) for n in sorted(names)}
     gaps = [batch.gap for batch in batches if batch.gap is not None]
     worst = max(gaps, key=lambda gap: gap.mean, default=None)
-    return RolloutBatch(first.step, first.version, tuple(groups), slowest, worst)
+    reports = {
+        name: sum(values) / len(values)
+        for name in sorted({name for batch in batches for name in batch.reports})
+        if (values := [batch.reports[name] for batch in batches if name in batch.reports])
+    }
+    return RolloutBatch(first.step, first.version, tuple(groups), slowest, reports, worst)

@@ -68,6 +68,7 @@ class ExperienceLog:
             "groups": len(batch.groups),
             "lineage": self.lineage,
             "timings": dict(batch.timings),
+            "reports": dict(batch.reports),
             "gap": None if batch.gap is None else [batch.gap.mean, batch.gap.max],
         }
         rows = [*map(_group_row, batch.groups), commit]
@@ -177,6 +178,7 @@ def read_batch(rows: list[dict[str, Any]]) -> RolloutBatch:
         version=commit["version"],
         groups=tuple(map(_read_group, groups)),
         timings=commit["timings"],
+        reports=commit["reports"],
         gap=None if commit["gap"] is None else Gap(*commit["gap"]),
     )
 

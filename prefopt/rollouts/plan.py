@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -103,7 +104,7 @@ class PromptPlan:
 
     def _row(self, position: int) -> int:
         epoch, index = divmod(position, len(self.prompts))
-        return int(self._rng(_STREAM_ORDER, epoch).permutation(len(self.prompts))[index])
+        return int(_order(self.seed, epoch, len(self.prompts))[index])
 
     def _start(self, step: int, place: int, row: int) -> Start:
         seeds = tuple(_seed(self.seed, step, place, sample) for sample in range(self.num_samples))
@@ -121,6 +122,11 @@ class PromptPlan:
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *key])
+
+
+@lru_cache(maxsize=2)  # a step looks its prompts up one by one
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, _STREAM_ORDER, epoch]).permutation(count)
 
 
 def _seed(*key: int) -> int:

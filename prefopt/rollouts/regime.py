@@ -38,6 +38,8 @@ class RolloutLimits:
 
     max_failed_frac: float
     drop_lag_above: int | None = None
+    max_policy_gap: float | None = None
+    """Largest mean |policy - sampler| log-prob of a batch without lag, nats a token; None: not comparable."""
     timeout_s: float = 1800.0
     """Longest wait for one job of the engine."""
 
@@ -266,7 +268,11 @@ class RolloutRegime:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             version=batch.version,
-            filler=replace(first, responses=first.responses[:1], pairs=()),
+            max_policy_gap=self.limits.max_policy_gap if lag == 0 else None,
+            # Nothing of it counts, but objectives look for what the others have: a score, an advantage.
+            filler=replace(
+                first, responses=(replace(first.responses[0], score=0.0, advantage=0.0),), pairs=()
+            ),
             metrics=rollout_metrics(
                 batch,
                 stale=stale,

@@ -90,7 +90,10 @@ class Sampler:
             budget, attempt = budget - len(fresh), attempt + 1
             missing = [group.start for group in fresh if not group.is_trained_on]
             groups += fresh
-        return RolloutBatch(step, version, tuple(groups), timings)
+        reports = self.signals.report() if self.signals is not None else {}
+        # What failed is counted from the groups themselves.
+        reports = {k: v for k, v in reports.items() if not k.endswith("/failed_frac")}
+        return RolloutBatch(step, version, tuple(groups), timings, reports)
 
     def close(self) -> None:
         """Closes the engine and the signals."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from prefopt.rollouts.batch import RolloutBatch, RolloutGroup
 
@@ -30,7 +31,9 @@ def rollout_metrics(batch: RolloutBatch, *, stale: bool, counts: bool) -> Means:
         found[f"credit/{reason}_frac"] = (count, num_groups)
     found["credit/pairs"] = (sum(len(g.pairs) for g in groups), num_groups)
     found |= _reward_metrics(groups)
+    # `wait_s` is the trainer's idle time: all of generating and scoring without a lag, what is left with one.
     found |= {f"time/{name}": (seconds, 1) for name, seconds in batch.timings.items()}
+    found |= {f"signal/{name}": (value, 1) for name, value in batch.reports.items()}
     if batch.gap is not None:
         found["rollout/probe_gap_mean"] = (batch.gap.mean, 1)
         found["rollout/probe_gap_max"] = (batch.gap.max, 1)
@@ -49,3 +52,18 @@ def _reward_metrics(groups: tuple[RolloutGroup, ...]) -> dict[str, tuple[float, 
         values = [g.parts[name][: len(g.completions)] for g in groups if name in g.parts]
         found[f"reward/{name}"] = (sum(map(sum, values)), sum(map(len, values)))
     return found
+
+
+# Phases of a step. The engine's overlap with the trainer's under a lag; what does not is `wait_s`.
+_PHASES = ("generate", "score", "sync", "wait", "train")
+
+
+def time_split(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line: seconds a step by phase, means over the rows of a ``metrics.jsonl``."""
+    parts = []
+    for phase in _PHASES:
+        seconds = [row[f"time/{phase}_s"] for row in rows if f"time/{phase}_s" in row]
+        if seconds:
+            name = "idle" if phase == "wait" else phase
+            parts.append(f"{name} {statistics.fmean(seconds):.3g} s")
+    return f"time of a step: {', '.join(parts)}"

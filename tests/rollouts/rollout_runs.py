@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from accelerate import Accelerator
 from torch import nn
 
+from prefopt import build_rollouts
 from prefopt.build import build_trainer
 from prefopt.config.schema import Recipe
 from prefopt.data import PromptSet
+from prefopt.engines.base import Engine
+from prefopt.engines.build import build_engine
 from prefopt.models.load import LoadedPolicy
 from prefopt.registry import signal
 from prefopt.signals.base import Candidates, Prompt, Signal
@@ -67,6 +71,7 @@ def make_rollout_trainer(
     objective: dict[str, Any] | None = None,
     regime: dict[str, Any] | None = None,
     model: nn.Module | None = None,
+    is_peft: bool = True,
     pairs: GroupSource | None = None,
     signals: Sequence[dict[str, Any]] = ({"name": "low_tokens"},),
     credit: dict[str, Any] | None = None,
@@ -99,13 +104,19 @@ def make_rollout_trainer(
             "run": {"output_dir": str(run_dir)},
         }
     )
-    policy = LoadedPolicy(model if model is not None else lora_llama(), "0" * 64, "tiny", True)
-    return build_trainer(
-        recipe,
-        pairs,
-        None,
-        policy,
-        Accelerator(cpu=True),
-        prompts=prompts,
-        tokenizer=make_tokenizer(),
-    )
+    policy = LoadedPolicy(model if model is not None else lora_llama(), "0" * 64, "tiny", is_peft)
+    with mock.patch.object(build_rollouts, "build_engine", _in_this_process):
+        return build_trainer(
+            recipe,
+            pairs,
+            None,
+            policy,
+            Accelerator(cpu=True),
+            prompts=prompts,
+            tokenizer=make_tokenizer(),
+        )
+
+
+def _in_this_process(*arguments: Any, **options: Any) -> Engine:
+    """The HF engine on a copy of the policy: a process of its own would have to find the model on disk."""
+    return build_engine(*arguments, **{**options, "separate_process": False})

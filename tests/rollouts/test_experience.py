@@ -45,7 +45,9 @@ def batch(step: int, num_groups: int = 2) -> RolloutBatch:
     # The rolled-in prefix is the end of what was continued.
     groups = tuple(g if not g.start.prefix else _ending_in_prefix(g) for g in groups)
     timings = {"generate_s": 0.25, "score_s": 1e-3}
-    return RolloutBatch(step, step // 2, groups, timings, Gap(1 / 3, 2.5) if step % 2 else None)
+    reports = {"judge/consistency_rate": 1 / 7}
+    gap = Gap(1 / 3, 2.5) if step % 2 else None
+    return RolloutBatch(step, step // 2, groups, timings, reports, gap)
 
 
 def _ending_in_prefix(group: RolloutGroup) -> RolloutGroup:

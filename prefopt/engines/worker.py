@@ -13,10 +13,11 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from prefopt.errors import PrefoptError
+from prefopt.errors import ConfigError, PrefoptError
 
 if TYPE_CHECKING:
     from prefopt.engines.process import HFSource
@@ -44,8 +45,18 @@ def main(descriptor: int, parent: int) -> None:
 
 def _load(source: HFSource) -> Any:
     if source.cpus:
-        os.sched_setaffinity(0, source.cpus)  # before torch counts the cores
+        _bind(source.cpus)  # before torch counts the cores
     return source.load()
+
+
+def _bind(cpus: Sequence[int]) -> None:
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        raise ConfigError(
+            f"engine.cpus = {list(cpus)}: it cannot be bound to them ({error}). This machine has cores 0 to "
+            f"{(os.cpu_count() or 1) - 1}; a container may be allowed fewer"
+        ) from error
 
 
 def _answer(pipe: Connection, number: int, work: Any, reply: Any = lambda result: result) -> Any:

@@ -24,6 +24,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_DIR = Path("runs/quickstart")  # as sft.yaml and simpo.yaml have it, relative to ROOT
+SFT_RECIPE = "recipes/quickstart/sft.yaml"
 OWN_DIRECTORIES = ("base", "data", "sft", "simpo")
 SUMMARY = "summary.json"
 
@@ -56,21 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of task, model, samples and training")
     seed = parser.parse_args(argv).seed
     os.chdir(ROOT)
-    _set_environment()
-    from recipes.quickstart.prepare import write_base, write_jsonl
+    set_environment()
+    from recipes.quickstart.prepare import write_jsonl
 
     clock = Clock()
-    # What an earlier quickstart left goes; its caches stay, they are keyed by content.
-    for name in OWN_DIRECTORIES:
-        shutil.rmtree(RUN_DIR / name, ignore_errors=True)
-    with clock.phase(
-        "prepare", "1/5  an untrained model, and demonstrations half of which are careless"
-    ):
-        splits = _write_sft_data(seed)
-        size = write_base(RUN_DIR / "base", seed=seed)
-        console.print(f"{size:,} parameters; {len(splits.sft):,} demonstrations")
-    with clock.phase("sft", "2/5  supervised fine-tuning"):
-        launch("recipes/sft.py", "recipes/quickstart/sft.yaml", seed=seed)
+    splits = make_policy(seed, clock, num_phases=5)
     with clock.phase("sample", "3/5  the policy's own answers, right and wrong, become pairs"):
         model, tokenizer = load_policy()
         train_pairs, held_out_pairs = _sample_pairs(model, tokenizer, splits, seed)
@@ -83,6 +74,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, tokenizer = load_policy(adapter=RUN_DIR / "simpo" / "final")
         after = _measure(model, tokenizer, splits, held_out_pairs.rows, "after")
     return report(before, after, clock.seconds, num_pairs=len(train_pairs.rows))
+
+
+def make_policy(seed: int, clock: Clock, *, num_phases: int) -> Any:
+    """Makes the SFT policy anew, in the first two of ``num_phases`` phases; returns the problems' splits."""
+    from recipes.quickstart.prepare import write_base
+
+    # What an earlier quickstart left goes; its caches stay, they are keyed by content.
+    for name in OWN_DIRECTORIES:
+        shutil.rmtree(RUN_DIR / name, ignore_errors=True)
+    with clock.phase(
+        "prepare",
+        f"1/{num_phases}  an untrained model, and demonstrations half of which are careless",
+    ):
+        splits = make_splits(seed)
+        _write_sft_data(splits, seed)
+        size = write_base(RUN_DIR / "base", seed=seed)
+        console.print(f"{size:,} parameters; {len(splits.sft):,} demonstrations")
+    with clock.phase("sft", f"2/{num_phases}  supervised fine-tuning"):
+        launch("recipes/sft.py", SFT_RECIPE, seed=seed)
+    return splits
+
+
+def has_policy(seed: int) -> bool:
+    """Did a finished SFT phase leave a policy of today's recipe and this seed?"""
+    from prefopt.config.load import load_recipe
+    from prefopt.run_record import RUN_FILE
+
+    directory = RUN_DIR / "sft"
+    if not (directory / "final" / "config.json").is_file():
+        return False
+    wanted = load_recipe(SFT_RECIPE, [f"train.seed={seed}", f"data.seed={seed}"])
+    record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+    return record["recipe"] == wanted.model_dump(mode="json")
 
 
 def launch(script: str, recipe: str, *, seed: int) -> None:
@@ -129,7 +153,7 @@ def report(before: Any, after: Any, seconds: dict[str, float], *, num_pairs: int
         "versions": versions(),
     }
     (RUN_DIR / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    console.print(_table(changes))
+    console.print(changes_table(changes))
     console.print(
         f"trained on {num_pairs:,} pairs; {summary['seconds']['total']:.0f} s in all\n"
         f"run directory: {run_dir}\nthe same numbers: {RUN_DIR / SUMMARY}",
@@ -143,7 +167,7 @@ def report(before: Any, after: Any, seconds: dict[str, float], *, num_pairs: int
     return 1 if failed else 0
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     """Set before torch is imported, and inherited by the runs that are launched."""
     # Threads gain little on matrices this small, and where other work shares the cores two that wait for
     # each other took three times as long as one (measured). It also gives every machine the same sums.
@@ -152,16 +176,20 @@ def _set_environment() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silences DeepSpeed's, that it found no GPU
 
 
-def _write_sft_data(seed: int) -> Any:
-    from recipes.quickstart.prepare import sft_rows, write_jsonl
-    from recipes.quickstart.task import make_splits
+def make_splits(seed: int) -> Any:
+    """The quickstart's problems, by use."""
+    from recipes.quickstart import task
 
-    splits = make_splits(
+    return task.make_splits(
         num_sft=NUM_SFT, num_preference=NUM_PREFERENCE, num_held_out=NUM_HELD_OUT, seed=seed
     )
+
+
+def _write_sft_data(splits: Any, seed: int) -> None:
+    from recipes.quickstart.prepare import sft_rows, write_jsonl
+
     rows = sft_rows(splits.sft, flawed_frac=SFT_FLAWED_FRAC, seed=seed)
     write_jsonl(RUN_DIR / "data" / "sft.jsonl", rows)
-    return splits
 
 
 def _sample_pairs(model: Any, tokenizer: Any, splits: Any, seed: int) -> tuple[Any, Any]:
@@ -201,7 +229,7 @@ def _measure(
     }
 
 
-def _table(changes: dict[str, Any]) -> Table:
+def changes_table(changes: dict[str, Any]) -> Table:
     table = Table(title="held-out prompts, ± one standard error")
     for column in ("", "before", "after", "change", "items"):
         table.add_column(column, justify="left" if not column else "right")

@@ -1,0 +1,119 @@
+"""vLLM engines that die, are not there, or serve something else; the servers are those of the contract."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from prefopt.engines.base import PolicyFiles, Request, SamplingSpec
+from prefopt.engines.child import free_port
+from prefopt.engines.vllm.hosts import FoundHost, StartedHost
+from prefopt.engines.vllm.server import VllmServers
+from prefopt.errors import EngineError
+from tests.engines.conftest import Running
+from tests.engines.policies import Policies
+from tests.engines.processes import is_gone, wait_until
+from tests.engines.test_contract import PROMPTS, SPEC, assert_logps_are_the_truth, requests
+
+server = pytest.mark.parametrize("running", ["vllm_server"], indirect=True)
+local = pytest.mark.parametrize("running", ["vllm"], indirect=True)
+
+
+def host(running: Running) -> StartedHost:
+    [found] = running.engine.hosts
+    assert isinstance(found, StartedHost)
+    return found
+
+
+def found(running: Running, model: Path) -> VllmServers:
+    """The same server as one that was given by URL."""
+    at = FoundHost(host(running).client.url, startup_timeout_s=5.0)
+    return VllmServers([at], model=str(model), timeout_s=60.0)
+
+
+@server
+def test_a_server_at_a_url_samples_the_same_and_takes_policies(running: Running) -> None:
+    running.push(1)
+    engine = found(running, running.policies.base)
+    files, _ = running.policies.files(901, is_adapter=True, directory=running.directory)
+    engine.load_policy(files)
+    assert engine.generate(requests(), SPEC) == running.engine.generate(requests(), SPEC)
+    engine.close()
+    engine.close()
+    assert running.engine.generate(requests(), SPEC)  # the server itself is left running
+
+
+@server
+def test_a_url_that_serves_another_model_is_refused(running: Running) -> None:
+    with pytest.raises(EngineError, match=r"serves .*model0.*trains .*model1"):
+        found(running, running.policies.other).generate(requests(), SPEC)
+
+
+@server
+def test_full_weights_need_a_server_that_takes_them(running: Running) -> None:
+    engine = found(running, running.policies.base)
+    with pytest.raises(EngineError, match=r"version 3 cannot be loaded.*VLLM_SERVER_DEV_MODE"):
+        engine.load_policy(PolicyFiles(3, running.policies.other, is_adapter=False))
+    engine.close()
+
+
+def test_a_url_where_nothing_answers_is_an_error_within_the_deadline() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    engine = VllmServers([FoundHost(url, startup_timeout_s=2.0)], model="m")
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=rf"no server answers at {url}.*waited 2 s"):
+        engine.generate(requests(), SPEC)
+    assert time.monotonic() - started < 10
+
+
+def test_a_server_that_cannot_start_is_an_error_that_quotes_its_log(
+    policies: Policies, tmp_path: Path
+) -> None:
+    at = StartedHost(
+        {"model": str(tmp_path / "absent")}, log=tmp_path / "log", startup_timeout_s=200.0
+    )
+    engine = VllmServers([at], model="m")
+    with pytest.raises(EngineError, match=r"did not start: exit code 1[\s\S]*log:[\s\S]*absent"):
+        engine.start()
+    engine.close()
+
+
+@server
+def test_a_killed_server_is_started_again_and_what_it_owed_is_answered(running: Running) -> None:
+    """Killed in the middle of a call of thousands of tokens; the pushed adapter is on the new one.
+
+    Without a restart left, the same is an error that says how it ended and quotes the log.
+    """
+    running.push(1)
+    spec = SamplingSpec(64)
+    many = [Request(prompt, tuple(range(40))) for prompt in PROMPTS]
+    want = running.engine.generate(many, spec)
+    first = host(running)
+    pid = first.pid
+    assert pid is not None
+    children = psutil.Process(pid).children(recursive=True)
+    threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
+    first.restarts_left = 0
+    with pytest.raises(EngineError, match=rf"SIGKILL[\s\S]*no restart is left[\s\S]*{first.log}"):
+        running.engine.generate(many, spec)
+    assert all(wait_until(lambda c=c: is_gone(c.pid)) for c in children)
+    first.restarts_left = 1
+    got = running.engine.generate(many, spec)
+    assert first.pid not in (None, pid) and first.restarts_left == 0
+    assert [[c.ids for c in group] for group in got] == [[c.ids for c in group] for group in want]
+    assert_logps_are_the_truth(running, SPEC)
+
+
+@local
+def test_a_killed_engine_in_process_is_started_again_with_its_policy(running: Running) -> None:
+    version = running.push(1)
+    [core] = [c for c in psutil.Process().children() if "EngineCore" in " ".join(c.cmdline())]
+    core.kill()
+    assert_logps_are_the_truth(running, SPEC)
+    assert running.engine.version == version

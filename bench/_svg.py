@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -30,7 +31,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """One panel. The y axis runs from 0 to 1: all that is drawn here are shares."""
+    """One panel. The y axis of all panels runs from 0 to the next tenth above what any of them holds."""
 
     title: str
     lines: Sequence[Line]
@@ -43,13 +44,15 @@ def write_svg(path: Path, charts: Sequence[Chart]) -> None:
     """Writes the charts side by side, with one legend for their common series below."""
     legend = [line.title for line in charts[0].lines]
     width, height = WIDTH * len(charts), HEIGHT + LEGEND_ROW * (len(legend) + 1)
+    highest = max(point.y for chart in charts for line in chart.lines for point in line.points)
+    tenths = max(1, math.ceil(highest * 10))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     for index, chart in enumerate(charts):
-        parts.append(f'<g transform="translate({index * WIDTH},0)">{_panel(chart)}</g>')
+        parts.append(f'<g transform="translate({index * WIDTH},0)">{_panel(chart, tenths)}</g>')
     for index, title in enumerate(legend):
         y = HEIGHT + LEGEND_ROW * (index + 0.5)
         parts.append(
@@ -60,7 +63,7 @@ def write_svg(path: Path, charts: Sequence[Chart]) -> None:
     path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
 
 
-def _panel(chart: Chart) -> str:
+def _panel(chart: Chart, tenths: int) -> str:
     xs = [x for x, _ in chart.x_ticks]
     margin = (max(xs) - min(xs)) * 0.06 or 1.0
     low, high = min(xs) - margin, max(xs) + margin
@@ -69,10 +72,10 @@ def _panel(chart: Chart) -> str:
         return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
 
     def y(value: float) -> float:
-        return HEIGHT - BOTTOM - value * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - value * 10 / tenths * (HEIGHT - TOP - BOTTOM)
 
     parts = [_text(LEFT, 18, chart.title)]
-    for tenth in range(0, 11, 2):
+    for tenth in range(tenths + 1):
         at = y(tenth / 10)
         parts.append(_rule(LEFT, at, WIDTH - RIGHT, at, "#ddd"))
         parts.append(_text(LEFT - 6, at + 4, f"{tenth / 10:g}", anchor="end"))

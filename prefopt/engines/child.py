@@ -126,6 +126,32 @@ class GuardedProcess:
         self._guard.stdout.close()
 
 
+class Watchdog:
+    """Has processes killed when this process ends without `dismiss`, however it ends.
+
+    For children that a library starts in our process group and that do not notice our death.
+    """
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._guard = subprocess.Popen(
+            [sys.executable, "-m", "prefopt.engines.guard", "--watch", *map(str, pids)],
+            env=clean_environment(),
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def dismiss(self) -> None:
+        """Ends the watch and kills nobody. To be called before the processes are ended. May be called twice."""
+        assert self._guard.stdin is not None
+        if self._guard.stdin.closed:
+            return
+        with contextlib.suppress(OSError):
+            self._guard.stdin.write(b"done")
+        with contextlib.suppress(OSError):
+            self._guard.stdin.close()
+        self._guard.wait()
+
+
 def wait_briefly(deadline: float, longest_s: float = 0.25) -> bool:
     """Sleeps ``longest_s``, or to the deadline (`time.monotonic`) if that is sooner; False if it has passed."""
     left = deadline - time.monotonic()

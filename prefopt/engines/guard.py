@@ -4,6 +4,9 @@ Standard library only: it must start in milliseconds. Its standard input is a pi
 starter holds: when that closes, the command's process group is ended, with grace if the starter said so
 (seconds, as text) and else at once. Prints the command's pid; exits as the command did (256 + signal mod 256
 for a signal).
+
+``… guard --watch PID …`` starts nothing: it kills those processes when the starter is gone, unless it was told
+``done``. For children that a library starts, and that would live on.
 """
 
 from __future__ import annotations
@@ -16,13 +19,35 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.1
 _TRACKER_S = 3.0
 
 
-def main(command: list[str]) -> int:
+_WATCH = "--watch"
+_DONE = "done"
+
+
+def main(arguments: list[str]) -> int:
+    """Does what the module says; returns the exit code."""
+    starter = os.getppid()
+    if arguments[0] == _WATCH:
+        return watch([int(pid) for pid in arguments[1:]], starter)
+    return guard(arguments, starter)
+
+
+def watch(pids: list[int], starter: int) -> int:
+    """Kills ``pids`` when the pipe closes without a word."""
+    if _heard(starter) != _DONE:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    return 0
+
+
+def guard(command: list[str], starter: int) -> int:
     """Runs ``command`` until it ends or standard input does; returns the exit code to pass on."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     child = subprocess.Popen(
@@ -34,26 +59,29 @@ def main(command: list[str]) -> int:
     )
     try:
         os.write(1, f"{child.pid}\n".encode())
-        grace_s = _wait(child)
-        if child.poll() is None and grace_s > 0:
-            _end_politely(child, grace_s)
+        grace = _heard(starter, lambda: child.poll() is None)
+        if child.poll() is None and grace:
+            _end_politely(child, float(grace))
     finally:
         _kill_group(child.pid)
     code = child.wait()
     return code if code >= 0 else 256 + code
 
 
-def _wait(child: subprocess.Popen[bytes]) -> float:
-    """Seconds of grace that the starter grants, once it has closed the pipe or the command has ended."""
+def _heard(starter: int, goes_on: Callable[[], bool] = lambda: True) -> str:
+    """What the starter said before it closed the pipe or ended; or so far, once ``goes_on`` is false.
+
+    Its end is asked for as well: a process it has forked may hold the pipe open.
+    """
     said = b""
-    while child.poll() is None:
+    while goes_on() and os.getppid() == starter:
         readable, _, _ = select.select([0], [], [], _POLL_S)
         if readable:
             data = os.read(0, 64)
             if not data:
                 break
             said += data
-    return float(said) if said.strip() else 0.0
+    return said.decode().strip()
 
 
 def _end_politely(child: subprocess.Popen[bytes], grace_s: float) -> None:

@@ -43,6 +43,9 @@ class ExperienceLog:
         for shard in _shards(directory):
             self._open(shard)
 
+    def __contains__(self, step: int) -> bool:
+        return step in self._found
+
     def get(self, step: int) -> RolloutBatch | None:
         """The batch of ``step`` as it was logged last, or None. Raises: TrainingError if it is damaged."""
         if step not in self._found:

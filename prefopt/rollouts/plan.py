@@ -86,11 +86,13 @@ class PromptPlan:
     def replacements(self, step: int, places: Sequence[int], attempt: int) -> list[Start]:
         """Other prompts for the groups at ``places`` that gave no label; ``attempt`` counts from 1."""
         taken = {start.row for start in self.starts(step)}
-        free = [row for row in range(len(self.prompts)) if row not in taken] or [*taken]
+        everyone_is = len(taken) == len(self.prompts)
         result = []
         for place in places:
             draw = self._rng(_STREAM_REPLACE, step, place, attempt)
-            row = free[int(draw.integers(len(free)))]
+            row = int(draw.integers(len(self.prompts)))
+            while row in taken and not everyone_is:
+                row = int(draw.integers(len(self.prompts)))
             result.append(self._start(step, place + attempt * self.per_step, row))
         return result
 

@@ -7,6 +7,7 @@ that the two differ in who waits and not in what is sampled.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -135,7 +136,7 @@ class RolloutRegime:
         if self.offline is not None:
             self.offline.step = self.step
 
-    @property
+    @functools.cached_property
     def order_hash(self) -> str:
         """Hash of everything that decides which prompts a step samples, with which seeds and version."""
         plan = self.plan
@@ -155,7 +156,9 @@ class RolloutRegime:
         expected = self.probe.expected() if self.probe.is_due(version) else None
         files = None if self.publisher is None else self.publisher.write(version)
         if self.publisher is not None:
-            oldest = [s for s in (self.keep_from(), self.step) if s is not None]
+            # The step before counts, too: until the new version is loaded, an engine that is restarted reads
+            # the files of the one it had.
+            oldest = [s for s in (self.keep_from(), self.step - 1) if s is not None]
             self.publisher.prune(self.schedule.version_of(min(oldest)))
         if self.on_push is not None:
             self.on_push(version)
@@ -178,7 +181,7 @@ class RolloutRegime:
             if version >= below:
                 return
             if self.sampler is not None and self.log is not None:
-                if version != self._pushed and self.log.get(job) is None:
+                if version != self._pushed and job not in self.log:
                     self._load_from_disk(version)
                 self._jobs[job] = self._worker.submit(lambda job=job: self._make(job))
             self._next_job = job + 1

@@ -11,6 +11,9 @@ from prefopt.rollouts.batch import RolloutBatch, RolloutGroup
 
 Means = Mapping[str, tuple[float, float]]
 
+# Of the built-in credit rules; a rule of a plugin may have others.
+_REASONS = ("tie", "duplicate", "all_right", "all_wrong")
+
 
 def rollout_metrics(batch: RolloutBatch, *, stale: bool, counts: bool) -> Means:
     """``{name: (sum, count)}`` of a merged batch; ``counts`` False zeroes all, for all but one process."""
@@ -27,8 +30,10 @@ def rollout_metrics(batch: RolloutBatch, *, stale: bool, counts: bool) -> Means:
     found["rollout/failed_frac"] = (sum(g.failed is not None for g in groups), num_groups)
     found["rollout/dropped_stale_frac"] = (num_groups if stale else 0, num_groups)
     found["credit/trained_frac"] = (sum(g.is_trained_on for g in groups), num_groups)
-    for reason, count in sorted(Counter(g.skipped for g in groups if g.skipped).items()):
-        found[f"credit/{reason}_frac"] = (count, num_groups)
+    # Every step counts in the mean of a logging window, also one in which a reason did not occur.
+    skipped = Counter(dict.fromkeys(_REASONS, 0))
+    skipped.update(group.skipped for group in groups if group.skipped)
+    found |= {f"credit/{reason}_frac": (count, num_groups) for reason, count in skipped.items()}
     found["credit/pairs"] = (sum(len(g.pairs) for g in groups), num_groups)
     found |= _reward_metrics(groups)
     # `wait_s` is the trainer's idle time: all of generating and scoring without a lag, what is left with one.

@@ -51,6 +51,7 @@ def server(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         "model": str(inputs / "model"), "skip_tokenizer_init": True, "dtype": "float32",
         "max_model_len": 96, "enable_lora": True, "max_lora_rank": 8, "enforce_eager": True,
         "logprobs_mode": "processed_logprobs", "max_num_seqs": 32,
+        "kv_cache_memory_bytes": 2**28,
     }  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "log"
     host = StartedHost(arguments, log=log, startup_timeout_s=400.0)

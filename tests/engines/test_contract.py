@@ -1,8 +1,8 @@
 """What every engine promises (`prefopt.engines.base`), held by all of them on the same tiny Llama in fp32.
 
-Tolerances: an engine's fp32 arithmetic orders its sums otherwise than transformers' does. Measured here,
-the largest difference of a token's log-prob is 3e-6 for Hugging Face and 4e-6 for vLLM; its log-probs are
-of order 1 to 10, so 1e-4 is a margin of 25, and other weights or another temperature are off by 0.1 or more.
+Tolerances: an engine's fp32 arithmetic orders its sums otherwise than transformers' does, which moves a
+token's log-prob (of order 1 to 10) by some 1e-6; 1e-4 leaves room for that, and other weights or another
+temperature are off by 0.1 or more.
 """
 
 from __future__ import annotations

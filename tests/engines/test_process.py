@@ -16,7 +16,7 @@ import pytest
 
 from prefopt.config.schema import ModelSection
 from prefopt.engines.base import Request, SamplingSpec
-from prefopt.engines.child import GuardedProcess, clean_environment
+from prefopt.engines.child import GuardedProcess, Watchdog, clean_environment
 from prefopt.engines.process import HFSource, ProcessEngine
 from prefopt.errors import EngineError, ModelError
 from tests.engines.policies import Policies
@@ -188,3 +188,24 @@ os.kill(os.getpid(), signal.SIGKILL)
     pid, state = done.stdout.split()
     assert state == "None"
     assert wait_until(lambda: is_gone(int(pid)))
+
+
+def test_watched_processes_end_with_the_one_that_watches_and_not_when_the_watch_is_dismissed(
+    tmp_path: Path,
+) -> None:
+    """vLLM's subprocess in process: started by a library, it does not notice that the trainer was killed."""
+    spared, doomed = (subprocess.Popen(["sleep", "300"]) for _ in range(2))
+    watchdog = Watchdog([spared.pid])
+    watchdog.dismiss()
+    watchdog.dismiss()
+    script = f"""
+import os, signal
+from prefopt.engines.child import Watchdog
+Watchdog([{doomed.pid}])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", script], timeout=100)
+    assert doomed.wait(20) == -signal.SIGKILL
+    assert spared.poll() is None
+    spared.kill()
+    spared.wait()

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from prefopt.engines.base import Completion, PolicyFiles, Request, SamplingSpec
 from prefopt.engines.checks import check_requests, check_sequences
-from prefopt.engines.child import is_launcher_variable
+from prefopt.engines.child import Watchdog, is_launcher_variable
 from prefopt.engines.vllm.settings import engine_environment, require_vllm
 from prefopt.errors import EngineError
 
@@ -67,6 +67,7 @@ class VllmEngine:
         self._policy: PolicyFiles | None = None
         self._version: int | None = None
         self._children: list[Any] = []
+        self._watchdog: Watchdog | None = None
 
     @property
     def version(self) -> int | None:
@@ -79,14 +80,7 @@ class VllmEngine:
 
     def start(self) -> None:
         """Starts vLLM if it does not run. Raises: ConfigError if it is not installed; EngineError."""
-        if self._llm is not None:
-            return
-        require_vllm("vllm")
-        self._llm = self._waited(self._make, self.startup_timeout_s, "to start")
-        if self._policy is not None:
-            self._waited(
-                self._load, self.timeout_s, "to load the policy again", self._llm, self._policy
-            )
+        self._call(lambda llm: None, "to start")
 
     def generate(self, requests: Sequence[Request], spec: SamplingSpec) -> list[list[Completion]]:
         """As `Engine.generate`; vLLM batches as it sees fit."""
@@ -138,19 +132,37 @@ class VllmEngine:
             closing = threading.Thread(target=llm.llm_engine.engine_core.shutdown, daemon=True)
             closing.start()
             closing.join(_CLOSE_S)
+        if self._watchdog is not None:
+            self._watchdog.dismiss()
+            self._watchdog = None
         for child in self._children:
             child.kill()
             child.join()
         self._children = []
 
-    def _make(self) -> Any:
+    def _begin(self) -> None:
+        """A running vLLM with the current policy. Raises: as `_waited`."""
+        if self._llm is not None:
+            return
+        require_vllm("vllm")
         before = set(multiprocessing.active_children())
+        try:
+            self._llm = self._waited(self._make, self.startup_timeout_s, "to start")
+        finally:
+            self._children = [c for c in multiprocessing.active_children() if c not in before]
+            if self._llm is None:
+                self.close()
+        # vLLM's subprocess does not notice that we are gone (0.32), and would hold its GPU for ever
+        self._watchdog = Watchdog([child.pid for child in self._children])
+        if self._policy is not None:
+            what = f"to load policy version {self._policy.version} again"
+            self._waited(self._load, self.timeout_s, what, self._llm, self._policy)
+
+    def _make(self) -> Any:
         with _vllm_environment():
             from vllm import LLM
 
-            llm = LLM(**self.arguments, use_tqdm_on_load=False)
-        self._children = [c for c in multiprocessing.active_children() if c not in before]
-        return llm
+            return LLM(**self.arguments, use_tqdm_on_load=False)
 
     def _generate(self, llm: Any, requests: list[Request], spec: SamplingSpec) -> list[Any]:
         from vllm import SamplingParams
@@ -202,8 +214,8 @@ class VllmEngine:
     def _call(self, work: Callable[..., _T], what: str, *arguments: Any) -> _T:
         """What ``work(llm, *arguments)`` returns, on a new vLLM if this one dies and restarts are left."""
         while True:
-            self.start()
             try:
+                self._begin()
                 return self._waited(work, self.timeout_s, what, self._llm, *arguments)
             except _EngineDied as error:
                 self._restart_or_raise(what, error)
@@ -243,6 +255,7 @@ class VllmEngine:
             if any(not child.is_alive() for child in self._children):
                 raise _EngineDied("its process ended")
             if thread.is_alive() and time.monotonic() > deadline:
+                self.close()  # the thread may still be inside vLLM, which takes one call at a time
                 raise EngineError(
                     f"waited {timeout_s:g} s for vLLM {what}. Raise engine.timeout_s (or "
                     "engine.startup_timeout_s), or set VLLM_LOGGING_LEVEL=INFO to see what it does"

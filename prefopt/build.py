@@ -221,7 +221,7 @@ def _wire_rollouts(
     recipe, accelerator = wiring.recipe, wiring.accelerator
     # The sampler's log-probs are at its temperature; what they are compared with must be too.
     engine.temperature = recipe.regime.temperature
-    needed = most_group_tokens(recipe, wiring.objective, prompts)
+    needed = most_group_tokens(recipe, wiring.objective, prompts, packed=engine.packed)
     sources = [s for s in (wiring.train_source, wiring.eval_source) if s is not None]
     longest = max([needed, *(longest_row_tokens(source, engine.packed) for source in sources)])
     limits = _split_limits(recipe.train, engine, longest, accelerator)

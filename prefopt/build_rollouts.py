@@ -72,8 +72,10 @@ def load_run_data(recipe: Recipe, tokenizer: Any) -> DataBundle:
     return replace(load_data(pairs, tokenizer, stage=recipe.stage), prompts=prompts)
 
 
-def most_group_tokens(recipe: Recipe, objective: BoundObjective, prompts: PromptSet) -> int:
-    """Tokens of the largest group that one forward may have to hold, its prompt once.
+def most_group_tokens(
+    recipe: Recipe, objective: BoundObjective, prompts: PromptSet, *, packed: bool
+) -> int:
+    """Tokens of the largest group that one forward may have to hold: its prompt once, or padded with each.
 
     Responses that a pair or a baseline ties together stay in one forward; others can be split.
     """
@@ -88,7 +90,7 @@ def most_group_tokens(recipe: Recipe, objective: BoundObjective, prompts: Prompt
     if regime.reset_frac:
         prompt += offline
     response = max(regime.max_new_tokens, offline if credit.spec.needs_offline else 0)
-    return prompt + tied * response
+    return prompt + tied * response if packed else tied * (prompt + response)
 
 
 def build_rollouts(

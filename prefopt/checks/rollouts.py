@@ -65,6 +65,28 @@ def there_is_something_to_train_on(recipe: Recipe, _: Surroundings) -> Iterator[
         )
 
 
+@rule("regime", "data")
+def prompt_sources_take_their_keys(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
+    """What says how pairs are drawn or held out says nothing of prompts."""
+    if not has_rollouts(recipe):
+        return
+    data, mixes = recipe.data, recipe.regime.offline_pairs
+    if data.eval_frac and not mixes:
+        yield Finding(
+            "data.eval_frac",
+            "would be ignored: it holds out pairs, and this run samples its own. Name held-out pairs in "
+            "data.eval, or leave it out",
+        )
+    names = ["prompts"] if mixes else ["prompts", "train"]
+    for name in names:
+        for index, source in enumerate(getattr(data, name)):
+            for key in sorted({"weight", "drop_ties"} & source.model_fields_set):
+                yield Finding(
+                    f"data.{name}.{index}.{key}",
+                    "would be ignored: rollouts meet every prompt once an epoch. Leave it out",
+                )
+
+
 @rule("stage", "regime", "objective", "credit", "signals")
 def labels_are_what_the_objective_needs(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     credit = credit_of(recipe)
@@ -254,4 +276,8 @@ def prompts_divide(recipe: Recipe, surroundings: Surroundings) -> Iterator[Findi
     per_step = recipe.regime.prompts_per_step
     processes = surroundings.num_processes or 1
     if has_rollouts(recipe) and per_step is not None and per_step % processes:
-        yield Finding("regime.prompts_per_step", f"does not divide over {processes} processes")
+        yield Finding(
+            "regime.prompts_per_step",
+            f"does not divide over {processes} processes, and a rank with less to sample would wait for the "
+            "others",
+        )

@@ -321,3 +321,20 @@ def test_training_other_weights_than_those_that_sampled_is_refused(tmp_path: Pat
     with pytest.raises(TrainingError, match=r"step 3: the policy in training .* nats a token"):
         train(trainer)
     assert trainer.regime.step == 3
+
+
+def test_stale_samples_are_dropped_and_counted_or_weighted(tmp_path: Path) -> None:
+    """Lags run 0, 1, 2, 2, 2: above 1 nothing is trained on; a cap weights what is."""
+    regime = {"max_lag": 2}
+    rows = train(
+        make_rollout_trainer(tmp_path / "drop", PROMPTS, regime={**regime, "drop_lag_above": 1})
+    )
+    assert [row["rollout/lag"] for row in rows] == [0, 1, 2, 2, 2]
+    assert [row["rollout/dropped_stale_frac"] for row in rows] == [0, 0, 1, 1, 1]
+    assert [row["loss/total"] == 0 for row in rows] == [False, False, True, True, True]
+    rows = train(
+        make_rollout_trainer(tmp_path / "cap", PROMPTS, regime={**regime, "importance_cap": 2.0})
+    )
+    assert rows[0]["rollout/importance"] == pytest.approx(1, abs=1e-4)
+    assert all(0 < row["rollout/importance"] <= 2 for row in rows)
+    assert abs(rows[-1]["rollout/importance"] - 1) > 1e-3

@@ -1,6 +1,6 @@
 """Offline, semi-online and online DPO, and GRPO, from one policy: "Bridging Offline and Online" in miniature.
 
-    python -m bench.regimes            # about 15 minutes on one core
+    python -m bench.regimes            # about 20 minutes on one core
     python -m bench.regimes --quick    # about 2: 40 steps, two seeds, one learning rate; to see it work
 
 The claim (arXiv:2506.21495, verifiable tasks): offline DPO is clearly worse; pushing the policy to the sampler

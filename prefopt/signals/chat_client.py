@@ -132,6 +132,16 @@ class ChatClient:
         """
         if not requests:
             return []
+        if self.cache is None:
+            return self._complete_at_once(requests)
+        # Under a cache equal requests have one reply, also those that are under way at the same time.
+        keys = [_key(self.endpoint.model, messages, self.sampling) for messages in requests]
+        distinct = dict(zip(keys, requests, strict=True))
+        replies = dict(zip(distinct, self._complete_at_once([*distinct.values()]), strict=True))
+        self._count(cached=len(keys) - len(distinct))
+        return [replies[key] for key in keys]
+
+    def _complete_at_once(self, requests: Sequence[Messages]) -> list[Reply | ChatRefused]:
         stop = threading.Event()
         threads = ThreadPoolExecutor(min(self.endpoint.concurrency, len(requests)))
         try:

@@ -118,7 +118,7 @@ def _run(
         _write_run_files(run_dir, record, data)
     accelerator.wait_for_everyone()
     result = trainer.train()
-    if accelerator.is_main_process and recipe.regime.name == "rollouts":
+    if accelerator.is_main_process and recipe.has_rollouts:
         logger.info("%s", time_split(read_metrics(run_dir / "metrics.jsonl")))
     return result
 
@@ -296,7 +296,7 @@ def _split_limits(
 
 def _longest_wait_s(recipe: Recipe) -> float:
     """How long other processes may wait while the main one starts an engine or samples."""
-    if recipe.regime.name == "offline":
+    if not recipe.has_rollouts:
         return 0.0
     engine = recipe.engine or EngineSection()
     jobs = 2 * (recipe.regime.max_lag + 2)  # a push and a batch each

@@ -57,7 +57,7 @@ def prompt_fields(recipe: Recipe) -> list[str]:
 def load_run_data(recipe: Recipe, tokenizer: Any) -> DataBundle:
     """Pairs, held-out pairs and prompts, whichever the recipe trains on."""
     regime, data = recipe.regime, recipe.data
-    if regime.name == "offline":
+    if not recipe.has_rollouts:
         return load_data(data, tokenizer, stage=recipe.stage)
     objective = bind_objective(recipe.objective or {})
     prompts = load_prompts(

@@ -312,7 +312,7 @@ def _train(arguments: argparse.Namespace, trains: str | None = None) -> None:
 
 def script_of(recipe: Recipe) -> str:
     """The script under ``recipes/`` that trains a recipe, without ``.py``."""
-    if recipe.regime.name == "rollouts":
+    if recipe.has_rollouts:
         return "online_dpo"
     found = recipe.objective["name"] if recipe.objective else recipe.stage
     return found if found in RECIPE_SCRIPTS else "preference"

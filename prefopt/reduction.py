@@ -52,21 +52,23 @@ class PolicyGap:
     """
 
     def __init__(self) -> None:
-        self._total = self._count = 0.0
+        self._parts: list[Tensor] = []
 
-    def add(self, lp: ResponseLogps) -> None:
-        """Adds the samples of a micro-batch."""
-        if lp.samples is None or lp.behavior is None:
+    def add(self, lp: ResponseLogps, window: Window) -> None:
+        """Adds the samples of a micro-batch, on their device: nothing waits for it before `check`."""
+        if window.max_policy_gap is None or lp.samples is None or lp.behavior is None:
             return
         counted = lp.mask & lp.samples[:, None]
-        self._total += ((lp.policy.detach() - lp.behavior).abs() * counted).sum().item()
-        self._count += counted.sum().item()
+        total = ((lp.policy.detach() - lp.behavior).abs() * counted).sum()
+        self._parts.append(torch.stack([total, counted.sum().to(total.dtype)]))
 
     def check(self, window: Window) -> None:
         """Raises TrainingError if the policy in training is not the one that sampled the window; forgets."""
-        total, count = self._total, self._count
-        self._total = self._count = 0.0
-        if window.max_policy_gap is None or not count or total / count <= window.max_policy_gap:
+        if window.max_policy_gap is None or not self._parts:
+            return
+        total, count = torch.stack(self._parts).sum(0).tolist()
+        self._parts = []
+        if not count or total / count <= window.max_policy_gap:
             return
         raise TrainingError(
             f"step {window.step + 1}: the policy in training gives the samples log-probs that differ from their "

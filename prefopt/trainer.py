@@ -258,12 +258,11 @@ class PreferenceTrainer:
         self._meter.add_values(output.metrics)
         add_batch_metrics(self._meter, lp, output)
         add_sample_metrics(self._meter, lp, output)
-        self._policy_gap.add(lp)
+        self._policy_gap.add(lp, window)
         # The very number that is minimised: summed over micro-batches and ranks, counted once a window.
         self._meter.add("loss/total", loss, 0.0)
         # With nothing to learn from here, run backward through everything with the others all the same.
-        learns = len(lp.pairs) or (lp.samples is not None and bool(lp.samples.any()))
-        return loss if learns and loss.requires_grad else loss + policy.sum() * 0.0
+        return loss if micro_batch.counts and loss.requires_grad else loss + policy.sum() * 0.0
 
     def _response_logps(
         self, groups: Sequence[Group], policy: Tensor, *, counts: bool

@@ -69,7 +69,7 @@ def _is_read_as_pairs(recipe: Recipe, key: str) -> bool:
     """False for sources of prompts: rollouts read those without their responses, or with one of them."""
     if key.startswith("data.prompts"):
         return False
-    only_prompts = recipe.regime.name == "rollouts" and not recipe.regime.offline_pairs
+    only_prompts = recipe.has_rollouts and not recipe.regime.offline_pairs
     return not (only_prompts and key.startswith("data.train"))
 
 

@@ -14,11 +14,6 @@ from prefopt.registry import CreditSpec, Need, get_credit, get_objective
 _MAX_LORA_RANK = 512
 
 
-def has_rollouts(recipe: Recipe) -> bool:
-    """Does the recipe sample from the policy while it trains?"""
-    return recipe.regime.name == "rollouts"
-
-
 def credit_of(recipe: Recipe) -> CreditSpec | None:
     """The credit rule in force: the recipe's, else what goes with the objective."""
     if recipe.credit is not None:
@@ -30,7 +25,7 @@ def credit_of(recipe: Recipe) -> CreditSpec | None:
 
 @rule("regime", "engine", "signals", "credit", "reference", "data")
 def offline_takes_no_rollout_keys(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    if has_rollouts(recipe):
+    if recipe.has_rollouts:
         return
     why = "would be ignored: regime.name is 'offline'. Set regime.name: rollouts, or leave it out"
     for key in sorted(recipe.regime.model_fields_set - {"name"}):
@@ -49,11 +44,11 @@ def offline_takes_no_rollout_keys(recipe: Recipe, _: Surroundings) -> Iterator[F
 
 @rule("stage", "regime", "data")
 def there_is_something_to_train_on(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    if recipe.stage != "preference" and has_rollouts(recipe):
+    if recipe.stage != "preference" and recipe.has_rollouts:
         yield Finding("regime.name", f"stage = '{recipe.stage}' trains on a fixed data set")
     if recipe.data.train:
         return
-    if not has_rollouts(recipe):
+    if not recipe.has_rollouts:
         yield Finding(
             "data.train", "is missing: name at least one source, e.g. - path: pairs.jsonl"
         )
@@ -68,7 +63,7 @@ def there_is_something_to_train_on(recipe: Recipe, _: Surroundings) -> Iterator[
 @rule("regime", "data")
 def prompt_sources_take_their_keys(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     """What says how pairs are drawn or held out says nothing of prompts."""
-    if not has_rollouts(recipe):
+    if not recipe.has_rollouts:
         return
     data, mixes = recipe.data, recipe.regime.offline_pairs
     if data.eval_frac and not mixes:
@@ -90,7 +85,7 @@ def prompt_sources_take_their_keys(recipe: Recipe, _: Surroundings) -> Iterator[
 @rule("stage", "regime", "objective", "credit", "signals")
 def labels_are_what_the_objective_needs(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     credit = credit_of(recipe)
-    if not has_rollouts(recipe) or credit is None:
+    if not recipe.has_rollouts or credit is None:
         return
     assert recipe.objective is not None
     name, needs, regime = recipe.objective["name"], objective_needs(recipe), recipe.regime
@@ -120,7 +115,7 @@ def labels_are_what_the_objective_needs(recipe: Recipe, _: Surroundings) -> Iter
 @rule("regime", "objective", "credit")
 def offline_pairs_are_read(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     if (
-        has_rollouts(recipe)
+        recipe.has_rollouts
         and recipe.regime.offline_pairs
         and Need.PAIRS not in objective_needs(recipe)
     ):
@@ -130,7 +125,7 @@ def offline_pairs_are_read(recipe: Recipe, _: Surroundings) -> Iterator[Finding]
 @rule("regime", "objective")
 def off_policy_settings_fit(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     regime = recipe.regime
-    if not has_rollouts(recipe) or recipe.objective is None:
+    if not recipe.has_rollouts or recipe.objective is None:
         return
     needs, name = objective_needs(recipe), recipe.objective["name"]
     if regime.importance_cap is not None and Need.BEHAVIOR in needs:
@@ -162,7 +157,7 @@ def references_of_rollouts_have_what_they_follow(
     recipe: Recipe, _: Surroundings
 ) -> Iterator[Finding]:
     section = recipe.reference
-    if not has_rollouts(recipe) or section is None:
+    if not recipe.has_rollouts or section is None:
         return
     for key, name in (("ema_rate", "ema"), ("sync_every_pushes", "synced")):
         if was_set(section, key) and section.name != name:
@@ -182,7 +177,7 @@ def references_of_rollouts_have_what_they_follow(
 @rule("regime", "engine", "peft")
 def engine_keys_are_read(recipe: Recipe, surroundings: Surroundings) -> Iterator[Finding]:
     engine = recipe.engine
-    if engine is None or not has_rollouts(recipe):
+    if engine is None or not recipe.has_rollouts:
         return
     takes = {
         "hf": {"device", "cpus", "batch_size"},
@@ -225,7 +220,7 @@ _OF_STARTED_SERVERS = {
 @rule("regime", "engine")
 def the_engine_is_installed(recipe: Recipe, surroundings: Surroundings) -> Iterator[Finding]:
     engine = recipe.engine
-    if not has_rollouts(recipe) or engine is None or engine.name == "hf" or engine.urls:
+    if not recipe.has_rollouts or engine is None or engine.name == "hf" or engine.urls:
         return
     if importlib.util.find_spec("vllm") is None:
         yield Finding(
@@ -239,7 +234,7 @@ def the_engine_is_installed(recipe: Recipe, surroundings: Surroundings) -> Itera
 @rule("regime", "engine", "peft")
 def vllm_serves_the_adapter(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     engine, peft = recipe.engine, recipe.peft
-    if not has_rollouts(recipe) or engine is None or engine.name == "hf" or peft is None:
+    if not recipe.has_rollouts or engine is None or engine.name == "hf" or peft is None:
         return
     if peft.adapter is None and peft.type.lower() != "lora":
         yield Finding(
@@ -263,7 +258,7 @@ def vllm_serves_the_adapter(recipe: Recipe, _: Surroundings) -> Iterator[Finding
 
 @rule("regime", "data")
 def responses_fit_the_rows(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    if has_rollouts(recipe) and recipe.regime.max_new_tokens >= recipe.data.max_length_tokens:
+    if recipe.has_rollouts and recipe.regime.max_new_tokens >= recipe.data.max_length_tokens:
         yield Finding(
             "regime.max_new_tokens",
             f"must be below data.max_length_tokens = {recipe.data.max_length_tokens}, which bounds prompt and "
@@ -275,7 +270,7 @@ def responses_fit_the_rows(recipe: Recipe, _: Surroundings) -> Iterator[Finding]
 def prompts_divide(recipe: Recipe, surroundings: Surroundings) -> Iterator[Finding]:
     per_step = recipe.regime.prompts_per_step
     processes = surroundings.num_processes or 1
-    if has_rollouts(recipe) and per_step is not None and per_step % processes:
+    if recipe.has_rollouts and per_step is not None and per_step % processes:
         yield Finding(
             "regime.prompts_per_step",
             f"does not divide over {processes} processes, and a rank with less to sample would wait for the "

@@ -343,6 +343,11 @@ class Recipe(Section):
     """Python files (relative to the recipe) imported first: where your own objectives live."""
 
     @property
+    def has_rollouts(self) -> bool:
+        """Does the run sample from the policy while it trains?"""
+        return self.regime.name == "rollouts"
+
+    @property
     def hf_engine_has_process(self) -> bool:
         """Does an `hf` engine run beside training, with weights that are pushed to it?"""
         engine = self.engine or EngineSection()

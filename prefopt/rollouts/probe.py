@@ -58,10 +58,6 @@ class Probe:
         usable = [sequence for sequence in ids if len(sequence) >= 2][:_NUM_SEQUENCES]
         self.sequences = [(s[: len(s) // 2], s[len(s) // 2 :]) for s in usable]
 
-    def is_due(self, version: int) -> bool:
-        """Is there anything to compare with? Prompts of a single token cannot be split."""
-        return bool(self.sequences)
-
     def expected(self) -> list[list[float]]:
         """The trainer's log-probs of the sequences, now, at temperature 1. A collective."""
         engine = cast(LogpModel, self.accelerator.unwrap_model(self.model))

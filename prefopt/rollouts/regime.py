@@ -133,12 +133,14 @@ class RolloutRegime:
                 "its position means nothing here. Restore them, or start afresh in another run.output_dir"
             )
         self.step = state["step"]
-        if self.offline is not None:
-            self.offline.step = self.step
 
-    @functools.cached_property
+    @property
     def order_hash(self) -> str:
         """Hash of everything that decides which prompts a step samples, with which seeds and version."""
+        return self._order_hash
+
+    @functools.cached_property  # every checkpoint asks, and there may be many prompts
+    def _order_hash(self) -> str:
         plan = self.plan
         ids = hashlib.sha256(repr([(p.id, p.ids, p.offline_ids) for p in plan.prompts]).encode())
         offline = None if self.offline is None else self.offline.order_hash
@@ -153,7 +155,8 @@ class RolloutRegime:
 
     def _push(self, version: int) -> None:
         """Sends the weights of this moment to the engine. A collective."""
-        expected = self.probe.expected() if self.probe.is_due(version) else None
+        # Prompts of a single token cannot be split into a context and what follows: nothing to compare.
+        expected = self.probe.expected() if self.probe.sequences else None
         files = None if self.publisher is None else self.publisher.write(version)
         if self.publisher is not None:
             # The step before counts, too: until the new version is loaded, an engine that is restarted reads

@@ -31,9 +31,9 @@ def rollout_metrics(batch: RolloutBatch, *, stale: bool, counts: bool) -> Means:
     found["rollout/dropped_stale_frac"] = (num_groups if stale else 0, num_groups)
     found["credit/trained_frac"] = (sum(g.is_trained_on for g in groups), num_groups)
     # Every step counts in the mean of a logging window, also one in which a reason did not occur.
-    skipped = Counter(dict.fromkeys(_REASONS, 0))
-    skipped.update(group.skipped for group in groups if group.skipped)
-    found |= {f"credit/{reason}_frac": (count, num_groups) for reason, count in skipped.items()}
+    skipped = Counter(group.skipped for group in groups if group.skipped)
+    for reason in sorted({*_REASONS, *skipped}):
+        found[f"credit/{reason}_frac"] = (skipped[reason], num_groups)
     found["credit/pairs"] = (sum(len(g.pairs) for g in groups), num_groups)
     found |= _reward_metrics(groups)
     # `wait_s` is the trainer's idle time: all of generating and scoring without a lag, what is left with one.

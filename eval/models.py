@@ -1,0 +1,73 @@
+"""The models of an evaluation: which files, which tokenizer, which engine. Adapters stay on their base, unmerged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefopt.config.schema import EngineSection, ModelSection
+from prefopt.errors import ModelError
+
+from eval.settings import EvalSettings, JudgeSection
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a `ModelTask` may load."""
+
+    policy: ModelSection
+    """What is evaluated; ``path`` is a model or adapter, never a run."""
+    baseline: ModelSection | None
+    engine: EngineSection
+    judge: JudgeSection | None
+    seed: int
+    device: str
+    batch_tokens: int
+
+
+def open_models(settings: EvalSettings) -> Models:
+    """The models of an evaluation, run directories resolved; nothing is loaded yet.
+
+    Raises: ModelError for a directory that holds neither.
+    """
+    import torch
+
+    return Models(
+        policy=resolve_run(settings.model),
+        baseline=resolve_run(settings.baseline) if settings.baseline else None,
+        engine=settings.engine,
+        judge=settings.judge,
+        seed=settings.seed,
+        device=settings.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        batch_tokens=settings.batch_tokens,
+    )
+
+
+def resolve_run(section: ModelSection) -> ModelSection:
+    """``section`` with a run directory replaced by the policy that it ended with (``final``).
+
+    Its recipe's chat template and tokenizer are already in there. A checkpoint is named by its own path.
+    Raises: ModelError for a run that has not ended.
+    """
+    directory = Path(section.path).expanduser()
+    if not (directory / RUN_FILE).is_file():
+        return section
+    final = directory / "final"
+    if not final.is_dir():
+        raise ModelError(
+            f"{section.path}: a run that has not ended: it holds no final/. Finish it, or name one of its "
+            "checkpoints' adapter or model directories"
+        )
+    return section.model_copy(update={"path": str(final)})
+
+
+def run_recipe(path: str) -> dict[str, object] | None:
+    """The recipe of the run that ``path`` is, or is ``final`` of; None for anything else."""
+    for directory in (Path(path).expanduser(), Path(path).expanduser().parent):
+        record = directory / RUN_FILE
+        if record.is_file():
+            return json.loads(record.read_text(encoding="utf-8")).get("recipe")
+    return None

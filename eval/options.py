@@ -1,0 +1,49 @@
+"""From ``tasks.<name>.<key>`` settings to a task, every problem at once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ConfigDict, ValidationError, create_model
+
+from eval.registry import TaskSpec, get_task
+from prefopt.config.explain import explain
+from prefopt.config.yaml_file import Document
+from prefopt.errors import ConfigError
+
+
+def make_task(
+    name: str, options: Mapping[str, Any] | None = None, document: Document | None = None
+) -> Any:
+    """The task with its options bound; nothing is loaded yet.
+
+    Raises: ConfigError for an unknown name (naming the nearest), or options that do not fit, all at once.
+    """
+    spec = get_task(name)
+    problems = option_problems(spec, options or {}, document)
+    if problems:
+        raise ConfigError(problems)
+    return spec.fn(**(options or {}))
+
+
+def option_problems(
+    spec: TaskSpec, options: Mapping[str, Any], document: Document | None = None
+) -> list[str]:
+    """What is wrong with a task's options, a sentence each."""
+    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    fields: Any = spec.fields
+    schema = create_model(f"{spec.name}_options", __config__=config, **fields)
+    try:
+        schema.model_validate(dict(options))
+    except ValidationError as error:
+        items = [{**item, "loc": ("tasks", spec.name, *item["loc"])} for item in error.errors()]
+        where = document or Document({})
+        return [explain(item, where, set(schema.model_fields)) for item in items]
+    return []
+
+
+def has_option(name: str, option: str) -> bool:
+    """Does the task take this option?"""
+    return option in inspect.signature(get_task(name).fn).parameters

@@ -1,0 +1,95 @@
+"""Names of tasks and where they live; a task's keyword-only signature is the schema of its options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from prefopt.registry import Registry, Spec
+
+Kind = Literal["generate", "judge", "model", "harness"]
+
+# name -> module that defines it. A module is imported only when one of its tasks is looked up.
+TASKS: dict[str, str] = {
+    "alpaca_eval2": "eval.tasks.alpaca_eval2",
+    "arena_hard": "eval.tasks.arena_hard",
+    "arena_hard_v2": "eval.tasks.arena_hard_v2",
+    "mt_bench": "eval.tasks.mt_bench",
+    "win_rate": "eval.tasks.win_rate",
+    "ifeval": "eval.tasks.ifeval",
+    "gsm8k": "eval.tasks.gsm8k",
+    "math": "eval.tasks.math",
+    "humaneval": "eval.tasks.humaneval",
+    "signals": "eval.tasks.signals",
+    "llmbar": "eval.tasks.llmbar",
+    "reward_bench": "eval.tasks.reward_bench",
+    "pair_accuracy": "eval.tasks.pair_accuracy",
+    "diversity": "eval.tasks.diversity",
+    "kl": "eval.tasks.kl",
+}
+
+
+@dataclass(frozen=True)
+class TaskSpec(Spec):
+    """A benchmark: the factory whose keyword-only arguments are its options, and what its numbers mean."""
+
+    version: str
+    """Ours; raised with every change that may change a number. Results of two versions are not compared."""
+    kind: Kind
+    headline: str
+    """The metric people quote."""
+    data: str
+    """Where its examples come from by default, in words: a hub data set, or ``an option``."""
+    direction: Literal["higher", "lower", "none"]
+    """Which headline is better; ``none`` for one that only describes (KL, length)."""
+
+
+_TASKS: Registry[TaskSpec] = Registry("--tasks", TASKS)
+
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
+
+
+def task(
+    name: str,
+    *,
+    version: str,
+    kind: Kind,
+    headline: str,
+    source: str,
+    data: str,
+    direction: Literal["higher", "lower", "none"] = "higher",
+) -> Callable[[_Fn], _Fn]:
+    """Registers a factory ``(*, options) -> Task``.
+
+    Args:
+        name: what ``--tasks`` calls it.
+        version: raised with every change that may change a number.
+        kind: ``generate``: the model answers, a program scores. ``judge``: a judge scores. ``model``: log-probs
+            or rewards. ``harness``: lm-evaluation-harness.
+        headline: the metric people quote.
+        source: paper or repository.
+        data: where its examples come from.
+        direction: which headline is better.
+    """
+
+    def register(fn: _Fn) -> _Fn:
+        _TASKS.add(TaskSpec(name, fn, source, version, kind, headline, data, direction))
+        return fn
+
+    return register
+
+
+def get_task(name: str) -> TaskSpec:
+    """The registered task; ConfigError naming the nearest known one."""
+    return _TASKS.get(name)
+
+
+def task_names() -> set[str]:
+    """Every name ``--tasks`` accepts, without lm-evaluation-harness's (``lm_eval:…``)."""
+    return _TASKS.names()
+
+
+def known_tasks() -> Mapping[str, str]:
+    """The built-in table."""
+    return TASKS

@@ -1,0 +1,1 @@
+"""Benchmarks, one file each; `eval.registry.TASKS` names them."""

@@ -55,8 +55,10 @@ class Answer:
     """None for a published response: nobody knows its tokenizer."""
     ended: bool = True
     """False: cut at ``max_new_tokens``."""
+    ids: tuple[int, ...] | None = None
+    """Token ids, the end token included; None for a published response."""
     problem: str | None = None
-    """Why there is no answer (``prompt_too_long``, ``template_refused``, ``null_response``); None if there is one."""
+    """Why there is no answer (``prompt_too_long``, ``template_refused``, ``null_response``); None if there is."""
 
 
 Conversation = tuple[Answer, ...]
@@ -176,7 +178,7 @@ class GenerationTask(Task, Protocol):
 
 
 @runtime_checkable
-class JudgedTask(Protocol):
+class JudgedTask(GenerationTask, Protocol):
     """A generation task that asks a judge.
 
     ``baseline``: ``none``; ``required``: the run's ``--baseline``; ``published``: the benchmark's own baseline
@@ -212,7 +214,7 @@ class JudgedTask(Protocol):
 
 
 @runtime_checkable
-class ModelTask(Protocol):
+class ModelTask(Task, Protocol):
     """A task that reads log-probs or rewards of models instead of generating. See `eval.models.Models`."""
 
     batch_size: int
@@ -232,7 +234,16 @@ class ModelTask(Protocol):
 
 
 @runtime_checkable
-class Readable(Protocol):
+class Closing(Protocol):
+    """A task that holds processes or models while it scores."""
+
+    def close(self) -> None:
+        """Frees them. Called once, after the last row or a failure."""
+        ...
+
+
+@runtime_checkable
+class Readable(Task, Protocol):
     """A task that can read published annotation, judgment or response files: `prefopt eval score`."""
 
     def read(self, path: Path) -> dict[str, list[Row]]:
@@ -243,6 +254,12 @@ class Readable(Protocol):
         Raises: DataError naming file, line and key.
         """
         ...
+
+
+def close_task(task: object) -> None:
+    """Frees what a task holds, if it holds anything."""
+    if isinstance(task, Closing):
+        task.close()
 
 
 def missing_judgment(judgments: Mapping[str, Judgment], question_id: str) -> Judgment:

@@ -1,4 +1,4 @@
-"""The models of an evaluation: which files, which tokenizer, which engine. Adapters stay on their base, unmerged."""
+"""The models of an evaluation: which files, which tokenizer, which engine. Adapters are never merged."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.settings import EvalSettings, JudgeSection
 from prefopt.config.schema import EngineSection, ModelSection
 from prefopt.errors import ModelError
-
-from eval.settings import EvalSettings, JudgeSection
 
 RUN_FILE = "run.json"
 

@@ -21,6 +21,23 @@ def flat(summary: Summary) -> dict[str, Any]:
     return result
 
 
+def metrics_json(summary: Summary) -> dict[str, Any]:
+    """Metrics, counts, groups and notes of a summary, as ``results.json`` nests them."""
+    return {
+        "metrics": {
+            name: {
+                "value": _number(metric.value),
+                "stderr": None if metric.stderr is None else _number(metric.stderr),
+                "interval": metric.interval and [_number(bound) for bound in metric.interval],
+            }
+            for name, metric in summary.metrics.items()
+        },
+        "counts": dict(summary.counts),
+        "groups": {key: dict(values) for key, values in summary.groups.items()},
+        "notes": list(summary.notes),
+    }
+
+
 def _metric(name: str, metric: Metric) -> dict[str, Any]:
     found: dict[str, Any] = {name: _number(metric.value)}
     if metric.stderr is not None:

@@ -26,7 +26,7 @@ def score_file(
         that is not in it.
     """
     spec = get_task(name)
-    task = make_task(name, options)
+    task: Any = make_task(name, options)
     if not isinstance(task, Readable):
         raise ConfigError(
             f"{name}: reads no published files; run it: prefopt eval MODEL --tasks {name}"
@@ -69,7 +69,7 @@ def print_score(result: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) or _is_interval(value)
+    return (isinstance(value, int | float) and not isinstance(value, bool)) or _is_interval(value)
 
 
 def _is_interval(value: Any) -> bool:

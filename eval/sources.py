@@ -77,7 +77,7 @@ def keyed(
 
 
 def require(row: RawRow, *names: str) -> Any:
-    """The value of the first of ``names`` that the row has (None is none). Raises: DataError naming its columns."""
+    """The value of the first of ``names`` that is there and not null. Raises: DataError naming the columns."""
     for name in names:
         if row.data.get(name) is not None:
             return row.data[name]

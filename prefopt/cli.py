@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,20 @@ _OVERRIDES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 2 for a bad recipe, 1 for other failures."""
-    arguments = _parse(_parser(), argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    siblings = _siblings()
+    if given and given[0] in siblings:
+        return siblings[given[0]].load().main(given[1:])
+    arguments = _parse(_parser(), given)
     return guarded(lambda: arguments.run(arguments))
+
+
+def _siblings() -> dict[str, EntryPoint]:
+    """Commands of packages beside this one, which it never imports: each is a module with `main` and `SUMMARY`.
+
+    Declared as entry points of the group ``prefopt.commands``; `prefopt eval` is one.
+    """
+    return {point.name: point for point in entry_points(group="prefopt.commands")}
 
 
 def recipe_main(trains: str, argv: Sequence[str] | None = None) -> int:
@@ -100,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_keys(commands)
     _add_registries(commands)
+    for name, point in sorted(_siblings().items()):
+        commands.add_parser(name, help=point.load().SUMMARY)
     return parser
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic.fields import FieldInfo
 
 from prefopt.config.explain import sections, show_value
-from prefopt.config.schema import Section
+from prefopt.config.schema import Recipe, Section
 from prefopt.errors import ConfigError, suggest
 from prefopt.registry import REGISTRIES, CreditSpec, Need, ObjectiveSpec, SignalSpec, Spec
 
@@ -23,11 +23,16 @@ _WIDTH = 96
 
 
 def keys_page(only: str | None = None) -> str:
-    """Every key of every section, or of one section (``train``, ``data.train.N``), as text.
+    """Every key of every section of a recipe, or of one section (``train``, ``data.train.N``), as text.
 
     Raises: ConfigError for a section there is none of.
     """
-    pages = {name: page for name, page in _section_pages() if page}
+    return schema_page(Recipe, only)
+
+
+def schema_page(schema: type[Section], only: str | None = None) -> str:
+    """Every key below ``schema``, or of one of its sections. Raises: ConfigError as `keys_page`."""
+    pages = {name: page for name, page in _section_pages(schema) if page}
     if only is None:
         return "\n\n".join(pages.values())
     wanted = re.sub(r"\.\d+", ".N", only)
@@ -55,8 +60,8 @@ def registry_page(section: str, name: str | None = None) -> str:
     return f"{_summary(spec)}\n\n{textwrap.indent(inspect.getdoc(spec.fn) or '', '  ')}"
 
 
-def _section_pages() -> Iterator[tuple[str, str]]:
-    for name, section in sections():
+def _section_pages(schema: type[Section]) -> Iterator[tuple[str, str]]:
+    for name, section in sections(schema):
         lines = [f"{name}: {_first_line(section)}" if name else _first_line(section)]
         for key, field in section.model_fields.items():
             dotted = f"{name}.{key}".lstrip(".")

@@ -62,6 +62,7 @@ LAYERS = {
     "prefopt.build_rollouts": 6,
     "prefopt.build_reference": 6,
     "prefopt.build": 6,
+    "prefopt.export": 6,
     "prefopt.show": 6,
     "prefopt.show_rollouts": 6,
     "prefopt.help_pages": 6,

@@ -63,6 +63,14 @@ class Renderer:
             raise DataError(f"{text.reason}: {text.detail}")
         return self._start(self._encode([text])[0])
 
+    def stop_ids(self, *, chat: bool) -> tuple[int, ...]:
+        """What ends a response: the token that ends one in training, and the tokenizer's EOS."""
+        answer: Any = {"role": "assistant", "content": "a"} if chat else "a"
+        prompt: Any = [{"role": "user", "content": "a"}] if chat else "a"
+        _, response = self.render(prompt, answer)
+        eos = _special_id(self.tokenizer, "eos")
+        return tuple(sorted({response[-1], eos} - {None}))  # type: ignore[type-var]
+
     def render(
         self, prompt: Prompt, response: str | Message
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:

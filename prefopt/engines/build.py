@@ -55,12 +55,7 @@ def build_engine(
         EngineError for `hf` on a policy sharded by ZeRO-3 or FSDP.
     """
     if section.name != "hf":
-        served = served_model(section, model, policy, max_model_len)
-        return (
-            _local(section, served)
-            if section.name == "vllm"
-            else _servers(section, served, log_dir)
-        )
+        return start_vllm(section, served_model(section, model, policy, max_model_len), log_dir)
     if separate_process:
         return _hf_process(section, model, peft, seed, pad_id, device, log_dir)
     return HFEngine.sharing(
@@ -71,6 +66,16 @@ def build_engine(
         dtype=None if section.dtype == "auto" else getattr(torch, section.dtype),
         timeout_s=section.timeout_s,
     )
+
+
+def start_vllm(section: EngineSection, served: ServedModel, log_dir: Path) -> Engine:
+    """vLLM in process or as servers, whichever ``section`` names; it starts when it is first used.
+
+    Raises: ConfigError where vLLM is not installed, or ``devices`` and ``num_servers`` disagree.
+    """
+    if section.name == "vllm":
+        return _local(section, served)
+    return _servers(section, served, log_dir)
 
 
 def served_model(

@@ -1,0 +1,167 @@
+"""An engine for a saved policy, and the one renderer before it: conversations in, answers out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.base import Answer, Decoding, Message
+from prefopt.config.schema import EngineSection, ModelSection
+from prefopt.data.render import Renderer
+from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
+from prefopt.engines.saved import saved_policy_engine
+from prefopt.errors import DataError, ModelError
+from prefopt.models.load import load_tokenizer
+
+logger = logging.getLogger("prefopt.eval")
+
+PROMPT_TOO_LONG, TEMPLATE_REFUSED = "prompt_too_long", "template_refused"
+Prompt = str | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One prompt to answer: a seed a sample."""
+
+    prompt: Prompt
+    decoding: Decoding
+    seeds: tuple[int, ...]
+
+
+class Generator:
+    """Answers prompts with one policy. Nothing is started before the first answer.
+
+    Args:
+        policy: what answers; an adapter stays on its base, unmerged.
+        section: the engine.
+        longest: most tokens that prompt + answer need, for engines that reserve memory by it.
+        seed: of nothing but engines that draw at start.
+        device: of an ``hf`` engine.
+        log_dir: where servers write what they have to say.
+
+    Raises: ModelError for a tokenizer that is not there.
+    """
+
+    def __init__(
+        self, policy: ModelSection, section: EngineSection, *, device: str, log_dir: Path
+    ) -> None:
+        self.policy = policy
+        self.section = section
+        self.device = device
+        self.log_dir = log_dir
+        self.tokenizer: Any = load_tokenizer(policy)
+        self.renderer = Renderer(self.tokenizer)
+        self._engine: Engine | None = None
+        self._context: int | None = None
+
+    @property
+    def chat_template_sha256(self) -> str | None:
+        """Of the chat template in force; None without one."""
+        text = self.tokenizer.chat_template
+        return None if text is None else hashlib.sha256(str(text).encode()).hexdigest()
+
+    def prompt_tokens(self, prompt: Prompt) -> int | None:
+        """Length of a prompt; None where the chat template refuses it."""
+        ids = self._ids(prompt)
+        return None if isinstance(ids, Answer) else len(ids)
+
+    def start(self, longest: int) -> None:
+        """Starts the engine for prompts + answers of up to ``longest`` tokens, or the model's context."""
+        if self._engine is None:
+            self._engine, self._context = saved_policy_engine(
+                self.section,
+                self.policy,
+                pad_id=self.tokenizer.pad_token_id or 0,
+                max_model_len=self.section.max_model_len or longest,
+                device=self.device,
+                log_dir=self.log_dir,
+            )
+
+    def answer(self, asks: Sequence[Ask]) -> list[list[Answer]]:
+        """For each ask, in order, an answer a seed.
+
+        A prompt that leaves less room than ``max_new_tokens`` gets what there is; one without room, or that
+        the chat template refuses, gets an empty answer that says so.
+        Raises: EngineError; ModelError for messages without a chat template.
+        """
+        results: list[list[Answer]] = [[] for _ in asks]
+        calls: dict[SamplingSpec, list[tuple[int, Request]]] = {}
+        for index, ask in enumerate(asks):
+            ids = self._ids(ask.prompt)
+            room = 0 if isinstance(ids, Answer) else self._room(len(ids))
+            if isinstance(ids, Answer) or room < 1:
+                problem = (
+                    ids if isinstance(ids, Answer) else Answer("", 0, False, None, PROMPT_TOO_LONG)
+                )
+                results[index] = [problem] * len(ask.seeds)
+                continue
+            spec = self._spec(ask, room)
+            calls.setdefault(spec, []).append((index, Request(ids, ask.seeds)))
+        for spec, numbered in calls.items():
+            assert self._engine is not None, "start() comes first"
+            completions = self._engine.generate([request for _, request in numbered], spec)
+            for (index, _), group in zip(numbered, completions, strict=True):
+                results[index] = self._answers(group)
+        return results
+
+    def close(self) -> None:
+        """Frees the engine. May be called twice."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+
+    def _room(self, num_prompt_tokens: int) -> int:
+        return 10**9 if self._context is None else self._context - num_prompt_tokens
+
+    def _spec(self, ask: Ask, room: int) -> SamplingSpec:
+        decoding = ask.decoding
+        return SamplingSpec(
+            max_new_tokens=min(decoding.max_new_tokens, room),
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            top_k=decoding.top_k,
+            stop_token_ids=self.renderer.stop_ids(chat=not isinstance(ask.prompt, str)),
+        )
+
+    def _ids(self, prompt: Prompt) -> tuple[int, ...] | Answer:
+        content = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+        try:
+            return self.renderer.prompt_ids(content)
+        except DataError as error:
+            logger.warning("the chat template refuses a prompt: %s", error)
+            return Answer("", 0, False, None, TEMPLATE_REFUSED)
+        except ModelError as error:
+            raise ModelError(
+                f"{self.policy.path!r} has no chat template, and this task asks in chat messages. Evaluate an "
+                "instruction-tuned model, or name a Jinja file: model.chat_template=FILE"
+            ) from error
+
+    def _answers(self, group: Sequence[Completion]) -> list[Answer]:
+        texts = self.tokenizer.batch_decode([list(c.ids) for c in group], skip_special_tokens=True)
+        return [
+            Answer(text, len(c.ids), c.stop_reason == "eos", c.ids)
+            for text, c in zip(texts, group, strict=True)
+        ]
+
+
+def answer_record(answer: Answer) -> dict[str, Any]:
+    """An answer as JSON; see `answer_from`."""
+    ids = None if answer.ids is None else list(answer.ids)
+    record = {"text": answer.text, "tokens": answer.num_tokens, "ended": answer.ended, "ids": ids}
+    return record | ({"problem": answer.problem} if answer.problem else {})
+
+
+def answer_from(record: Mapping[str, Any]) -> Answer:
+    """The answer of a record."""
+    ids = record.get("ids")
+    return Answer(
+        record["text"],
+        record["tokens"],
+        record["ended"],
+        None if ids is None else tuple(ids),
+        record.get("problem"),
+    )

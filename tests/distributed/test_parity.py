@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prefopt.export import export_checkpoint
 from prefopt.metrics import read_metrics
 from tests.distributed.launch import cpu_config, launch, write_model, write_pairs, write_recipe
 
@@ -78,6 +79,11 @@ def test_two_processes_give_the_single_process_run(
     """With micro-batches of two pairs, so that every rank accumulates over several backward passes."""
     two = run(tmp_path / "two", inputs, config, 2, tuning, "train.micro_batch_size=2")
     assert_same_run(two, single[tuning])
+    (checkpoint,) = (two / "checkpoints").glob("step-*")
+    export_checkpoint(two, checkpoint, tmp_path / "exported")
+    for file in (two / "final").glob("*.safetensors"):
+        exported, final = load_file(tmp_path / "exported" / file.name), load_file(file)
+        assert all(torch.equal(exported[name], tensor) for name, tensor in final.items())
 
 
 def test_launch_that_is_not_what_it_says_is_refused(inputs: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from prefopt.build_probe import build_probe
 from prefopt.build_reference import (
     live_reference,
     outside_model,
@@ -138,7 +139,8 @@ def build_trainer(
     Sources may be tokenised files (`prefopt.data`) or groups in memory (`windows.GroupList`).
 
     Args:
-        prompts, tokenizer: what rollouts are sampled for and decoded with.
+        prompts: what rollouts are sampled for.
+        tokenizer: what rollouts and the generation probe are decoded with.
     """
     assert recipe.objective is not None  # the check has seen to it
     settings, objective = recipe.train, bind_objective(recipe.objective)
@@ -164,6 +166,8 @@ def build_trainer(
         reference=reference,
         eval_source=eval_source,
         importance_cap=recipe.regime.importance_cap,
+        eval_every=recipe.eval.every,
+        probe=build_probe(recipe, policy, tokenizer, eval_source, accelerator),
     )
 
 

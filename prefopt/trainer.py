@@ -25,6 +25,7 @@ from prefopt.collate import make_batch, response_mask
 from prefopt.config.schema import TrainSection
 from prefopt.distributed import Interrupts, clip_gradients, max_over_processes, sync_gradients
 from prefopt.errors import PrefoptError, TrainingError
+from prefopt.generation_probe import GenerationProbe
 from prefopt.importance import weighted
 from prefopt.layouts import log_ratio_tolerance
 from prefopt.live_reference import Reference
@@ -69,6 +70,8 @@ class PreferenceTrainer:
         reference: where reference log-probs come from, or None for an objective that needs none.
         eval_source: held-out groups, or None.
         importance_cap: weight samples by their truncated importance; None: do not.
+        eval_every: steps between evaluations; None: before the first step and after the last.
+        probe: what the policy answers at every evaluation, or None.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class PreferenceTrainer:
         reference: Reference | None = None,
         eval_source: GroupSource | None = None,
         importance_cap: float | None = None,
+        eval_every: int | None = None,
+        probe: GenerationProbe | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -96,6 +101,8 @@ class PreferenceTrainer:
         self.reference = reference
         self.eval_source = eval_source
         self.importance_cap = importance_cap
+        self.eval_every = eval_every
+        self.probe = probe
         self.log = MetricsLog(run_dir / "metrics.jsonl")
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints", accelerator, keep=settings.keep_checkpoints
@@ -138,6 +145,8 @@ class PreferenceTrainer:
     def close(self) -> None:
         """Stops whatever feeds the trainer: engines, their processes, signals."""
         self.regime.close()
+        if self.probe is not None:
+            self.probe.close()
 
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint: weights, optimizer, random states, position, the open logging window.
@@ -150,15 +159,21 @@ class PreferenceTrainer:
             self.reference.load_state(self.checkpoints.load_tensors(path))
         self._meter.load_state_dict(state["metrics"], self.accelerator)
         self._open_window_s = state["open_window_s"]
+        if self.probe is not None:
+            self.probe.load_state_dict(state.get("generation_probe", {}))
         logger.info("resumed from %s (step %d)", path, self.regime.step)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
+        """What there is to measure at ``step``: means over the held-out groups, the probe's answers."""
+        row = {} if self.eval_source is None else self._evaluate_pairs(self.eval_source)
+        return row if self.probe is None else row | self.probe.measure(step)
+
+    def _evaluate_pairs(self, source: GroupSource) -> dict[str, float]:
         """Means over the held-out groups, named ``eval/…``; every pair counts once."""
-        assert self.eval_source is not None
         meter = MeanMeter(self.accelerator.device)
-        rows = range(len(self.eval_source))
+        rows = range(len(source))
         batches = sweep(
-            self.model, self.eval_source, rows, self.limits, self.accelerator,
+            self.model, source, rows, self.limits, self.accelerator,
             layout=self._layout, what="eval",
         )  # fmt: skip
         for groups, policy, counts in batches:
@@ -176,8 +191,8 @@ class PreferenceTrainer:
         self.model.train()
         if self.accelerator.is_main_process:
             self.log.rewind(self.regime.step)
-        if self.regime.step == 0 and self.eval_source is not None:
-            self._write({"step": 0, **self.evaluate()})
+        if self.regime.step == 0 and (row := self.evaluate(0)):
+            self._write({"step": 0, **row})
         self._clock = time.perf_counter() - self._open_window_s
 
     def _next_window(self) -> Window:
@@ -312,10 +327,10 @@ class PreferenceTrainer:
             row = self._reduced_row()
             bar.set_postfix({k.split("/")[-1]: f"{row[k]:.3g}" for k in _SHOWN if k in row})
         bar.update(1)
-        due = step == total if settings.eval_every is None else step % settings.eval_every == 0
-        if self.eval_source is not None and due:
+        due = step == total if self.eval_every is None else step % self.eval_every == 0
+        if due:
             started = time.perf_counter()
-            row |= self.evaluate()
+            row |= self.evaluate(step)
             self._clock += time.perf_counter() - started  # not counted as training time
         if row:
             self._write({"step": step, **row})
@@ -346,6 +361,8 @@ class PreferenceTrainer:
             "metrics": self._meter.state_dict(self.accelerator),
             "open_window_s": started - self._clock,
         }
+        if self.probe is not None:
+            state["generation_probe"] = self.probe.state_dict()
         tensors = {} if self.reference is None else self.reference.state()
         self.checkpoints.save(step, state, tensors)
         self._clock += time.perf_counter() - started

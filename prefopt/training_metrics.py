@@ -19,6 +19,9 @@ def add_batch_metrics(meter: MeanMeter, lp: ResponseLogps, output: ObjectiveOutp
         meter.add(f"logps/{side}", sums[rows].sum(), count)
         meter.add(f"logps/{side}_per_token", sums[rows].sum(), lengths[rows].sum())
         meter.add(f"tokens/{side}", lengths[rows].sum(), count)
+    # Whatever the objective: does the policy prefer the chosen side, a token for a token? Ties are no.
+    per_token = sums / lengths.clamp(min=1)
+    meter.add("logps/accuracy", (per_token[chosen] > per_token[rejected]).sum(), count)
     if output.token_losses is not None:
         meter.add("loss/nll", output.token_losses.detach().sum(), lengths[chosen].sum())
     if lp.reference is not None:

@@ -56,10 +56,12 @@ LAYERS = {
     "prefopt.live_reference": 4,
     "prefopt.reduction": 4,
     "prefopt.reference_pass": 4,
+    "prefopt.generation_probe": 4,
     "prefopt.trainer": 5,
     "prefopt.stages": 5,
     "prefopt.run_record": 5,
     "prefopt.build_rollouts": 6,
+    "prefopt.build_probe": 6,
     "prefopt.build_reference": 6,
     "prefopt.build": 6,
     "prefopt.export": 6,
@@ -73,7 +75,7 @@ LAYERS = {
 SEAMS = {"trl": "prefopt.stages", "vllm": "prefopt.engines.vllm"}
 
 # The registry's table names modules as strings and imports them by name; nothing else may do that.
-LATE_IMPORTERS = {"prefopt", "prefopt.registry", "prefopt.config.load"}
+LATE_IMPORTERS = {"prefopt", "prefopt.registry", "prefopt.config.load", "prefopt.data"}
 
 
 def modules() -> dict[str, Path]:

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prefopt.checks.files import is_local_data
-from prefopt.checks.rules import Finding, Surroundings, rule, was_set
-from prefopt.config.schema import DataSection, Recipe, SourceSection
+from prefopt.checks.rules import (
+    PROBE_PROMPTS,
+    Finding,
+    Surroundings,
+    named_sources,
+    rule,
+    was_set,
+)
+from prefopt.config.schema import Recipe, SourceSection
 
 HUB_ONLY = ("split", "subset", "revision")
 
 
-def named_sources(data: DataSection) -> Iterator[tuple[str, SourceSection]]:
-    """Every source with its dotted key, training mixture first."""
-    for name in ("train", "eval", "prompts"):
-        for index, source in enumerate(getattr(data, name)):
-            yield f"data.{name}.{index}", source
-
-
-@rule("data")
+@rule("data", "eval")
 def sources_take_their_keys(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    for key, source in named_sources(recipe.data):
+    for key, source in named_sources(recipe):
         if is_local_data(source):
             for name in HUB_ONLY:
                 if getattr(source, name) is not None:
@@ -36,9 +36,9 @@ def sources_take_their_keys(recipe: Recipe, _: Surroundings) -> Iterator[Finding
             )
 
 
-@rule("data", "stage", "regime")
+@rule("data", "stage", "regime", "eval")
 def sources_have_their_columns(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    for key, source in named_sources(recipe.data):
+    for key, source in named_sources(recipe):
         columns = source.columns
         if not _is_read_as_pairs(recipe, key):
             continue
@@ -67,7 +67,7 @@ def sources_have_their_columns(recipe: Recipe, _: Surroundings) -> Iterator[Find
 
 def _is_read_as_pairs(recipe: Recipe, key: str) -> bool:
     """False for sources of prompts: rollouts read those without their responses, or with one of them."""
-    if key.startswith("data.prompts"):
+    if key.startswith(("data.prompts", PROBE_PROMPTS)):
         return False
     only_prompts = recipe.has_rollouts and not recipe.regime.offline_pairs
     return not (only_prompts and key.startswith("data.train"))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefopt.checks.rules import Finding, Surroundings, rule
+from prefopt.checks.rules import Finding, Surroundings, named_sources, rule
 from prefopt.config.schema import Recipe, SourceSection
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -40,26 +40,21 @@ def read_adapter_config(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-@rule("data")
+@rule("data", "eval")
 def data_files_exist(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    for name in ("train", "eval", "prompts"):
-        for index, source in enumerate(getattr(recipe.data, name)):
-            if is_local_data(source) and not _matches(source.path):
-                yield Finding(f"data.{name}.{index}.path", _missing("file", source.path))
+    for key, source in named_sources(recipe):
+        if is_local_data(source) and not _matches(source.path):
+            yield Finding(f"{key}.path", _missing("file", source.path))
 
 
-@rule("model", "peft", "reference", "data", "signals")
+@rule("model", "peft", "reference", "data", "eval", "signals")
 def hub_is_not_asked(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     """One note for all: a check works offline, so what is on the hub is taken on trust."""
     models = [recipe.model.path, recipe.model.tokenizer, recipe.peft and recipe.peft.adapter]
     models.append(recipe.reference and recipe.reference.path)
     models += [section.get("path") for section in recipe.signals]
     names = [name for name in models if name and not is_local(name)]
-    names += [
-        s.path
-        for s in (*recipe.data.train, *recipe.data.eval, *recipe.data.prompts)
-        if not is_local_data(s)
-    ]
+    names += [source.path for _, source in named_sources(recipe) if not is_local_data(source)]
     if names:
         yield Finding(
             "", f"not checked, on the hub: {', '.join(dict.fromkeys(names))}", is_note=True

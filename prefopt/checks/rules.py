@@ -8,7 +8,9 @@ from typing import Any
 
 from prefopt.config.explain import show_value
 from prefopt.config.load import Draft
-from prefopt.config.schema import Recipe, Section
+from prefopt.config.schema import Recipe, Section, SourceSection
+
+PROBE_PROMPTS = "eval.generation.prompts"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,16 @@ def rule(*sections: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
+
+
+def named_sources(recipe: Recipe) -> Iterator[tuple[str, SourceSection]]:
+    """Every source with its dotted key, training mixture first."""
+    for name in ("train", "eval", "prompts"):
+        for index, source in enumerate(getattr(recipe.data, name)):
+            yield f"data.{name}.{index}", source
+    if recipe.eval.generation is not None:
+        for index, source in enumerate(recipe.eval.generation.prompts):
+            yield f"{PROBE_PROMPTS}.{index}", source
 
 
 def apply_rules(draft: Draft, surroundings: Surroundings) -> tuple[list[str], list[str]]:

@@ -119,11 +119,6 @@ def training_keys_are_read(recipe: Recipe, _: Surroundings) -> Iterator[Finding]
             "train.num_epochs",
             f"would be ignored: train.max_steps = {train.max_steps} ends the run. Keep one of the two",
         )
-    if train.eval_every is not None and not recipe.data.eval and not recipe.data.eval_frac:
-        yield Finding(
-            "train.eval_every",
-            "would be ignored: there is nothing to evaluate on. Give data.eval or data.eval_frac",
-        )
 
 
 @rule("train")

@@ -160,13 +160,13 @@ def _plugin_problems(document: Document, file: Path) -> list[str]:
             )
             continue
         try:
-            _import_file(path)
+            import_plugin(path)
         except Exception as error:  # user code: whatever it raises, say which file raised it
             problems.append(f"{where}: importing it raised {type(error).__name__}: {error}")
     return problems
 
 
-def _import_file(path: Path) -> None:
+def import_plugin(path: Path) -> None:
     """Imports a Python file once a process."""
     name = f"prefopt_plugin_{path.stem}"
     if getattr(sys.modules.get(name), "__file__", None) == str(path):

@@ -297,10 +297,34 @@ class TrainSection(Section):
     """Steps between checkpoints; default: one at the end (and on Ctrl-C)."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep."""
-    eval_every: PositiveInt | None = None
-    """Steps between passes over the eval set; default: before the first step and after the last."""
     log_every: PositiveInt = 1
     """Steps between rows of `metrics.jsonl`."""
+
+
+class GenerationSection(Section):
+    """Answers of the policy in training to the same prompts with the same seeds, at every evaluation: share
+    that ends, repetition, length against the start."""
+
+    num_prompts: PositiveInt = 32
+    """Prompts answered each time: the first different ones."""
+    prompts: tuple[SourceSection, ...] = Field(default=(), strict=False)
+    """Sources of the prompts; default: the prompts of `data.eval` (or `data.eval_frac`)."""
+    max_new_tokens: PositiveInt = 256
+    """Longest answer in tokens."""
+    temperature: NonNegativeFloat = 1.0
+    """1 samples from the policy itself; 0 is greedy, which repeats more than the policy does."""
+    score: bool = True
+    """Also score the answers with the recipe's `signals`, where `prompts` are given: reward on held-out
+    prompts. A reward model is then loaded a second time."""
+
+
+class EvalSection(Section):
+    """What is measured on held-out data while training."""
+
+    every: PositiveInt | None = None
+    """Steps between evaluations; default: before the first step and after the last."""
+    generation: GenerationSection | None = None
+    """Leave out to generate nothing."""
 
 
 class RunSection(Section):
@@ -338,6 +362,7 @@ class Recipe(Section):
     reference: ReferenceSection | None = None
     """Default: `initial` where the objective needs a reference."""
     train: TrainSection
+    eval: EvalSection = EvalSection()
     run: RunSection
     plugins: tuple[str, ...] = Field(default=(), strict=False)
     """Python files (relative to the recipe) imported first: where your own objectives live."""

@@ -75,7 +75,7 @@ def training_arguments(recipe: Recipe, plan: BatchPlan, *, has_eval: bool) -> di
         "max_length": None,  # too long rows are already rejected and counted, never cut
         "seed": train.seed,
         **_optimization(train, plan),
-        **_periods(train, has_eval=has_eval),
+        **_periods(recipe, has_eval=has_eval),
     }
 
 
@@ -97,15 +97,16 @@ def _optimization(train: TrainSection, plan: BatchPlan) -> dict[str, Any]:
     }
 
 
-def _periods(train: TrainSection, *, has_eval: bool) -> dict[str, Any]:
+def _periods(recipe: Recipe, *, has_eval: bool) -> dict[str, Any]:
     """When to log, evaluate and save. The first and last time are the callbacks' business."""
-    periodic_eval = has_eval and train.eval_every is not None
+    train, every = recipe.train, recipe.eval.every
+    periodic_eval = has_eval and every is not None
     return {
         "logging_steps": train.log_every,
         # On by default, it replaces a NaN loss by the mean of the others and trains on.
         "logging_nan_inf_filter": False,
         "eval_strategy": "steps" if periodic_eval else "no",
-        "eval_steps": train.eval_every if periodic_eval else None,
+        "eval_steps": every if periodic_eval else None,
         "prediction_loss_only": True,
         "save_strategy": "steps" if train.save_every else "no",
         "save_steps": train.save_every or 500,

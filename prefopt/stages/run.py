@@ -214,7 +214,7 @@ def _train(trainer: Any, recipe: Recipe, resume_from: Path | None) -> None:
     run_dir = Path(recipe.run.output_dir)
     if trainer.is_world_process_zero():
         MetricsLog(run_dir / "metrics.jsonl").rewind(_step(resume_from) if resume_from else -1)
-    periodic_eval = recipe.train.eval_every is not None
+    periodic_eval = recipe.eval.every is not None
     interrupts = Interrupts(trainer.accelerator)
     callback = RunCallback(
         interrupts, evaluate_last=trainer.eval_dataset is not None and not periodic_eval

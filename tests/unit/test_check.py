@@ -75,7 +75,7 @@ def test_a_sound_recipe_passes_offline_and_says_what_it_took_on_trust(recipe_fil
             "rmsprop",
         ),
         (["train.max_steps=5", "train.num_epochs=2"], "train.num_epochs = 2.0", "max_steps = 5"),
-        (["train.eval_every=5"], "train.eval_every = 5", "nothing to evaluate on"),
+        (["eval.every=5"], "eval.every = 5", "nothing to evaluate on"),
         (["train.resume=nowhere"], "train.resume = 'nowhere'", "no such checkpoint"),
         (
             ["data.max_prompt_tokens=2048"],
@@ -146,8 +146,8 @@ def test_what_would_be_ignored_or_cannot_work_is_refused(
             "data.train.0.columns={score_chosen: a, score_rejected: b}",
             "data.train.0.drop_ties=true",
         ],
-        ["data.eval=[{path: org/pairs, split: test}]", "train.eval_every=5"],
-        ["data.eval_frac=0.1", "train.eval_every=5"],
+        ["data.eval=[{path: org/pairs, split: test}]", "eval.every=5"],
+        ["data.eval_frac=0.1", "eval.every=5"],
         ["train.optimizer=rmsprop"],
         ["train.max_steps=5"],
         ["train.lr_scheduler=constant", "train.warmup_frac=0.1"],
@@ -360,8 +360,8 @@ def test_structural_and_cross_section_problems_come_together(recipe_file: Path) 
 
 
 def test_rules_pass_over_a_section_that_is_itself_broken(recipe_file: Path) -> None:
-    # eval_every needs eval data, but the data section has a typo that may well be the reason.
-    found = problems(recipe_file, ["train.eval_every=5", "data.eval_fraq=0.1"])
+    # eval.every needs eval data, but the data section has a typo that may well be the reason.
+    found = problems(recipe_file, ["eval.every=5", "data.eval_fraq=0.1"])
     assert len(found) == 1
     assert "did you mean 'eval_frac'?" in found[0]
 

@@ -272,7 +272,6 @@ CHANGED: dict[str, Any] = {
     "seed": 7,
     "save_every": 3,
     "keep_checkpoints": 5,
-    "eval_every": 4,
     "log_every": 6,
 }
 

@@ -1,14 +1,14 @@
-"""Verifier of instruction constraints: word counts, keywords, case, JSON, bullets, start and end phrases."""
+"""Verifier of instruction constraints: word counts, keywords, language, case, JSON, bullets, start and end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from prefopt.errors import DataError
+from prefopt.errors import ConfigError, DataError, SignalError
 from prefopt.registry import signal
 from prefopt.signals.base import Prompt, Signal, column, per_response
-from prefopt.signals.constraint_checks import CHECKS, argument_problem
+from prefopt.signals.instructions import Instruction, instruction
 
 
 @signal("constraints", source="IFEval, arXiv:2311.07911", needs_fields=("constraints",))
@@ -20,25 +20,24 @@ def constraints(
     Args:
         constraints: column with a list of ``{type, args}``. ``type`` is an IFEval instruction id, such as
             ``length_constraints:number_words``, and ``args`` its arguments, such as ``{num_words: 300,
-            relation: at least}``; `prefopt.signals.constraint_checks` has them all.
+            relation: at least}``; `prefopt.signals.constraint_checks` has them all. Those on language and
+            case need langdetect (``prefopt[eval]``).
         reward: ``all``: 1.0 if every constraint is followed (IFEval's prompt level, strict), else 0.0.
             ``share``: the share that is followed.
     """
 
     def score(prompt: Prompt, text: str) -> float:
-        results = [follows(text, *item) for item in _parsed(prompt, constraints)]
+        try:
+            results = [item.follows(text) for item in _parsed(prompt, constraints)]
+        except ConfigError as error:  # not a prompt's fault: dropping its group would hide it
+            raise SignalError(f"prompt {prompt.id}: {constraints}: {error.problems[0]}") from error
         return float(all(results)) if reward == "all" else sum(results) / len(results)
 
     return per_response(score)
 
 
-def follows(text: str, type: str, args: Mapping[str, Any]) -> bool:
-    """Whether ``text`` follows one constraint, IFEval's strict reading."""
-    return bool(text.strip()) and CHECKS[type](text, **args)
-
-
-def _parsed(prompt: Prompt, name: str) -> list[tuple[str, dict[str, Any]]]:
-    """The prompt's constraints as ``(type, args)``; DataError for one that nobody can check."""
+def _parsed(prompt: Prompt, name: str) -> list[Instruction]:
+    """The prompt's constraints; DataError for one that nobody can check."""
     items = column(prompt, name)
     if not isinstance(items, list | tuple) or not items:
         raise DataError(f"prompt {prompt.id}: {name}: must be a non-empty list of {{type, args}}")
@@ -48,10 +47,8 @@ def _parsed(prompt: Prompt, name: str) -> list[tuple[str, dict[str, Any]]]:
             raise DataError(
                 f"prompt {prompt.id}: {name}.{number}: must be {{type, args}}, got {item!r}"
             )
-        # columnar files fill the arguments an instruction lacks with nulls
-        args = {key: value for key, value in (item.get("args") or {}).items() if value is not None}
-        problem = argument_problem(str(item["type"]), args)
-        if problem:
-            raise DataError(f"prompt {prompt.id}: {name}.{number}: {problem}")
-        parsed.append((str(item["type"]), args))
+        try:
+            parsed.append(instruction(str(item["type"]), item.get("args")))
+        except ValueError as error:
+            raise DataError(f"prompt {prompt.id}: {name}.{number}: {error}") from error
     return parsed

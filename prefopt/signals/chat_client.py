@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ class Reply:
     prompt_tokens: int
     completion_tokens: int
     cached: bool = False
+    top_logprobs: Mapping[str, float] = field(default_factory=dict)
+    """Log-probs (nats) of the likeliest first tokens; empty unless the request asks for them (``logprobs``)."""
 
 
 class ReplyCache:
@@ -307,9 +309,25 @@ def _reply(content: bytes) -> Reply | None:
             finish_reason=choice.get("finish_reason"),
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             completion_tokens=int(usage.get("completion_tokens") or 0),
+            top_logprobs=_first_token(choice.get("logprobs")),
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
+
+
+def _first_token(logprobs: Any) -> dict[str, float]:
+    """Log-prob by token of the first position; of two tokens that read alike the likelier. Empty if none came.
+
+    Another protocol's shape is none, too: whoever needs log-probs counts that, and no retry would change it.
+    """
+    found: dict[str, float] = {}
+    try:
+        for top in logprobs["content"][0]["top_logprobs"]:
+            token, value = str(top["token"]), float(top["logprob"])
+            found[token] = max(value, found.get(token, value))
+    except (KeyError, IndexError, TypeError, ValueError):
+        return {}
+    return found
 
 
 def _key(model: str, messages: Messages, sampling: Mapping[str, Any]) -> str:

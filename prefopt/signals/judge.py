@@ -68,10 +68,11 @@ _PLACEHOLDERS = {
     "pairwise": ("{prompt}", "{response_a}", "{response_b}"),
     "pointwise": ("{prompt}", "{response}"),
 }
-_REMINDERS = {
+REMINDERS = {
     "pairwise": "There is no verdict in that. Reply with one of [[A]], [[B]], [[C]] and nothing else.",
     "pointwise": "There is no rating in that. Reply with a rating from 1 to 10 as [[5]] and nothing else.",
 }
+"""What a judge is told whose answer has no verdict."""
 
 _Parsed = TypeVar("_Parsed")
 
@@ -237,7 +238,7 @@ class _Asker:
         self, client: ChatClient, mode: str, max_asks: int, prices: tuple[float, float]
     ) -> None:
         self.client = client
-        self.reminder = _REMINDERS[mode]
+        self.reminder = REMINDERS[mode]
         self.max_asks = max_asks
         self.prices = prices
         self._counts: Counter[str] = Counter(answers=0, unparsed=0, cut=0, gave_up=0)

@@ -23,6 +23,8 @@ class Answer:
     """Sent instead of a chat completion."""
     delay_s: float = 0.0
     finish_reason: str = "stop"
+    top_logprobs: dict[str, float] | None = None
+    """Of the first token, as an endpoint sends them that was asked for log-probs."""
 
 
 @dataclass
@@ -33,6 +35,14 @@ class ChatServer:
     requests: list[dict[str, Any]] = field(default_factory=list)
     authorizations: list[str | None] = field(default_factory=list)
     most_at_once: int = 0
+
+
+def _logprobs(answer: Answer) -> dict[str, Any]:
+    """The protocol's shape: a list of tokens, each with its likeliest alternatives."""
+    if answer.top_logprobs is None:
+        return {}
+    top = [{"token": token, "logprob": value} for token, value in answer.top_logprobs.items()]
+    return {"logprobs": {"content": [{**top[0], "top_logprobs": top}]}}
 
 
 @contextlib.contextmanager
@@ -61,8 +71,9 @@ def chat_server(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[ChatServ
         def _send(self, found: Answer) -> None:
             time.sleep(found.delay_s)
             message = {"message": {"role": "assistant", "content": found.text}}
+            choice = {**message, "finish_reason": found.finish_reason, **_logprobs(found)}
             data = {
-                "choices": [{**message, "finish_reason": found.finish_reason}],
+                "choices": [choice],
                 "usage": {"prompt_tokens": 10, "completion_tokens": 5},
             }
             content = found.raw if found.raw is not None else json.dumps(data).encode()

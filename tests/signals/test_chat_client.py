@@ -195,6 +195,33 @@ def test_replies_are_cached_by_model_messages_and_sampling_and_never_with_the_ke
     assert all(KEY not in path.read_text() and KEY not in path.name for path in files)
 
 
+def test_log_probs_of_the_first_token_come_back_also_from_the_cache(tmp_path: Path) -> None:
+    with chat_server(lambda body: Answer("m", top_logprobs={"m": -0.1, "M": -2.5})) as server:
+        first, again = (client(server.base_url, tmp_path).complete_all([ASK])[0] for _ in "ab")
+    assert isinstance(first, Reply) and isinstance(again, Reply) and again.cached
+    assert first.top_logprobs == again.top_logprobs == {"m": -0.1, "M": -2.5}
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [None, {}, {"content": []}, {"content": [{"token": "m"}]}, {"tokens": ["m"]}, ["m"]],
+    ids=["null", "empty", "no token", "no alternatives", "completions protocol", "a list"],
+)
+def test_an_answer_without_log_probs_in_the_chat_protocol_has_none(logprobs: Any) -> None:
+    choice = {"message": {"content": "m"}, "finish_reason": "stop", "logprobs": logprobs}
+    raw = json.dumps({"choices": [choice]}).encode()
+    with chat_server(lambda body: Answer(raw=raw)) as server:
+        assert client(server.base_url).complete_all([ASK]) == [Reply("m", "stop", 0, 0)]
+
+
+def test_replies_that_were_cached_without_log_probs_are_still_read(tmp_path: Path) -> None:
+    old = {"text": "m", "finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 1}
+    path = tmp_path / "ab" / "abc.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({**old, "cached": False}))
+    assert ReplyCache(tmp_path).get("abc") == Reply("m", "stop", 3, 1, cached=True)
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"text": "x"}', b"[1]"])
 def test_a_damaged_cache_file_is_asked_for_again(tmp_path: Path, damage: bytes) -> None:
     with chat_server(lambda body: Answer("good")) as server:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import PositiveInt
 
-from eval.base import Conversation, Decoding, Example, Judgment, Row, Summary
+from eval.base import Answer, Conversation, Decoding, Example, Judgment, Row, Summary
 from eval.registry import task
-from eval.sources import benchmark_rows, file_rows, require, text_key
+from eval.responses import answer_of, model_of, response_of, response_rows
+from eval.sources import benchmark_rows, keyed, require, text_key
 from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import DataError
 from prefopt.signals.math import extract_number
 
 INSTRUCTION = "Solve the problem step by step. End with the answer as a plain number after ####."
+_PROBLEM = ("question", "prompt", "key")
+"""Columns that a file of answers may name its problems by."""
 
 
 @task(
@@ -51,7 +53,8 @@ class Gsm8k:
         rows = benchmark_rows(
             "tasks.gsm8k.data", self.data, hub="openai/gsm8k", subset="main", split="test"
         )
-        return [_example(row) for row in rows]
+        found = keyed(rows, lambda data: data.get("question"), "problem")
+        return [_example(row) for row in found.values()]
 
     def decoding(self, example: Example) -> Decoding:
         return self.preset
@@ -62,8 +65,7 @@ class Gsm8k:
         samples: Sequence[Conversation],
         judgments: Mapping[str, Judgment],
     ) -> Row:
-        answer = samples[0][0]
-        return _row(example.key, str(example.fields["answer"]), answer.text, answer.problem)
+        return _row(example.key, str(example.fields["answer"]), samples[0][0])
 
     def summarise(self, rows: Sequence[Row]) -> Summary:
         right = values_of(rows, "accuracy")
@@ -75,12 +77,11 @@ class Gsm8k:
     def read(self, path: Path) -> dict[str, list[Row]]:
         """OpenAI's file of model solutions (a column a model), or rows with ``response`` and ``answer``."""
         found: dict[str, list[Row]] = {}
-        for raw in file_rows(path):
+        for raw in response_rows(path, *_PROBLEM):
             gold = str(require(raw, "ground_truth", "answer"))
-            key = text_key(str(require(raw, "question", "prompt", "key")))
-            for model, response in _responses(raw).items():
-                problem = "null_response" if response is None else None
-                found.setdefault(model, []).append(_row(key, gold, response or "", problem))
+            key = text_key(str(require(raw, *_PROBLEM)))
+            for model, answer in _responses(raw).items():
+                found.setdefault(model, []).append(_row(key, gold, answer))
         return found
 
 
@@ -90,24 +91,25 @@ def _example(row: RawRow) -> Example:
     return Example(text_key(question), prompt, {"answer": str(require(row, "answer"))})
 
 
-def _row(key: str, gold: str, response: str, problem: str | None) -> Row:
+def _row(key: str, gold: str, answer: Answer) -> Row:
     """Right or wrong; a response that is not there is wrong, and counted."""
-    expected, given = extract_number(gold), extract_number(response)
+    expected, given = extract_number(gold), extract_number(answer.text)
     if expected is None:
         raise DataError(f"gsm8k: the gold answer of {key} holds no number: {gold[-80:]!r}")
-    if problem is None and given is None:
-        problem = "no_number"
+    problem = answer.problem or ("no_number" if given is None else None)
     return Row(key, {"accuracy": float(given == expected)}, problem=problem)
 
 
-def _responses(raw: RawRow) -> dict[str, str | None]:
+def _responses(raw: RawRow) -> dict[str, Answer]:
+    """Answers by model."""
     if "response" in raw.data:
-        return {str(raw.data.get("model") or ""): raw.data["response"]}
-    found: dict[str, Any] = {
-        name: value for name, value in raw.data.items() if isinstance(value, Mapping)
-    }
+        return {model_of(raw): response_of(raw)}
+    found = {name: value for name, value in raw.data.items() if isinstance(value, Mapping)}
     if not found:
         raise DataError(
             f"{raw.where}: neither a 'response' column nor one with {{solution: …}} a model"
         )
-    return {name: value.get("solution") for name, value in found.items()}
+    return {
+        name: answer_of(value.get("solution"), f"{raw.where}: {name}.solution")
+        for name, value in found.items()
+    }

@@ -36,11 +36,11 @@ class _Math:
         answers = iter(self._workers.ask_all(messages, 3 * self.timeout_s + 1))
         return [[self._value(next(answers)) for _ in group.texts] for group in groups]
 
-    def _value(self, answer: float | Exception | None) -> float:
+    def _value(self, answer: float | str | Exception | None) -> float:
         self._counts["responses"] += 1
-        self._counts["timeouts"] += isinstance(answer, WorkerTimeout)
+        self._counts["timeouts"] += answer == "timeout" or isinstance(answer, WorkerTimeout)
         self._counts["crashes"] += isinstance(answer, WorkerDied)
-        if isinstance(answer, Exception):
+        if isinstance(answer, Exception | str):
             return 0.0  # the response made it hang or die: not a right answer
         return float("nan") if answer is None else answer
 

@@ -4,8 +4,8 @@ math-verify stops itself with ``signal.alarm``, which works in a main thread onl
 minutes or gigabytes inside one big-integer operation, where no signal handler runs. Here it has a main
 thread, and limits that the kernel enforces; the parent kills it at the deadline.
 
-A line in is ``[gold, response, timeout_s]``; a line out is 1.0, 0.0, or null for a gold answer that
-cannot be parsed.
+A line in is ``[gold, response, timeout_s]``; a line out is 1.0, 0.0, "timeout", or null for a gold answer
+that cannot be parsed.
 """
 
 from __future__ import annotations
@@ -48,22 +48,38 @@ def _limit_cpu(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
 
-def _load() -> Callable[[str, str, float], float | None]:
+class _Timeouts(logging.Handler):
+    """Remembers that math-verify ran out of time: it returns as if nothing matched, and only logs it."""
+
+    seen = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen |= record.getMessage().startswith("Timeout during")
+
+
+def _load() -> Callable[[str, str, float], float | str | None]:
     from math_verify import parse, verify
     from math_verify.errors import TimeoutException
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # counted by the parent
+    timeouts = _Timeouts()
+    log = logging.getLogger("math_verify")
+    log.addHandler(timeouts)
+    log.propagate = False  # the parent counts
 
-    def verifier(gold: str, response: str, timeout_s: float) -> float | None:
+    def verifier(gold: str, response: str, timeout_s: float) -> float | str | None:
         limit = max(1, int(timeout_s))
+        timeouts.seen = False
         try:
             wanted = parse(as_latex(gold), parsing_timeout=limit)
             if not wanted:
                 return None
             found = parse(response, parsing_timeout=limit)
-            return float(verify(wanted, found, timeout_seconds=limit))
-        except (TimeoutException, MemoryError, RecursionError):
+            right = verify(wanted, found, timeout_seconds=limit)
+        except (MemoryError, RecursionError):
             return 0.0
+        except TimeoutException:
+            return "timeout"
+        return "timeout" if timeouts.seen and not right else float(right)
 
     return verifier
 

@@ -1,0 +1,275 @@
+"""The user's own prompts, scored by any of the project's signals: the mean reward of a model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from pydantic import ConfigDict, NonNegativeFloat, PositiveInt, ValidationError, create_model
+
+from eval.base import Answer, Conversation, Decoding, Example, Judgment, Metric, Row, Summary
+from eval.registry import task
+from eval.sources import keyed, text_key
+from eval.statistics import mean_metric, problem_counts, values_of
+from prefopt.config.explain import explain
+from prefopt.config.load import import_plugin
+from prefopt.config.schema import ColumnMap, SourceSection
+from prefopt.config.yaml_file import Document
+from prefopt.data.formats import Reading, prompt_reading, prompt_row
+from prefopt.data.readers import RawRow
+from prefopt.data.rows import Refused, column
+from prefopt.data.sources import open_source
+from prefopt.errors import ConfigError, DataError, SignalError
+from prefopt.registry import get_signal
+from prefopt.signals.base import Candidates, Prompt
+from prefopt.signals.combine import WeightedSignals, build_signals
+
+_WHERE = "tasks.signals.signals"
+
+
+@task(
+    "signals",
+    version="1",
+    kind="generate",
+    headline="reward",
+    source="this project's: the reward of an online run, on any prompts",
+    data="an option",
+)
+def signals(
+    *,
+    data: str,
+    signals: list[dict[str, Any]],
+    prompt: str = "prompt",
+    system: str | None = None,
+    id: str | None = None,
+    format: Literal["auto", "text", "chat", "hh", "sharegpt"] = "auto",
+    split: str | None = None,
+    subset: str | None = None,
+    samples: PositiveInt = 1,
+    temperature: NonNegativeFloat = 1.0,
+    max_new_tokens: PositiveInt = 512,
+    plugins: Sequence[str] = (),
+) -> Signals:
+    """Mean of Σ weight · signal over prompts, in the reward's own units: what a reward-KL frontier plots.
+
+    Every prompt counts once, however many samples it has; standard errors are over prompts. ``signals/NAME`` is
+    a signal's own unweighted mean, ``length_tokens`` the mean length, ``ended`` the percentage of answers that
+    end by themselves. A prompt that a signal cannot score is left out, and counted.
+
+    Args:
+        data: file, or hub data set, with a prompt a row; its other columns are what signals check against.
+        signals: as a recipe's ``signals``: ``[{name: math, weight: 1.0, …}]``; `prefopt signals` lists them.
+        prompt: column with the prompt: text or messages.
+        system: column with a system message.
+        id: column that identifies a row; default: a hash of the row.
+        format: as a recipe's ``data.prompts.format``; ``chat`` makes a turn of a plain string.
+        split: of a hub data set.
+        subset: of a hub data set.
+        samples: answers to each prompt.
+        temperature: 1 samples what the model would say, so that the mean estimates its expected reward.
+        max_new_tokens: longest answer.
+        plugins: Python files that register signals of your own, as a recipe's ``plugins``.
+    """
+    problems = [text for plugin in plugins for text in _plugin_problems(plugin)]
+    problems += [
+        text for index, section in enumerate(signals) for text in _problems(index, section)
+    ]
+    if not signals:
+        problems.append(f"{_WHERE} is empty: name what scores, e.g. [{{name: math}}]")
+    if problems:
+        raise ConfigError(problems)
+    columns = ColumnMap(prompt=prompt, system=system, id=id)
+    source = SourceSection(path=data, split=split, subset=subset, format=format, columns=columns)
+    decoding = Decoding(max_new_tokens, temperature=temperature, num_samples=samples)
+    return Signals(source, signals, decoding)
+
+
+class Signals:
+    """See `signals`. Models and processes of the signals start with the first answer, and end with `close`."""
+
+    def __init__(
+        self, source: SourceSection, sections: Sequence[Mapping[str, Any]], decoding: Decoding
+    ) -> None:
+        self.source = source
+        self.sections = sections
+        self.preset = decoding
+        self._signals: WeightedSignals | None = None
+
+    def examples(self) -> list[Example]:
+        rows = list(open_source(self.source).rows())
+        if not rows:
+            raise DataError(f"tasks.signals.data = {self.source.path!r}: holds no rows")
+        reading = prompt_reading(self.source, rows[0])
+        fields = _fields(self.sections)
+        name = self.source.columns.id
+        found = keyed(rows, lambda data: _hash(data) if name is None else data.get(name), "row")
+        return [_example(key, row, reading, fields) for key, row in found.items()]
+
+    def decoding(self, example: Example) -> Decoding:
+        return self.preset
+
+    def row(
+        self,
+        example: Example,
+        samples: Sequence[Conversation],
+        judgments: Mapping[str, Judgment],
+    ) -> Row:
+        answers = [conversation[0] for conversation in samples]
+        problem = next((answer.problem for answer in answers if answer.problem), None)
+        if problem is not None:
+            return Row(example.key, {"reward": None}, problem=problem)
+        if self._signals is None:
+            self._signals = build_signals(self.sections)
+        scored = self._signals.score([_candidates(example, answers)])[0]
+        form = {
+            "length_tokens": _mean(
+                [float(a.num_tokens) for a in answers if a.num_tokens is not None]
+            ),
+            "ended": _mean([float(answer.ended) for answer in answers]),
+        }
+        parts = {f"signals/{name}": _mean(values) for name, values in scored.parts.items()}
+        if scored.rewards is None:
+            details = {"failure": scored.failure}
+            return Row(example.key, {"reward": None} | form, details, "signal_failed")
+        return Row(example.key, {"reward": _mean(scored.rewards)} | parts | form)
+
+    def summarise(self, rows: Sequence[Row]) -> Summary:
+        rewards = values_of(rows, "reward")
+        failures = Counter(row.details["failure"] for row in rows if "failure" in row.details)
+        if not rewards:
+            reasons = "; ".join(f"{count} × {reason}" for reason, count in failures.most_common(3))
+            raise DataError(
+                f"signals: no prompt of {len(rows)} has a reward"
+                + (f": {reasons}" if reasons else f": {problem_counts(rows)}")
+            )
+        names = dict.fromkeys(name for row in rows for name in row.values)
+        metrics: dict[str, Metric] = {}
+        for name in names:
+            if found := values_of(rows, name):
+                metrics[name] = mean_metric(found, 100 if name == "ended" else 1)
+        counts = {"n": len(rows), "n_scored": len(rewards), **problem_counts(rows)}
+        notes = tuple(
+            f"{count} prompts left out: {reason}" for reason, count in failures.most_common(5)
+        )
+        return Summary(metrics, counts, notes=notes)
+
+    def close(self) -> None:
+        signals, self._signals = self._signals, None
+        if signals is not None:
+            signals.close()
+
+
+class UnknownIds(tuple[int, ...]):
+    """Token ids that nobody here knows: a signal that reads them is told so, instead of being given none."""
+
+    why: str
+
+    def __new__(cls, why: str) -> UnknownIds:
+        self = super().__new__(cls)
+        self.why = why
+        return self
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise SignalError(f"{_WHERE}: a signal reads {self.why}")
+
+    __len__ = __iter__ = __getitem__ = __contains__ = _refuse  # type: ignore[assignment]
+
+
+_PROMPT_IDS = UnknownIds(
+    "the token ids of the prompt, which only the generating engine has; the tasks kl and pair_accuracy score by "
+    "log-probs"
+)
+_RESPONSE_IDS = UnknownIds(
+    "the token ids of an answer that came without them; only answers generated in this run have any"
+)
+
+
+def _candidates(example: Example, answers: Sequence[Answer]) -> Candidates:
+    prompt = example.prompt
+    content = prompt if isinstance(prompt, str) else tuple(dict(message) for message in prompt)
+    return Candidates(
+        Prompt(example.key, _PROMPT_IDS, content, example.fields),
+        tuple(answer.text for answer in answers),
+        tuple(_RESPONSE_IDS if answer.ids is None else answer.ids for answer in answers),
+        tuple(not answer.ended for answer in answers),
+    )
+
+
+def _plugin_problems(plugin: str) -> list[str]:
+    """Imports a file of the user's; returns why it could not be."""
+    path = Path(plugin).expanduser().resolve()
+    where = f"tasks.signals.plugins = {plugin!r}"
+    if path.suffix != ".py" or not path.is_file():
+        return [f"{where}: no such Python file (looked at {path})"]
+    try:
+        import_plugin(path)
+    except Exception as error:  # user code: whatever it raises, say which file raised it
+        return [f"{where}: importing it raised {type(error).__name__}: {error}"]
+    return []
+
+
+def _problems(index: int, section: Mapping[str, Any]) -> list[str]:
+    """What is wrong with one entry of ``signals``, a sentence each."""
+    name = section.get("name")
+    if not isinstance(name, str):
+        return [
+            f"{_WHERE}.{index}.name is missing: the signal's name; `prefopt signals` lists them"
+        ]
+    if name == "implicit_reward":
+        return [f"{_WHERE}.{index}.name = {name!r}: reads {_PROMPT_IDS.why}"]
+    if name == "judge" and section.get("mode", "pairwise") == "pairwise":
+        return [
+            f"{_WHERE}.{index}.mode = 'pairwise': compares a model's answers with each other, so that "
+            "their mean is 0.5 for every model. Set mode: pointwise, or run the task win_rate"
+        ]
+    try:
+        fields: Any = {**get_signal(name).fields, "weight": (float, 1.0)}
+    except ConfigError as error:
+        return [f"{_WHERE}.{index}: {problem}" for problem in error.problems]
+    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    schema = create_model(name, __config__=config, **fields)
+    try:
+        schema.model_validate({key: value for key, value in section.items() if key != "name"})
+    except ValidationError as error:
+        path = (*_WHERE.split("."), index)
+        items = [{**item, "loc": (*path, *item["loc"])} for item in error.errors()]
+        return [explain(item, Document({}), set(schema.model_fields)) for item in items]
+    return []
+
+
+def _fields(sections: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns that the signals read."""
+    names: dict[str, None] = {}
+    for section in sections:
+        spec = get_signal(section["name"])
+        for key in spec.needs_fields:
+            value = section.get(key, spec.fields[key][1])
+            names |= {value: None} if isinstance(value, str) else {}
+    return list(names)
+
+
+def _example(key: str, row: RawRow, reading: Reading, fields: Sequence[str]) -> Example:
+    found = prompt_row(row, reading)
+    if isinstance(found, Refused):
+        raise DataError(
+            f"{row.where}: no prompt to answer: {found.reason}{f' ({found.detail})' if found.detail else ''}. "
+            "Mend or remove the row"
+        )
+    for name in fields:
+        column(row, name)  # a signal reads it: raises, naming the columns there are
+    own = {reading.columns.prompt, reading.columns.system}
+    kept = {name: value for name, value in row.data.items() if name not in own or name in fields}
+    return Example(
+        key, found.prompt if isinstance(found.prompt, str) else tuple(found.prompt), kept
+    )
+
+
+def _hash(data: Mapping[str, Any]) -> str:
+    return text_key(json.dumps(data, sort_keys=True, default=str))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

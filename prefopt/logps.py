@@ -84,10 +84,25 @@ class LogpModel(nn.Module):
 
     def forward(self, layout: TokenLayout) -> Tensor:
         """(R, T) fp32 natural-log probabilities of the response tokens, zero elsewhere."""
-        hidden = self._hidden(layout).flatten(0, 1)
-        logps = self._head(hidden[layout.predict], layout.targets)
+        logps = self._head(self.states(layout), layout.targets)
         result = logps.new_zeros(layout.num_rows * layout.width)
         return result.index_put((layout.slots,), logps).view(layout.num_rows, layout.width)
+
+    def states(self, layout: TokenLayout) -> Tensor:
+        """(N, D) hidden states that predict the N response tokens, in the order of ``layout.targets``."""
+        return self._hidden(layout).flatten(0, 1)[layout.predict]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(n, V) fp32 logits over the temperature; for `chunk_size` states at a time, or memory runs out."""
+        head = self.causal_lm.get_output_embeddings()
+        return self.transform(head(states).float()) / self.temperature
+
+    def chunk_size(self, device: torch.device) -> int:
+        """States whose logits may be held at a time."""
+        head = self.causal_lm.get_output_embeddings()
+        vocabulary = head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
+        budget = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS_GPU
+        return max(64, budget // vocabulary)
 
     def _hidden(self, layout: TokenLayout) -> Tensor:
         if layout.packed != self.packed:
@@ -106,9 +121,7 @@ class LogpModel(nn.Module):
 
     def _head(self, hidden: Tensor, targets: Tensor) -> Tensor:
         head = self.causal_lm.get_output_embeddings()
-        vocabulary = head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
-        budget = _CHUNK_ELEMENTS_CPU if hidden.device.type == "cpu" else _CHUNK_ELEMENTS_GPU
-        size = max(64, budget // vocabulary)
+        size = self.chunk_size(hidden.device)
         if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
             # Under ZeRO-3, reading head.weight here, in the wrapped module's forward, gathers it and keeps
             # it to the end of the forward; GatheredParameters around it frees it while it is in use.

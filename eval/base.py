@@ -234,6 +234,15 @@ class ModelTask(Task, Protocol):
 
 
 @runtime_checkable
+class Adopting(Protocol):
+    """A task that can take its examples from the run it evaluates."""
+
+    def adopt_run(self, recipe: Mapping[str, Any]) -> None:
+        """Takes the held-out data of the run's recipe where no data was given. Called before `Task.examples`."""
+        ...
+
+
+@runtime_checkable
 class Closing(Protocol):
     """A task that holds processes or models while it scores."""
 

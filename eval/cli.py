@@ -203,16 +203,23 @@ def _compare(argv: Sequence[str]) -> None:
         help="compare although versions, templates or decoding differ; marked",
     )
     parser.add_argument(
+        "--reward",
+        metavar="TASK.METRIC",
+        help="reward of the reward-versus-KL frontier (default: signals.reward, else win_rate)",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: 0)"
     )
     parser.add_argument(
         "--json", action="store_true", help="JSON on standard output in place of a table"
     )
     arguments = parser.parse_args(argv)
-    from eval.compare import compare, comparison_json, print_comparison
-    from eval.page import write_page
+    from eval.comparison.compare import compare, comparison_json, print_comparison
+    from eval.comparison.page import write_page
 
-    found = compare(arguments.results, force=arguments.force, seed=arguments.seed)
+    found = compare(
+        arguments.results, force=arguments.force, seed=arguments.seed, reward=arguments.reward
+    )
     if arguments.json:
         print(json.dumps(comparison_json(found), indent=1, ensure_ascii=False))
     else:

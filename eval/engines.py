@@ -57,6 +57,7 @@ class Generator:
         self.renderer = Renderer(self.tokenizer)
         self._engine: Engine | None = None
         self._context: int | None = None
+        self._longest = 0
 
     @property
     def chat_template_sha256(self) -> str | None:
@@ -70,8 +71,14 @@ class Generator:
         return None if isinstance(ids, Answer) else len(ids)
 
     def start(self, longest: int) -> None:
-        """Starts the engine for prompts + answers of up to ``longest`` tokens, or the model's context."""
+        """Starts the engine for prompts + answers of up to ``longest`` tokens, or the model's context.
+
+        One that runs with less room than that is started again.
+        """
+        if self.section.name != "hf" and longest > self._longest:
+            self.close()
         if self._engine is None:
+            self._longest = longest
             self._engine, self._context = saved_policy_engine(
                 self.section,
                 self.policy,

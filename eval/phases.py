@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.base import Conversation, Decoding, Example, JudgedTask, Row, Summary, close_task
+from eval.base import (
+    Conversation,
+    Decoding,
+    Example,
+    JudgedTask,
+    Row,
+    Summary,
+    Template,
+    close_task,
+)
 from eval.baseline import answers_from_file
 from eval.engines import Generator
 from eval.generate import conversations, generate, overridden
@@ -128,7 +137,7 @@ class TaskRun:
             "decoding": describe_decodings(decodings)["presets"],
             "decoding_hash": how["decoding"],
             "chat_template_hash": how["chat_template"],
-            "template": None,
+            "template": _template(task),
             "answers": count_answers(samples.values()),
             "usage": {},
         }
@@ -226,14 +235,14 @@ class TaskRun:
         missing = [example for example in examples if example.key not in store]
         if not missing:
             return
+        for other in self._generators.values():  # one model in memory at a time
+            if other is not generator:
+                other.close()
         generator.start(max(_longest(generator, each, decoding(each)) for each in examples))
         seed = self.settings.seed
         generate(
             generator, examples, decoding, store, task=label.split(":")[0], seed=seed, label=label
         )
-        if self.models.engine.name != "hf":
-            # A policy and a baseline that both stay loaded would share one GPU's memory.
-            generator.close()
 
     def _score_models(
         self, task: Any, examples: list[Example], folder: Path, base: dict[str, Any]
@@ -242,6 +251,7 @@ class TaskRun:
             **base,
             "baseline": self.baseline["hash"] if self.baseline else None,
             "seed": self.settings.seed,
+            "judge": self.models.judge.model if self.models.judge else None,
         }
         with Store(folder / "rows.jsonl", basis) as store:
             missing = [example for example in examples if example.key not in store]
@@ -283,6 +293,12 @@ class TaskRun:
             "engine": describe_engine(self.models.engine, self.models.policy),
             "seed": self.settings.seed,
         }
+
+
+def _template(task: Any) -> dict[str, str] | None:
+    """The judge template of a task in which the model itself is the judge."""
+    found = getattr(task, "template", None)
+    return describe_template(found) if isinstance(found, Template) else None
 
 
 def _longest(generator: Generator, example: Example, decoding: Decoding) -> int:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.base import JudgedTask
-from eval.models import Models, open_models
+from eval.base import Adopting, JudgedTask
+from eval.models import Models, open_models, run_recipe
 from eval.options import make_task
 from eval.phases import Planned, TaskRun
 from eval.provenance import (
@@ -44,14 +44,22 @@ def plan(settings: EvalSettings, names: Sequence[str]) -> list[Planned]:
     unused = sorted(set(settings.tasks) - {_own_name(name) for name in names})
     problems += [f"tasks.{name}: would be ignored: it is not among --tasks" for name in unused]
     made: list[tuple[str, TaskSpec, Any]] = []
+    recipe = run_recipe(settings.model.path)
     for name in dict.fromkeys(name for name in names if not name.startswith(HARNESS_PREFIX)):
         try:
             spec, task = get_task(name), make_task(name, settings.tasks.get(name))
         except ConfigError as error:
             problems += error.problems
             continue
+        if isinstance(task, Adopting) and recipe is not None:
+            task.adopt_run(recipe)
         made.append((name, spec, task))
         problems += _missing_parts(settings, name, task)
+    harness = _harness_names(names)
+    if harness:
+        from eval.harness import harness_problems
+
+        problems += harness_problems(harness, settings.tasks.get("lm_eval", {}))
     if problems:
         raise ConfigError(problems)
     return [_planned(settings, name, spec, task) for name, spec, task in made]
@@ -75,10 +83,7 @@ def evaluate(settings: EvalSettings, names: Sequence[str], output: Path) -> dict
             _write(output / RESULTS_FILE, results)
     finally:
         run.close()
-    harness = [
-        name.removeprefix(HARNESS_PREFIX) for name in names if name.startswith(HARNESS_PREFIX)
-    ]
-    if harness:
+    if harness := _harness_names(names):
         results["tasks"] |= _run_harness(harness, settings, models, output)
         _write(output / RESULTS_FILE, results)
     return results
@@ -108,6 +113,11 @@ def dry_run(settings: EvalSettings, names: Sequence[str]) -> list[dict[str, Any]
             }
         lines.append(line)
     return lines
+
+
+def _harness_names(names: Sequence[str]) -> list[str]:
+    """The tasks of lm-evaluation-harness, by its own names."""
+    return [name.removeprefix(HARNESS_PREFIX) for name in names if name.startswith(HARNESS_PREFIX)]
 
 
 def _own_name(name: str) -> str:

@@ -50,6 +50,7 @@ _JUDGE_MAX_TOKENS = 1024
 def win_rate(
     *,
     data: str | None = None,
+    format: Literal["chat", "text"] = "chat",
     template: str | None = None,
     max_asks: PositiveInt = 3,
     temperature: NonNegativeFloat = 0.0,
@@ -70,6 +71,8 @@ def win_rate(
     Args:
         data: file of prompts: ``prompt``, ``instruction`` or ``messages`` (a text, or messages that end with the
             user); a column ``key`` identifies them (default: their text). Needed.
+        format: ``chat``: a prompt is a user turn for the model's chat template. ``text``: it is continued as it
+            stands, for a model without one.
         template: path of a text file in place of our judge prompt; holds ``{prompt}``, ``{response_a}`` and
             ``{response_b}``, and asks for [[A]], [[B]] or [[C]].
         max_asks: times an answer without a verdict is asked for.
@@ -78,7 +81,7 @@ def win_rate(
         max_new_tokens: longest answer.
     """
     preset = Decoding(max_new_tokens, temperature, top_p)
-    return WinRate(data, _template(template), max_asks, preset)
+    return WinRate(data, _template(template), max_asks, preset, is_chat=format == "chat")
 
 
 class WinRate:
@@ -87,9 +90,16 @@ class WinRate:
     baseline: Literal["none", "required", "published"] = "required"
 
     def __init__(
-        self, data: str | None, template: Template, max_asks: int, preset: Decoding
+        self,
+        data: str | None,
+        template: Template,
+        max_asks: int,
+        preset: Decoding,
+        *,
+        is_chat: bool = True,
     ) -> None:
         self.data = data
+        self.is_chat = is_chat
         self.template = template
         self.max_asks = max_asks
         self.preset = preset
@@ -102,7 +112,7 @@ class WinRate:
 
     def examples(self) -> list[Example]:
         rows = benchmark_rows("tasks.win_rate.data", self.data, hub=None)
-        prompts = [_prompt(row) for row in rows]
+        prompts = [_prompt(row) if self.is_chat else _text(row) for row in rows]
         found = keyed(rows, _key, "prompt")
         return [Example(key, prompt) for key, prompt in zip(found, prompts, strict=True)]
 
@@ -240,6 +250,14 @@ def _key(data: Mapping[str, Any]) -> str:
         return str(data["key"])
     prompt = next(data[name] for name in _PROMPTS if data.get(name) is not None)
     return text_key(prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True))
+
+
+def _text(row: RawRow) -> str:
+    """A prompt as it stands. Raises: DataError naming file and line."""
+    value = require(row, *_PROMPTS[:2])
+    if not isinstance(value, str):
+        raise DataError(f"{row.where}: format = text: a prompt must be a text. Set format: chat")
+    return value
 
 
 def _dicts(messages: Sequence[Message]) -> tuple[dict[str, Any], ...]:

@@ -17,9 +17,9 @@ from recipes.quickstart.task import ALPHABET, Problem
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
     """Returns a tokenizer with one token a character, which puts one BOS in front as Llama's does."""
-    vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, *ALPHABET])}
+    vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()

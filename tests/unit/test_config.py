@@ -360,7 +360,9 @@ def test_structural_errors_need_no_torch(recipe_file: Path) -> None:
 def test_every_key_is_documented() -> None:
     for name, section in sections():
         for key, field in section.model_fields.items():
-            nested = key in {"model", "data", "train", "eval", "run", "regime"} and section is Recipe
+            nested = (
+                key in {"model", "data", "train", "eval", "run", "regime"} and section is Recipe
+            )
             assert field.description or nested, f"{name}.{key} has no docstring"
 
 

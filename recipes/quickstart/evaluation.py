@@ -1,0 +1,186 @@
+"""The evaluation quickstart: ``python -m recipes.quickstart.evaluation``, or `make quickstart-eval`.
+
+Trains a small judge, serves it with vLLM, and has `prefopt eval` compare the quickstart's two checkpoints: their
+answers sampled by vLLM (the LoRA one unmerged on its base), scored by the task's program and by the judge in both
+orders, their preferences by log-prob. Everything it writes is under ``runs/quickstart-eval``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.quickstart.judge import (
+    NAME,
+    TEMPLATE,
+    Comparison,
+    comparisons,
+    judge_rows,
+    served,
+    write_judge_base,
+)
+from recipes.quickstart.prepare import write_jsonl
+from recipes.quickstart.run import (
+    ROOT,
+    SUMMARY,
+    Clock,
+    console,
+    has_policy,
+    launch,
+    make_splits,
+    set_environment,
+)
+from recipes.quickstart.run import RUN_DIR as QUICKSTART
+
+RUN_DIR = Path("runs/quickstart-eval")  # as judge.yaml has it, relative to ROOT
+CHECKPOINTS = {"sft": QUICKSTART / "sft", "simpo": QUICKSTART / "simpo"}
+NUM_PROMPTS = 300
+MAX_NEW_TOKENS = 10
+NUM_HELD_OUT = 300
+"""Comparisons on which the judge itself is measured, in both orders."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs it; 0 if SimPO beats SFT by two standard errors in reward and under the judge, else 1."""
+    parser = argparse.ArgumentParser(prog="make quickstart-eval", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of task, judge and samples")
+    seed = parser.parse_args(argv).seed
+    os.chdir(ROOT)
+    set_environment()
+    if not has_policy(seed) or not (CHECKPOINTS["simpo"] / "final").is_dir():
+        raise SystemExit(
+            "quickstart-eval: there is no checkpoint of this seed: run `make quickstart` first"
+        )
+    shutil.rmtree(RUN_DIR, ignore_errors=True)
+    clock, splits = Clock(), make_splits(seed)
+    with clock.phase("judge", "1/4  a judge learns which of two answers is right"):
+        held_out = comparisons(splits.preference[:NUM_HELD_OUT], seed=seed + 1)
+        _write_data(splits, seed)
+        launch("recipes/sft.py", "recipes/quickstart/judge.yaml", seed=seed)
+    with (
+        clock.phase("evaluate", "2/4  two checkpoints, answered by vLLM and judged through vLLM"),
+        served(RUN_DIR / "judge" / "final", RUN_DIR / "judge.log") as url,
+    ):
+        _evaluate(url)
+        judge = measure_judge(url, held_out)
+    with clock.phase("compare", "3/4  is the difference more than noise?"):
+        _prefopt(
+            "eval",
+            "compare",
+            RUN_DIR / "sft",
+            RUN_DIR / "simpo",
+            "--output",
+            RUN_DIR / "comparison",
+        )
+    return _report(judge, clock)
+
+
+def measure_judge(url: str, held_out: Sequence[Comparison]) -> dict[str, float]:
+    """Share of held-out comparisons that the judge gets right, and right in both orders."""
+    from prefopt.signals.chat_client import ChatClient, Endpoint, Reply
+
+    client = ChatClient(Endpoint(url, NAME), {"temperature": 0.0, "max_tokens": 8}, None)
+    asked = [each for pair in held_out for each in (pair, pair.swapped)]
+    try:
+        replies = client.complete_all([[{"role": "user", "content": e.prompt}] for e in asked])
+    finally:
+        client.close()
+    right = [
+        isinstance(reply, Reply) and reply.text == each.verdict
+        for reply, each in zip(replies, asked, strict=True)
+    ]
+    both = [a and b for a, b in zip(right[::2], right[1::2], strict=True)]
+    return {"accuracy": sum(right) / len(right), "accuracy_both_orders": sum(both) / len(both)}
+
+
+def _write_data(splits: Any, seed: int) -> None:
+    """Comparisons to learn from, prompts and pairs to evaluate on, the judge's template."""
+    data = RUN_DIR / "data"
+    write_judge_base(RUN_DIR / "judge-base", seed=seed)
+    write_jsonl(data / "judgments.jsonl", judge_rows(comparisons(splits.sft, seed=seed)))
+    prompts = splits.held_out[:NUM_PROMPTS]
+    write_jsonl(data / "prompts.jsonl", [{"prompt": p.prompt, "key": p.digits} for p in prompts])
+    (data / "judge_template.txt").write_text(TEMPLATE, encoding="utf-8")
+
+
+def _evaluate(url: str) -> None:
+    """Both checkpoints on a verifier and on pairs, the later one also against the earlier under the judge."""
+    data = RUN_DIR / "data"
+    common = [
+        "engine.name=vllm",
+        "engine.enforce_eager=true",
+        "decoding.temperature=0",
+        f"decoding.max_new_tokens={MAX_NEW_TOKENS}",
+        f"tasks.signals.data={data / 'prompts.jsonl'}",
+        "tasks.signals.format=text",
+        "tasks.signals.signals=[{name: sorted_digits}]",
+        "tasks.signals.plugins=[recipes/quickstart/online_signal.py]",
+        f"tasks.pair_accuracy.data={QUICKSTART / 'data' / 'held_out_pairs.jsonl'}",
+        "tasks.pair_accuracy.format=text",
+        "tasks.pair_accuracy.by=mean_logp",
+    ]
+    _prefopt(
+        *("eval", CHECKPOINTS["sft"], "--tasks", "signals,pair_accuracy"),
+        *("--output", RUN_DIR / "sft", *common),
+    )
+    _prefopt(
+        *("eval", CHECKPOINTS["simpo"], "--tasks", "signals,pair_accuracy,win_rate"),
+        *("--baseline", CHECKPOINTS["sft"], "--output", RUN_DIR / "simpo", *common),
+        f"tasks.win_rate.data={data / 'prompts.jsonl'}",
+        "tasks.win_rate.format=text",
+        f"tasks.win_rate.template={data / 'judge_template.txt'}",
+        *(f"judge.base_url={url}", f"judge.model={NAME}", "judge.max_tokens=8"),
+        f"judge.cache_dir={RUN_DIR / 'cache'}",
+    )
+
+
+def _prefopt(*arguments: object) -> None:
+    """Runs a `prefopt` command as a user would. Raises SystemExit with its status if it fails."""
+    words = [str(argument) for argument in arguments]
+    console.print(f"$ prefopt {' '.join(words)}", style="dim", markup=False, soft_wrap=True)
+    status = subprocess.run([sys.executable, "-m", "prefopt.cli", *words], check=False).returncode
+    if status:
+        raise SystemExit(f"quickstart-eval: `prefopt {words[0]}` failed with status {status}")
+
+
+def _report(judge: dict[str, float], clock: Clock) -> int:
+    """Prints and writes the summary; returns the exit status."""
+    results = {
+        name: json.loads((RUN_DIR / name / "results.json").read_text(encoding="utf-8"))["tasks"]
+        for name in CHECKPOINTS
+    }
+    rewards = {name: tasks["signals"]["metrics"]["reward"] for name, tasks in results.items()}
+    win = results["simpo"]["win_rate"]["metrics"]["win_rate"]
+    gain = rewards["simpo"]["value"] - rewards["sft"]["value"]
+    noise = (rewards["simpo"]["stderr"] ** 2 + rewards["sft"]["stderr"] ** 2) ** 0.5
+    summary = {
+        "reward": rewards,
+        "win_rate": win,
+        "judge": judge,
+        "seconds": clock.seconds | {"total": round(sum(clock.seconds.values()), 1)},
+    }
+    (RUN_DIR / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    console.rule("4/4  what came out")
+    console.print(
+        f"reward {rewards['sft']['value']:.3f} → {rewards['simpo']['value']:.3f} (± {noise:.3f}); "
+        f"win rate of SimPO over SFT {win['value']:.1f} ± {win['stderr']:.1f} %, by a judge that is right on "
+        f"{100 * judge['accuracy']:.1f} % of held-out comparisons ({100 * judge['accuracy_both_orders']:.1f} % in "
+        f"both orders); {summary['seconds']['total']:.0f} s\n"
+        f"page: {RUN_DIR / 'comparison' / 'comparison.html'}\nthe same numbers: {RUN_DIR / SUMMARY}",
+        highlight=False,
+    )
+    passed = gain > 2 * noise and win["value"] > 50 + 2 * win["stderr"]
+    if not passed:
+        console.print("[bold red]no improvement beyond two standard errors[/bold red]")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

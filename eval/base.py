@@ -220,6 +220,11 @@ class ModelTask(Task, Protocol):
     batch_size: int
     """Examples scored (and then stored) at a time."""
 
+    @property
+    def uses_baseline(self) -> bool:
+        """Does a ``--baseline`` change its numbers? Where not, results with and without one compare."""
+        ...
+
     def open(self, models: Any) -> Any:
         """Loads what scoring needs from ``models`` (`eval.models.Models`); returns what `rows` is given."""
         ...

@@ -247,9 +247,10 @@ class TaskRun:
     def _score_models(
         self, task: Any, examples: list[Example], folder: Path, base: dict[str, Any]
     ) -> tuple[dict[str, Any], list[Row]]:
+        baseline = self.baseline if task.uses_baseline else None
         basis = {
             **base,
-            "baseline": self.baseline["hash"] if self.baseline else None,
+            "baseline": baseline["hash"] if baseline else None,
             "seed": self.settings.seed,
             "judge": self.models.judge.model if self.models.judge else None,
         }

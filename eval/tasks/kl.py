@@ -85,6 +85,7 @@ class Kl:
     """See `kl`."""
 
     batch_size = 64
+    uses_baseline = True
 
     def __init__(self, sections: list[SourceSection] | None, decoding: Decoding) -> None:
         self.sections = sections

@@ -116,6 +116,10 @@ class PairAccuracy:
         self.scoring = scoring
         self.columns = columns
 
+    @property
+    def uses_baseline(self) -> bool:
+        return self.scoring.by in ("auto", "implicit_reward")
+
     def adopt_run(self, recipe: Mapping[str, Any]) -> None:
         """Takes the held-out pairs of the evaluated run where no ``data`` was given."""
         if self.sections is None:

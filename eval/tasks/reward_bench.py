@@ -117,6 +117,10 @@ class RewardBench:
         self.scoring = scoring
         self.format = format
 
+    @property
+    def uses_baseline(self) -> bool:
+        return self.scoring.by in ("auto", "implicit_reward")
+
     def examples(self) -> list[Example]:
         rows = benchmark_rows(
             "tasks.reward_bench.data", self.data, hub="allenai/reward-bench", split="filtered"

@@ -12,23 +12,20 @@ from tests.recipes.commands import prefopt, run
 from tests.signals.chat_server import Answer, chat_server
 
 KILLS = 10
-PROMPTS = 400
+PROMPTS = 240
 
 
 def _verdict(body: dict[str, Any]) -> Answer:
     """Slow enough to be killed in between, and a function of what it reads; some answers hold no verdict."""
     text = body["messages"][0]["content"]
     letter = "ABC?"[sum(map(ord, text)) % 4]
-    return Answer(f"[[{letter}]]", delay_s=0.01)
+    return Answer(f"[[{letter}]]", delay_s=0.02)
 
 
-def _progress(output: Path) -> tuple[int, int]:
-    """Bytes of everything stored so far, by answers and by judgments."""
-    sizes = [
-        sum(p.stat().st_size for p in output.glob(f"*/{name}.jsonl"))
-        for name in ("generations", "judgments")
-    ]
-    return sizes[0], sizes[1]
+def _stored(output: Path, name: str) -> int:
+    """Records in a store so far."""
+    file = output / "win_rate" / f"{name}.jsonl"
+    return file.read_bytes().count(b"\n") - 1 if file.is_file() else 0
 
 
 def test_an_evaluation_killed_ten_times_ends_with_the_same_results(tmp_path: Path) -> None:
@@ -50,40 +47,34 @@ def test_an_evaluation_killed_ten_times_ends_with_the_same_results(tmp_path: Pat
         ]
         environment = {"PREFOPT_CACHE": str(tmp_path / "cache")}
         calm, killed = tmp_path / "calm", tmp_path / "killed"
-        started = time.monotonic()
         code, said = run(*command, "--output", str(calm), log=tmp_path / "calm.log", **environment)
         assert code == 0, said
-        took = time.monotonic() - started
         environment = {"PREFOPT_CACHE": str(tmp_path / "cache-of-killed")}
-        generating, judging = _kill_repeatedly(
-            [*command, "--output", str(killed)], killed, took, tmp_path, environment
-        )
+        questions = _stored(calm, "judgments")
+        for number, (name, count) in enumerate(_moments(questions)):
+            arguments = [*command, "--output", str(killed)]
+            with prefopt(*arguments, log=tmp_path / f"{number}.log", **environment) as started:
+                started.wait_until(
+                    lambda name=name, count=count: _stored(killed, name) >= count, f"{count} {name}"
+                )
+                time.sleep(random.uniform(0, 0.02))
+                started.send(9)
+                assert started.wait() == -9, started.output
         code, said = run(*command, "--output", str(killed), log=tmp_path / "end.log", **environment)
         assert code == 0, said
-    assert generating and judging, "kills must hit both phases"
     for name in ("results.json", "win_rate/examples.jsonl"):
         assert (killed / name).read_bytes() == (calm / name).read_bytes()
     stored = [record["id"] for record in read_jsonl(killed / "win_rate" / "judgments.jsonl")[1:]]
     assert len(stored) == len(set(stored))
 
 
-def _kill_repeatedly(
-    command: list[str], output: Path, took: float, tmp_path: Path, environment: dict[str, str]
-) -> tuple[int, int]:
-    """Kills that came while answers, and while judgments, were being stored."""
+def _moments(questions: int) -> list[tuple[str, int]]:
+    """Stores and sizes at which to kill: at three chunks of answers, the others while the judge is asked."""
     rng = random.Random(0)
-    generating = judging = 0
-    for number in range(KILLS):
-        with prefopt(*command, log=tmp_path / f"killed-{number}.log", **environment) as started:
-            before = _progress(output)
-            started.wait_until(
-                lambda before=before: _progress(output) != before, "storing something"
-            )
-            time.sleep(rng.uniform(0, took / KILLS / 3))
-            answers, judgments = _progress(output)
-            assert started.process.is_alive(), started.output
-            started.send(9)
-            started.wait()
-        judging += judgments > 0
-        generating += judgments == 0 and answers > 0
-    return generating, judging
+    judging = sorted(rng.randrange(1, questions * 4 // 5) for _ in range(KILLS - 3))
+    return [
+        ("generations", 1),
+        ("generations", PROMPTS // 2),
+        ("baseline", 1),
+        *(("judgments", count) for count in judging),
+    ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from eval.base import Answer, Decoding, Message
 from prefopt.config.schema import EngineSection, ModelSection
@@ -156,8 +159,10 @@ class Generator:
 
 
 def answer_record(answer: Answer) -> dict[str, Any]:
-    """An answer as JSON; see `answer_from`."""
-    ids = None if answer.ids is None else list(answer.ids)
+    """An answer as JSON; see `answer_from`. Ids as base64 of int32: a tenth of the memory of a list of numbers."""
+    ids = None
+    if answer.ids is not None:
+        ids = base64.b64encode(np.asarray(answer.ids, "<i4").tobytes()).decode()
     record = {"text": answer.text, "tokens": answer.num_tokens, "ended": answer.ended, "ids": ids}
     return record | ({"problem": answer.problem} if answer.problem else {})
 
@@ -169,6 +174,6 @@ def answer_from(record: Mapping[str, Any]) -> Answer:
         record["text"],
         record["tokens"],
         record["ended"],
-        None if ids is None else tuple(ids),
+        None if ids is None else tuple(np.frombuffer(base64.b64decode(ids), "<i4").tolist()),
         record.get("problem"),
     )

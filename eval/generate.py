@@ -49,6 +49,25 @@ def conversations(store: Store, key: str) -> list[Conversation]:
     return [tuple(map(answer_from, turns)) for turns in store[key]["samples"]]
 
 
+class Samples(Mapping[str, list[Conversation]]):
+    """The samples of every example of a store, unpacked when asked for: thousands at once would not fit."""
+
+    def __init__(self, store: Store, keys: Sequence[str]) -> None:
+        self._store = store
+        self._keys = dict.fromkeys(keys)
+
+    def __getitem__(self, key: str) -> list[Conversation]:
+        if key not in self._keys:
+            raise KeyError(key)
+        return conversations(self._store, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
 def response_seed(seed: int, task: str, key: str, sample: int, turn: int) -> int:
     """A seed of its own for every response, the same whatever else is generated."""
     text = f"{seed}\0{task}\0{key}\0{sample}\0{turn}"

@@ -20,7 +20,7 @@ from eval.base import (
 )
 from eval.baseline import answers_from_file
 from eval.engines import Generator
-from eval.generate import conversations, generate, overridden
+from eval.generate import Samples, generate, overridden
 from eval.judging import Asked, judge_all, judge_sampling, judgments, open_judge, usage
 from eval.models import Models
 from eval.provenance import (
@@ -125,14 +125,14 @@ class TaskRun:
 
     def _generated(
         self, name: str, task: Any, examples: list[Example], folder: Path, base: dict[str, Any]
-    ) -> tuple[dict[str, Any], list[Row], dict[str, list[Conversation]]]:
+    ) -> tuple[dict[str, Any], list[Row], Samples]:
         decoding = self._decoding(task)
         decodings = [decoding(example) for example in examples]
         generator = self._generator("policy")
         how = self._how(generator, decodings)
         with Store(folder / "generations.jsonl", {**base, **how}) as store:
             self._fill(generator, examples, decoding, store, name)
-            samples = {example.key: conversations(store, example.key) for example in examples}
+        samples = Samples(store, [example.key for example in examples])
         entry: dict[str, Any] = {
             "decoding": describe_decodings(decodings)["presets"],
             "decoding_hash": how["decoding"],
@@ -207,7 +207,7 @@ class TaskRun:
         decoding: Callable[[Example], Decoding],
         folder: Path,
         base: dict[str, Any],
-    ) -> tuple[dict[str, list[Conversation]] | None, str | None]:
+    ) -> tuple[Mapping[str, list[Conversation]] | None, str | None]:
         """The other side's answers by example, and whose they are."""
         if task.baseline == "none":
             return None, None
@@ -221,7 +221,7 @@ class TaskRun:
         how = {"model": self.baseline["hash"], "chat_template": generator.chat_template_sha256}
         with Store(folder / "baseline.jsonl", {**base, **how}) as store:
             self._fill(generator, examples, decoding, store, f"{name}: baseline")
-            found = {example.key: conversations(store, example.key) for example in examples}
+        found = Samples(store, [example.key for example in examples])
         return found, f"model {self.baseline['hash']}"
 
     def _fill(

@@ -92,11 +92,11 @@ def _answer_text(samples: Sequence[Conversation]) -> str:
 
 def count_answers(samples: Iterable[Sequence[Conversation]]) -> dict[str, int]:
     """Answers, tokens, how many were cut at their length limit, and those that are none, by reason."""
-    answers = [answer for example in samples for turns in example for answer in turns]
-    problems = Counter(f"num_{answer.problem}" for answer in answers if answer.problem)
-    return {
-        "num_answers": len(answers),
-        "num_tokens": sum(answer.num_tokens or 0 for answer in answers),
-        "num_cut": sum(not answer.ended for answer in answers if not answer.problem),
-        **dict(sorted(problems.items())),
-    }
+    counts = Counter(num_answers=0, num_tokens=0, num_cut=0)
+    problems: Counter[str] = Counter()
+    for answer in (answer for example in samples for turns in example for answer in turns):
+        counts["num_answers"] += 1
+        counts["num_tokens"] += answer.num_tokens or 0
+        counts["num_cut"] += not answer.ended and not answer.problem
+        problems.update([f"num_{answer.problem}"] if answer.problem else [])
+    return {**counts, **dict(sorted(problems.items()))}

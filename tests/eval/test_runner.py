@@ -12,6 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval.base import Answer as ModelAnswer
+from eval.engines import answer_from, answer_record
+from eval.options import make_task
 from prefopt.cli import main
 from tests.eval.runs import problems, read_jsonl, write_chat_model, write_jsonl
 from tests.signals.chat_server import Answer, chat_server
@@ -56,7 +59,7 @@ def test_answers_are_those_of_a_greedy_teacher_forced_forward(tmp_path: Path, mo
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        answer = record["samples"][0][0]["ids"]
+        answer = list(answer_from(record["samples"][0][0]).ids or ())
         with torch.no_grad():
             logits = policy(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
         assert logits.argmax(-1).tolist() == answer
@@ -279,3 +282,44 @@ def test_the_command_line_is_light() -> None:
     ).stdout
     loaded = {name.split(".")[0] for name in output.split()}
     assert not loaded & {"torch", "transformers", "sklearn", "datasets", "vllm", "lm_eval"}
+
+
+_MEASURED = """
+import resource, sys, time
+from prefopt.cli import main
+started = time.process_time()
+code = main(sys.argv[1:])
+mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(f"{code} {time.process_time() - started:.2f} {mib:.0f}", file=sys.stderr)
+"""
+
+
+def test_ten_thousand_stored_responses_take_less_than_a_gibibyte(
+    tmp_path: Path, model: Path
+) -> None:
+    """800 tokens and 2,000 characters each; the time grows with their number, and no faster."""
+    data = write_jsonl(tmp_path / "problems.jsonl", problems(10_000))
+    arguments = ["eval", str(model), "--tasks", "gsm8k", f"tasks.gsm8k.data={data}"]
+    arguments += ["--output", str(tmp_path / "out")]
+    assert main([*arguments, "--limit", "1", f"tasks.gsm8k.max_new_tokens={TOKENS}"]) == 0
+    store = tmp_path / "out" / "gsm8k" / "generations.jsonl"
+    header = store.read_text().splitlines()[0]
+    keys = [example.key for example in make_task("gsm8k", {"data": str(data)}).examples()]
+    answer = answer_record(ModelAnswer("word " * 400 + "#### 3", 800, True, tuple(range(800))))
+    lines = [json.dumps({"id": key, "samples": [[answer]]}) for key in keys]
+    seconds = {}
+    for count in (2_500, 10_000):
+        for stale in (tmp_path / "out").glob("**/*.json*"):
+            stale.unlink()
+        store.write_text("\n".join([header, *lines[:count]]) + "\n")
+        limited = [*arguments, "--limit", str(count), f"tasks.gsm8k.max_new_tokens={TOKENS}"]
+        done = subprocess.run(
+            [sys.executable, "-c", _MEASURED, *limited], capture_output=True, text=True, check=True
+        )
+        code, taken, mib = done.stderr.split()[-3:]
+        seconds[count] = float(taken)
+        assert code == "0" and float(mib) < 1024, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["tasks"]["gsm8k"]["counts"]["n"] == 10_000
+    # A fixed part (imports) besides; quadratic work would be 16 times as much.
+    assert seconds[10_000] < 8 * seconds[2_500]

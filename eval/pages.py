@@ -27,7 +27,8 @@ def task_page(name: str) -> str:
         f"tasks.{name}.{key}" + (" (required)" if default is ... else f"={show_value(default)}")
         for key, (_, default) in spec.fields.items()
     ]
-    text = inspect.getdoc(spec.fn) or ""
+    # its first line stands in the summary
+    text = (inspect.getdoc(spec.fn) or "").partition("\n")[2].strip("\n")
     return "\n".join(
         [_summary(name), "", textwrap.indent(text, "  "), "", *(f"  {o}" for o in options)]
     )

@@ -16,6 +16,8 @@ from eval.registry import get_task
 from eval.results import flat
 from prefopt.errors import ConfigError, DataError
 
+_MOST_COLUMNS, _MOST_METRICS = 3, 2
+
 
 def score_file(
     name: str, path: Path, options: Mapping[str, Any], *, model: str | None = None
@@ -55,30 +57,53 @@ def print_score(result: Mapping[str, Any], *, as_json: bool) -> None:
         return
     console = Console(highlight=False)
     models = result.get("models") or {result.get("model", ""): result}
-    names = list(
-        dict.fromkeys(key for each in models.values() for key in each if _is_number(each[key]))
+    cells = {str(name): _cells(each) for name, each in models.items()}
+    names = list(dict.fromkeys(name for each in cells.values() for name in each))
+    title = f"{result['task']} (version {result['version']}), {result['file']}"
+    console.print(
+        _metrics_down(title, cells, names)
+        if len(cells) <= _MOST_COLUMNS
+        else _models_down(title, cells, names)
     )
-    table = Table(title=f"{result['task']} (version {result['version']}), {result['file']}")
-    for column in ("", *models):
-        table.add_column(str(column), justify="left" if not column else "right")
-    for name in names:
-        table.add_row(name, *(_shown(each.get(name)) for each in models.values()))
-    console.print(table)
     for note in dict.fromkeys(note for each in models.values() for note in each.get("notes", ())):
-        console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
+
+
+def _metrics_down(title: str, cells: Mapping[str, Mapping[str, str]], names: list[str]) -> Table:
+    table = Table("", title=title)
+    for model in cells:
+        table.add_column(model, justify="right")
+    for name in names:
+        table.add_row(name, *(each.get(name, "–") for each in cells.values()))
+    return table
+
+
+def _models_down(title: str, cells: Mapping[str, Mapping[str, str]], names: list[str]) -> Table:
+    """Many models: a line each, with the first metrics and the number of examples."""
+    shown = [*names[:_MOST_METRICS], *(["n"] if "n" in names[_MOST_METRICS:] else [])]
+    table = Table("", title=title)
+    for name in shown:
+        table.add_column(name, justify="right")
+    for model, each in cells.items():
+        table.add_row(model, *(each.get(name, "–") for name in shown))
+    return table
+
+
+def _cells(result: Mapping[str, Any]) -> dict[str, str]:
+    """``{metric: "57.30 ± 1.20"}``: a metric's standard error or interval stands beside it."""
+    found = {}
+    for name, value in result.items():
+        if not _is_number(value) or name.endswith(("_standard_error", "_interval")):
+            continue
+        interval, stderr = result.get(f"{name}_interval"), result.get(f"{name}_standard_error")
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+        if interval:
+            text += f" ({interval[0]:.2f} … {interval[1]:.2f})"
+        elif stderr is not None:
+            text += f" ± {stderr:.2f}"
+        found[name] = text
+    return found
 
 
 def _is_number(value: Any) -> bool:
-    return (isinstance(value, int | float) and not isinstance(value, bool)) or _is_interval(value)
-
-
-def _is_interval(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, float) for v in value)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "–"
-    if _is_interval(value):
-        return f"{value[0]:.2f} … {value[1]:.2f}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -86,6 +86,32 @@ def test_two_processes_give_the_single_process_run(
         assert all(torch.equal(exported[name], tensor) for name, tensor in final.items())
 
 
+PROBE = "eval.generation={num_prompts: 5, max_new_tokens: 8}"
+
+
+def test_two_processes_share_the_generation_probe(inputs: Path, tmp_path: Path) -> None:
+    """Five prompts over two processes: the same numbers and the same answers as one process has at the start."""
+    held_out = f"data.eval=[{{path: {write_pairs(tmp_path / 'held_out.jsonl', 7, seed=1)}}}]"
+    one = run(tmp_path / "one", inputs, "cpu", 1, "lora", held_out, PROBE)
+    two = run(tmp_path / "two", inputs, "ddp", 2, "lora", held_out, PROBE)
+    first, last = (read_metrics(each / "metrics.jsonl") for each in (one, two))
+    names = [name for name in first[0] if name.startswith("eval/generation/")]
+    assert len(names) == 4
+    assert [first[0][name] for name in names] == [last[0][name] for name in names]
+    assert set(names) <= set(last[-1])
+    answers = [(each / "eval" / "generations-0.jsonl").read_text() for each in (one, two)]
+    assert answers[0] == answers[1]
+
+
+def test_a_probe_of_a_sharded_policy_is_refused(inputs: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", inputs / "model", inputs / "pairs.jsonl")
+    done = launch(
+        cpu_config("zero3", 2, tmp_path), "dpo", recipe, "data.eval_frac=0.2", PROBE
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "eval.generation: the policy's parameters are sharded" in done.stderr
+
+
 def test_launch_that_is_not_what_it_says_is_refused(inputs: Path, tmp_path: Path) -> None:
     """accelerate runs this FSDP configuration as DDP on CPU processes, and says nothing."""
     recipe = write_recipe(tmp_path / "recipe.yaml", inputs / "model", inputs / "pairs.jsonl")

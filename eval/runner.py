@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.base import Adopting, JudgedTask
+from eval.base import Adopting, Example, JudgedTask
+from eval.baseline import answers_from_file
 from eval.models import Models, open_models, run_recipe
 from eval.options import make_task
 from eval.phases import Planned, TaskRun
@@ -148,7 +149,18 @@ def _planned(settings: EvalSettings, name: str, spec: TaskSpec, task: Any) -> Pl
         raise DataError(f"{name}: there are no examples")
     if len(keys) < len(examples):
         raise DataError(f"{name}: {len(examples) - len(keys)} examples share a key with another")
+    _require_baseline(settings, task, examples[: settings.limit])
     return Planned(name, spec, task, examples[: settings.limit], data_hash(examples))
+
+
+def _require_baseline(settings: EvalSettings, task: Any, examples: list[Example]) -> None:
+    """Raises what reading the baseline's answers raises: better now than when the model has answered."""
+    if not isinstance(task, JudgedTask) or task.baseline == "none":
+        return
+    if settings.baseline_answers:
+        answers_from_file(Path(settings.baseline_answers), examples)
+    elif settings.baseline is None:
+        task.baseline_answers(examples)
 
 
 def _head(settings: EvalSettings, models: Models) -> dict[str, Any]:

@@ -23,7 +23,7 @@ quickstart: $(STAMP) ## train a small model end to end on this machine's CPU (ab
 quickstart-online: $(STAMP) ## then online: the policy's own answers, scored and trained on at once (about 2 minutes)
 	$(BIN)/python -m recipes.quickstart.online
 
-quickstart-eval: $(STAMP) ## then evaluate its two checkpoints: a judge trained in place, served by vLLM (about 4 minutes)
+quickstart-eval: $(STAMP) ## then evaluate its two checkpoints: a judge trained in place, served by vLLM (about 3 minutes)
 	$(BIN)/python -m recipes.quickstart.evaluation
 
 install: $(STAMP) ## make .venv with the pinned versions (CPU)

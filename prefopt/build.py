@@ -202,6 +202,7 @@ def _wire_offline(wiring: _Wiring, engine: LogpModel) -> _Wired:
         global_batch_size=settings.global_batch_size,
         limits=limits,
         seed=settings.seed,
+        shuffle=settings.shuffle,
         num_epochs=settings.num_epochs,
         max_steps=settings.max_steps,
         world_size=accelerator.num_processes,

@@ -42,7 +42,7 @@ class Regime(Protocol):
 
 
 class OfflineRegime:
-    """Windows over a fixed data set, shuffled anew each epoch; every row once an epoch, none dropped.
+    """Windows over a fixed data set, in a new order each epoch; every row once an epoch, none dropped.
 
     The last window of an epoch holds what is left and is normalised by its own counts.
 
@@ -51,6 +51,7 @@ class OfflineRegime:
         global_batch_size: groups per optimizer step over all processes.
         limits: size of one forward pass.
         seed: seed of the shuffles. Epoch e is a function of (seed, e) alone.
+        shuffle: False takes the rows in their order in every epoch.
         num_epochs: passes over the data, or ``max_steps`` windows where given.
         world_size, rank: processes, and which of them this is.
     """
@@ -62,6 +63,7 @@ class OfflineRegime:
         global_batch_size: int,
         limits: SplitLimits,
         seed: int,
+        shuffle: bool = True,
         num_epochs: float = 1.0,
         max_steps: int | None = None,
         world_size: int = 1,
@@ -71,6 +73,7 @@ class OfflineRegime:
         self.global_batch_size = min(global_batch_size, len(source))
         self.limits = limits
         self.seed = seed
+        self.shuffle = shuffle
         self.world_size = world_size
         self.rank = rank
         self.step = 0
@@ -101,7 +104,8 @@ class OfflineRegime:
     def rows(self, step: int) -> list[int]:
         """Row indices of the global batch of ``step``, in drawn order."""
         size = self.global_batch_size
-        return epoch_rows(self.seed, step, num_rows=len(self.source), batch_size=size)
+        seed = self.seed if self.shuffle else None
+        return epoch_rows(seed, step, num_rows=len(self.source), batch_size=size)
 
     def all_rows(self) -> list[int]:
         """Every row that some window of the run holds."""
@@ -117,7 +121,7 @@ class OfflineRegime:
         """Goes on after the checkpoint's step; ConfigError if data, batch size or seed changed since."""
         if state["order"] != self.order_hash:
             raise ConfigError(
-                "the checkpoint was made with other data, another data.seed/train.seed or another "
+                "the checkpoint was made with other data, another data.seed/train.seed/train.shuffle or another "
                 "train.global_batch_size: its position means nothing here. Restore those settings, or start "
                 "afresh in another run.output_dir"
             )
@@ -126,19 +130,22 @@ class OfflineRegime:
     @property
     def order_hash(self) -> str:
         """Hash of everything that decides which rows a step sees; recorded in run.json."""
-        text = f"{self.source.fingerprint}:{len(self.source)}:{self.global_batch_size}:{self.seed}"
+        order = self.seed if self.shuffle else "in order"
+        text = f"{self.source.fingerprint}:{len(self.source)}:{self.global_batch_size}:{order}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def close(self) -> None:
         """Nothing to free."""
 
 
-def epoch_rows(seed: int, step: int, *, num_rows: int, batch_size: int) -> list[int]:
+def epoch_rows(seed: int | None, step: int, *, num_rows: int, batch_size: int) -> list[int]:
     """Rows of step ``step`` of a pass over ``num_rows`` in batches, each epoch a new permutation.
 
-    The last batch of an epoch holds what is left.
+    Without a seed they come as they are. The last batch of an epoch holds what is left.
     """
     epoch, index = divmod(step, math.ceil(num_rows / batch_size))
+    if seed is None:
+        return list(range(index * batch_size, min(num_rows, (index + 1) * batch_size)))
     order = np.random.default_rng([seed, epoch]).permutation(num_rows)
     return order[index * batch_size : (index + 1) * batch_size].tolist()
 

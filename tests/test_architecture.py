@@ -166,9 +166,17 @@ def test_import_by_name_hides_no_import(name: str) -> None:
     assert not {"importlib.import_module", "import_module", "__import__"} & set(calls)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_files_and_functions_stay_short(name: str) -> None:
-    text = MODULES[name].read_text()
+BESIDE = {
+    path.relative_to(ROOT).as_posix(): path
+    for folder in ("eval", "data_pipelines", "recipes", "bench")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+"""Files of the packages beside the library, which may import it."""
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *BESIDE.values()], ids=[*MODULES, *BESIDE])
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text()
     assert len(text.splitlines()) <= MAX_FILE_LINES
     functions = [
         node
@@ -184,6 +192,13 @@ def test_the_library_imports_neither_recipes_nor_its_siblings() -> None:
     for name, path in MODULES.items():
         found = {target.split(".")[0] for target, _, _ in imports(ast.parse(path.read_text()))}
         assert not found & outside, name
+
+
+@pytest.mark.parametrize("file", [file for file in BESIDE if file.startswith("eval/")])
+def test_evaluation_imports_no_pipelines(file: str) -> None:
+    """Pipelines take the prompts of eval sets and eval's statistics; the other way round would be a circle."""
+    found = {target.split(".")[0] for target, _, _ in imports(ast.parse(BESIDE[file].read_text()))}
+    assert not found & {"data_pipelines", "recipes", "tests", "bench"}
 
 
 @pytest.mark.parametrize(

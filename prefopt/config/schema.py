@@ -288,6 +288,9 @@ class TrainSection(Section):
     """Mixed precision of the forward. Weights keep `model.dtype`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    shuffle: bool = True
+    """Draw a new order every epoch. `false` takes the rows as `data.train` has them, epoch after epoch: for a
+    curriculum that `prefopt data` has put in order. Only for a fixed data set of preferences."""
     seed: int = 42
     """Seed of adapter initialisation, data order and dropout."""
     resume: PathText = "auto"

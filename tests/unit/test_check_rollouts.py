@@ -33,6 +33,11 @@ def recipe_file(tmp_path: Path) -> Path:
     return path
 
 
+def test_rollouts_draw_their_own_order(recipe_file: Path) -> None:
+    (found,) = problems(recipe_file, ["train.shuffle=false"])
+    assert "train.shuffle = false: rollouts draw their prompts by train.seed" in found
+
+
 def problems(path: Path, overrides: list[str], num_processes: int | None = None) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         check(path, overrides, assume_cuda=True, num_processes=num_processes)

@@ -270,6 +270,22 @@ def test_impossible_splits_are_refused(
         )
 
 
+def test_without_shuffling_every_epoch_takes_the_rows_as_they_are() -> None:
+    from prefopt.regimes import OfflineRegime
+    from prefopt.windows import SplitLimits
+
+    source = GroupList(random_pairs(20))
+    regime = OfflineRegime(
+        source, global_batch_size=8, limits=SplitLimits(4096), seed=0, shuffle=False, num_epochs=2
+    )
+    assert [regime.rows(step) for step in range(3)] == [
+        [*range(8)], [*range(8, 16)], [*range(16, 20)]
+    ]  # fmt: skip
+    assert regime.rows(3) == regime.rows(0)
+    shuffled = OfflineRegime(source, global_batch_size=8, limits=SplitLimits(4096), seed=0)
+    assert shuffled.order_hash != regime.order_hash and shuffled.rows(0) != regime.rows(0)
+
+
 def test_ranks_share_a_window_evenly_and_lose_no_row() -> None:
     from prefopt.regimes import OfflineRegime
     from prefopt.windows import SplitLimits

@@ -100,7 +100,7 @@ def _kind(field: FieldInfo) -> str:
     kind = _type_name(field.annotation, _bounds(field.metadata))
     if field.is_required():
         return f"{kind}, required"
-    default = field.default
+    default = field.get_default(call_default_factory=True)
     if default is None or default == () or isinstance(default, Section):
         return kind
     return f"{kind}, default {default if isinstance(default, str) else show_value(default)}"

@@ -48,7 +48,11 @@ def draft_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Draft:
 
     Raises: ConfigError only for a file that cannot be read as a YAML mapping at all.
     """
-    document = apply_overrides(read_yaml(Path(path)), overrides)
+    return draft_document(apply_overrides(read_yaml(Path(path)), overrides), Path(path))
+
+
+def draft_document(document: Document, path: Path) -> Draft:
+    """As `draft_recipe`, of a file that has been read; plugins are relative to ``path``."""
     problems = list(document.problems)
     broken: set[str] = set()
     recipe: Recipe | None = None
@@ -58,10 +62,10 @@ def draft_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Draft:
         items = _without_noise(error.errors())
         problems += [explain(item, document) for item in items]
         broken |= {str(item["loc"][0]) for item in items}
-    problems += (plugin_problems := _plugin_problems(document, Path(path)))
+    problems += (from_plugins := plugin_problems(document, path))
     for section in REGISTRIES:
         section_problems = _named_problems(document, section)
-        if section_problems or plugin_problems:
+        if section_problems or from_plugins:
             broken.add(section)
         problems += section_problems
     if recipe is None:
@@ -112,20 +116,27 @@ def _named_problems(document: Document, section: str) -> list[str]:
     """What is wrong with the entries of ``objective``, ``credit`` or ``signals``: names and their keys."""
     found = document.raw.get(section)
     if isinstance(found, dict):
-        return _entry_problems(document, (section,), found, section)
+        return entry_problems(document, (section,), found, section)
     items = found if isinstance(found, list) else []  # another type the schema has already reported
     return [
         problem
         for index, item in enumerate(items)
         if isinstance(item, dict)
-        for problem in _entry_problems(document, (section, index), item, section)
+        for problem in entry_problems(document, (section, index), item, section)
     ]
 
 
-def _entry_problems(
+def entry_problems(
     document: Document, path: KeyPath, entry: Mapping[str, Any], section: str
 ) -> list[str]:
-    """Unknown name; unknown, missing, mistyped or out-of-bound hyper-parameter of one entry."""
+    """What is wrong with one named entry: unknown name; unknown, missing, mistyped or out-of-bound key.
+
+    Args:
+        document: as written, for line numbers.
+        path: of the entry in it.
+        entry: its ``name`` and keys.
+        section: a key of `prefopt.registry.REGISTRIES`.
+    """
     registry, key = REGISTRIES[section], ".".join(map(str, path))
     known, name = registry.names(), entry.get("name")
     if name is None:
@@ -147,7 +158,7 @@ def _entry_problems(
     return []
 
 
-def _plugin_problems(document: Document, file: Path) -> list[str]:
+def plugin_problems(document: Document, file: Path) -> list[str]:
     """Imports the recipe's plugins, so that objectives they register are known; returns what failed."""
     problems = []
     plugins = document.raw.get("plugins")

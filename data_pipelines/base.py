@@ -1,0 +1,171 @@
+"""What a stage is: settings, what it reads and gives, and one function over rows.
+
+A stage never counts, never opens a shard and never decides where it resumes: the runner does, so that no
+stage can lose a row. It answers for every row it is given, with rows or with the reason there are none.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+from data_pipelines.rows import Row, RowKind
+from prefopt.config.schema import Section
+from prefopt.config.yaml_file import Document, KeyPath
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that ends here, and why; counted under ``reason`` and listed in the stage's dropped rows."""
+
+    reason: str
+    """A short name: counts are by it."""
+    detail: str | None = None
+    """What is not obvious from the reason, for people."""
+    id: str | None = None
+    """Of the row; the runner knows it where a stage works row by row."""
+
+
+Result: TypeAlias = Row | Sequence[Row] | Dropped
+"""What became of one row: a row, several (at least one), or the reason there is none."""
+
+
+class StageSettings(Section):
+    """Base of every stage's keys. The keys of a stage are the fields of its class."""
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that decide the output: a stage is not resumed under others. Time limits, say, are not."""
+        return self.model_dump(mode="json")
+
+    def basis(self) -> Mapping[str, Any]:
+        """What the output depends on beside settings, input and code: hashes of files and weights.
+
+        Called before anything loads. Raises: DataError, ModelError for what is not there.
+        """
+        return {}
+
+    def code(self) -> tuple[Any, ...]:
+        """Further functions or classes whose modules decide the output: signals, credit rules."""
+        return ()
+
+    def problems(self, reads: RowKind | None, document: Document, path: KeyPath) -> list[str]:
+        """What is wrong with the settings beyond their types, a sentence each, with its line."""
+        del reads, document, path
+        return []
+
+    def num_rows_in(self, place: Place) -> int | None:
+        """About how many rows there are to go through, for a progress bar."""
+        return place.input.num_rows if place.input is not None else None
+
+    def needs_fields(self) -> tuple[str, ...]:
+        """Columns of the user's that this stage reads: the first stage must keep them."""
+        return ()
+
+    def gives_fields(self) -> tuple[str, ...]:
+        """Columns this stage adds for later ones to read, which the first stage then need not keep."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and as what a stage runs."""
+
+    id: str
+    """Of the stage; unique in its pipeline, and the name of its folder."""
+    seed: int
+    """Of the pipeline."""
+    reads: RowKind | None
+    """What its input rows are; None for a stage that reads files."""
+    log_dir: Path
+    scratch: Path
+    """A folder for a `whole` stage's temporary files, of its own; emptied by whoever uses it."""
+    input: Input | None = None
+    """All rows that come in, for stages that need to see them twice; None before the runner is there."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """What a `whole` stage found out about all rows; goes into its sealed record, and so into the manifest."""
+
+    def rng(self, key: str) -> random.Random:
+        """A generator for one row, the same in whatever shard, process or order the row comes."""
+        return random.Random(f"{self.seed}\0{self.id}\0{key}")
+
+
+class Input(Protocol):
+    """The output of the stage before, which is complete."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def rows(self) -> Iterator[Row]:
+        """All rows in order, one shard in memory at a time."""
+        ...
+
+
+class MapWorker(Protocol):
+    """Works shard by shard; what a `map` stage's `open` gives. Models load when it is made."""
+
+    def process(self, rows: Sequence[Row]) -> Sequence[Result]:
+        """One result a row, in order. Equal rows give equal results whatever the shard they are in, as far as
+        an engine's arithmetic does."""
+        ...
+
+    def close(self) -> None:
+        """Frees what it holds. May be called twice."""
+        ...
+
+
+class MapStage(Protocol):
+    """A stage whose shard k depends on shard k of its input only: several workers share it."""
+
+    def open(self, place: Place) -> MapWorker: ...
+
+
+class WholeStage(Protocol):
+    """A stage that must see every row: one worker runs it, in constant memory."""
+
+    def run(self, place: Place) -> Iterator[Row | Dropped]:
+        """Every output row in order, and a `Dropped` with its id for every row that ends here."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowByRow:
+    """A worker from a function of one row."""
+
+    fn: Any
+
+    def process(self, rows: Sequence[Row]) -> Sequence[Result]:
+        return [self.fn(row) for row in rows]
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+@dataclass
+class Tally:
+    """Rows in and out of one shard or stage, by reason."""
+
+    rows_in: int = 0
+    rows_out: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def add(self, others: Iterable[Tally]) -> Tally:
+        """This tally with others added."""
+        for other in others:
+            self.rows_in += other.rows_in
+            self.rows_out += other.rows_out
+            for reason, count in other.dropped.items():
+                self.dropped[reason] = self.dropped.get(reason, 0) + count
+        return self
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "rows_in": self.rows_in,
+            "rows_out": self.rows_out,
+            "dropped": dict(sorted(self.dropped.items())),
+        }

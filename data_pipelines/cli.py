@@ -1,0 +1,190 @@
+"""``prefopt data``: build preference data, look at it, go round with training. Light until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefopt.cli import guarded
+
+SUMMARY = "Builds preference data from prompts or rated responses, stage by stage; says what is in a pair set."
+
+_EXAMPLES = """\
+examples:
+  prefopt data check data_pipelines/presets/gsm8k_verifiable.yaml
+  prefopt data build PIPELINE.yaml output_dir=data/first stages.sample.model.path=runs/sft
+  prefopt data build PIPELINE.yaml --from score       redo a stage and what follows; the old ones are kept
+  prefopt data build PIPELINE.yaml --workers 4        four processes here; the same line on other machines joins
+  prefopt data status PIPELINE.yaml                   rows in and out of each stage, by reason
+  prefopt data round ROUNDS.yaml                      sample, score, pair, train, and again with the new policy
+  prefopt data stages                                 every stage; `prefopt data stages filter`: one, with its keys
+  prefopt data card data/first/filter --fail-on stop  what is in a pair set, and what is wrong with it
+
+A build that is killed goes on at its last whole shard: run the same command again."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs ``prefopt data ARGUMENTS``; the exit code is 0, 2 for a bad setting, 1 for other failures."""
+    commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "build": _build,
+        "check": _check,
+        "status": _status,
+        "round": _round,
+        "stages": _stages,
+        "keys": _keys,
+    }
+    command = commands.get(argv[0]) if argv else None
+    if command is not None:
+        return guarded(lambda: command(argv[1:]))
+    parser = argparse.ArgumentParser(
+        prog="prefopt data",
+        description=SUMMARY,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "command", choices=sorted(commands), metavar="COMMAND", help=", ".join(commands)
+    )
+    parser.parse_args(argv[:1])
+    return 2
+
+
+def _parser(
+    name: str, summary: str, example: str, *, pipeline: bool = True
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"prefopt data {name}",
+        description=summary,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if pipeline:
+        parser.add_argument("pipeline", metavar="PIPELINE", type=Path, help="a YAML pipeline")
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """As ``parse_args``, with ``key=value`` settings anywhere."""
+    arguments, rest = parser.parse_known_args(argv)
+    if any(item.startswith("-") or "=" not in item for item in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides = rest
+    return arguments
+
+
+def _build(argv: Sequence[str]) -> None:
+    parser = _parser(
+        "build",
+        "Runs a pipeline, or goes on with it. The same command on other machines shares the work.",
+        "prefopt data build PIPELINE.yaml output_dir=data/first",
+    )
+    parser.add_argument(
+        "--from", dest="start", metavar="STAGE", help="redo this stage and those after it"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes on this machine (default: 1)"
+    )
+    arguments = _parse(parser, argv)
+    from data_pipelines.pipeline import load_pipeline
+    from data_pipelines.runner import build
+    from data_pipelines.show import print_record, print_use
+
+    pipeline = load_pipeline(arguments.pipeline, arguments.overrides)
+    if arguments.workers < 1:
+        parser.error(f"--workers {arguments.workers}: must be >= 1")
+    helpers = _start_helpers(arguments) if arguments.workers > 1 and not arguments.start else []
+    try:
+        build(pipeline, start=arguments.start)
+    finally:
+        for helper in helpers:
+            helper.terminate()
+            helper.wait()
+    print_record(pipeline)
+    print_use(pipeline)
+
+
+def _start_helpers(arguments: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
+    """Further workers: this very command, for one process each, without a bar."""
+    command = [sys.executable, "-m", "prefopt.cli", "data", "build", str(arguments.pipeline)]
+    command += arguments.overrides
+    return [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(arguments.workers - 1)
+    ]
+
+
+def _check(argv: Sequence[str]) -> None:
+    parser = _parser(
+        "check",
+        "Everything that can be known before a file is read or a model loads; all problems at once.",
+        "prefopt data check PIPELINE.yaml",
+    )
+    arguments = _parse(parser, argv)
+    from data_pipelines.pipeline import load_pipeline
+
+    pipeline = load_pipeline(arguments.pipeline, arguments.overrides)
+    for stage in pipeline.stages:
+        stage.settings.basis()
+    print(f"{arguments.pipeline}: fine")
+
+
+def _status(argv: Sequence[str]) -> None:
+    parser = _parser(
+        "status", "Rows in and out of each stage, by reason.", "prefopt data status PIPELINE.yaml"
+    )
+    arguments = _parse(parser, argv)
+    from data_pipelines.pipeline import load_pipeline
+    from data_pipelines.show import print_record
+
+    print_record(load_pipeline(arguments.pipeline, arguments.overrides))
+
+
+def _round(argv: Sequence[str]) -> None:
+    parser = _parser(
+        "round",
+        "Rounds: data from the newest policy, training on it, the next round. Killed, it goes on where it was.",
+        "prefopt data round recipes/iterative_dpo/quickstart.yaml num_rounds=2",
+        pipeline=False,
+    )
+    parser.add_argument("rounds", metavar="ROUNDS", type=Path, help="a YAML file of rounds")
+    parser.add_argument("--keys", action="store_true", help="print the file's keys, and stop")
+    if "--keys" in argv:
+        from data_pipelines.round_settings import RoundsSettings
+        from prefopt.help_pages import schema_page
+
+        print(schema_page(RoundsSettings))
+        return
+    arguments = _parse(parser, argv)
+    from data_pipelines.round_settings import load_rounds
+    from data_pipelines.rounds import print_rounds, run_rounds
+
+    print_rounds(run_rounds(load_rounds(arguments.rounds, arguments.overrides)))
+
+
+def _stages(argv: Sequence[str]) -> None:
+    parser = _parser(
+        "stages", "Every stage, or one with its keys.", "prefopt data stages filter", pipeline=False
+    )
+    parser.add_argument("stage", nargs="?", metavar="STAGE")
+    from data_pipelines.show import stage_page, stages_page
+
+    name: Any = parser.parse_args(argv).stage
+    print(stage_page(name) if name else stages_page())
+
+
+def _keys(argv: Sequence[str]) -> None:
+    parser = _parser(
+        "keys",
+        "The keys of a pipeline beside its stages' own.",
+        "prefopt data keys",
+        pipeline=False,
+    )
+    parser.parse_args(argv)
+    from data_pipelines.pipeline import PipelineSettings
+    from prefopt.help_pages import schema_page
+
+    print(schema_page(PipelineSettings))

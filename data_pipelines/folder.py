@@ -1,0 +1,119 @@
+"""The folder of a pipeline: where shards, records, dropped rows and leases of each stage lie."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.base import Dropped
+from data_pipelines.manifest import read_record, write_record
+from data_pipelines.shards import ShardFile, Shards
+from prefopt.cache import atomic_write
+from prefopt.errors import DataError
+
+MANIFEST = "manifest.json"
+_RECORDS = "manifest"
+_ASIDE = "replaced"
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One stage's files. Shards alone lie in ``<output_dir>/<id>``, so that a recipe can name that folder."""
+
+    root: Path
+    id: str
+
+    @property
+    def shards(self) -> Path:
+        return self.root / self.id
+
+    @property
+    def records(self) -> Path:
+        return self.root / _RECORDS / self.id
+
+    @property
+    def stage_record(self) -> Path:
+        return self.records / "stage.json"
+
+    @property
+    def done_record(self) -> Path:
+        return self.records / "done.json"
+
+    def shard_record(self, number: int) -> Path:
+        return self.records / f"{number:05d}.json"
+
+    def dropped(self, number: int | None = None) -> Path:
+        """Where the rows that ended in this stage are listed, those of one shard or of a whole stage."""
+        return self.records / ("dropped.jsonl" if number is None else f"{number:05d}.dropped.jsonl")
+
+    def write_dropped(self, number: int, lines: Sequence[str]) -> None:
+        """Lists the rows that ended in one shard; no file where none did. Raises: DataError for a full disk."""
+        path = self.dropped(number)
+        if not lines:
+            path.unlink(missing_ok=True)  # of an earlier attempt
+            return
+        try:
+            with atomic_write(path) as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8")
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be written: {error.strerror or error}. Make room and run the same command again"
+            ) from error
+
+    def done(self) -> dict[str, Any] | None:
+        """The record of the finished stage. Raises: DataError as `read_record`."""
+        return read_record(self.done_record)
+
+    def output(self, done: Mapping[str, Any]) -> Shards:
+        """The shards that a finished stage's record names."""
+        return Shards(
+            [
+                ShardFile(self.shards / shard["file"], shard["rows_out"], shard["sha256"])
+                for shard in done["shards"]
+            ]
+        )
+
+    def exists(self) -> bool:
+        return self.records.exists() or self.shards.exists()
+
+    def set_aside(self) -> list[Path]:
+        """Moves all that was made under ``replaced/``: nothing is lost. Returns where it went."""
+        moved = []
+        for path in (self.records, self.shards):  # without a record, shards are nobody's
+            if path.exists():
+                moved.append(_aside(self.root, path))
+        return moved
+
+
+def _aside(root: Path, path: Path) -> Path:
+    kind = "records" if path.parent.name == _RECORDS else "shards"
+    for number in range(1, 100_000):
+        target = root / _ASIDE / f"{path.name}-{number}" / kind
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.rename(path, target)
+            except OSError as error:
+                raise DataError(
+                    f"{path}: cannot be moved to {target}: {error.strerror or error}"
+                ) from error
+            return target
+    raise DataError(f"{root / _ASIDE}: is full of replaced stages; delete it")
+
+
+def dropped_line(dropped: Dropped, id_: str | None) -> str:
+    """A dropped row as its line in the list says it."""
+    line = {"id": id_, "reason": dropped.reason}
+    line |= {"detail": dropped.detail} if dropped.detail is not None else {}
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def write_manifest(root: Path, name: str, stages: Sequence[tuple[str, Mapping[str, Any]]]) -> Path:
+    """Writes the manifest of a finished pipeline: every stage's record, in order, sealed as one."""
+    path = root / MANIFEST
+    write_record(path, {"pipeline": name, "stages": [{"id": id_, **done} for id_, done in stages]})
+    return path

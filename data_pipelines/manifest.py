@@ -1,0 +1,142 @@
+"""What was made of what: sealed records of stages and shards. A record that was edited by hand is refused."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefopt.cache import atomic_write
+from prefopt.errors import ConfigError, DataError
+
+SEAL = "seal"
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def write_record(path: Path, record: Mapping[str, Any], *, exclusive: bool = False) -> bool:
+    """Writes a sealed record, whole or not at all.
+
+    Args:
+        path: of the record.
+        record: JSON.
+        exclusive: write only where there is none yet; of several writers one succeeds.
+
+    Returns: False if ``exclusive`` and there was one. Raises: DataError if it cannot be written.
+    """
+    record = {**record, SEAL: digest(record)}
+    text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+    try:
+        if not exclusive:
+            with atomic_write(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+            return True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        try:
+            with draft.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(draft, path)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written: {error.strerror or error}. Make room and run the same command again: it "
+            "goes on from here"
+        ) from error
+    return True
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record without its seal; None where there is none.
+
+    Raises: DataError for one that is broken or was edited.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        record = json.loads(text)
+        seal = record.pop(SEAL)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{path}: is no record of a pipeline ({error!r}). {_REPAIR}") from error
+    if digest(record) != seal:
+        raise DataError(
+            f"{path}: was edited by hand (its seal does not fit what it says). {_REPAIR}"
+        )
+    return record
+
+
+_REPAIR = "Restore it, or make the stage again with --from and its name"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference between what a stage was made of and what it would be made of now."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {_short(self.was)} and is now {_short(self.now)}"
+
+
+def changes(was: Any, now: Any, key: str = "") -> list[Change]:
+    """Every difference of two JSON values, named by dotted keys."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        found: list[Change] = []
+        for name in sorted(was.keys() | now.keys()):
+            found += changes(was.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+        return found
+    return [] if was == now else [Change(key, was, now)]
+
+
+def code_hash(thing: Any) -> str:
+    """Hash of the module that defines ``thing``: of what it does, not of its comments, docstrings or layout.
+
+    Raises: ConfigError for something defined in no file.
+    """
+    module = sys.modules.get(getattr(thing, "__module__", ""))
+    file = getattr(module, "__file__", None)
+    if file is None:
+        raise ConfigError(f"{thing!r}: is defined in no file, so what it does cannot be recorded")
+    tree = ast.parse(Path(inspect.getsourcefile(thing) or file).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            kept = [each for each in body if not _is_text(each)]
+            node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def _is_text(node: ast.AST) -> bool:
+    """A docstring, of a module, a function or an attribute."""
+    value = getattr(node, "value", None)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(value, ast.Constant)
+        and isinstance(value.value, str)
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}…"

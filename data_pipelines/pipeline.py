@@ -1,0 +1,242 @@
+"""From a YAML file to a pipeline: every problem at once, with its line, before anything is read or loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
+
+from data_pipelines.base import StageSettings
+from data_pipelines.registry import StageSpec, get_stage, stage_names
+from data_pipelines.rows import RowKind
+from prefopt.config.explain import explain
+from prefopt.config.load import plugin_problems
+from prefopt.config.schema import PathText, Section
+from prefopt.config.yaml_file import Document, KeyPath, apply_overrides, read_yaml
+from prefopt.errors import ConfigError, suggest
+
+
+class PipelineSettings(Section):
+    """A pipeline: where it writes, and its stages in order."""
+
+    output_dir: PathText
+    """A folder a stage is made in here, with `manifest/` beside them. On shared storage several machines may run
+    the same command: they share the shards."""
+    seed: int = 0
+    """Of sampling, drawing and shuffling."""
+    shard_rows: PositiveInt = 1000
+    """Rows of a shard: what a kill costs at most, and what one worker takes at a time."""
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    """Of the shards. Parquet has null where JSON lines have no key; such keys are left out again when read."""
+    lease_s: PositiveFloat = 120.0
+    """A worker on another machine that gives no sign of life for so long loses its shard to the next."""
+    plugins: tuple[str, ...] = Field(default=(), strict=False)
+    """Python files (relative to the pipeline) imported first: where your own stages, signals and rules live."""
+    stages: tuple[dict[str, Any], ...] = Field(strict=False, min_length=1)
+    """Each has a `stage`, its keys, and an `id` where one stage comes twice. `prefopt data stages` lists them."""
+
+
+@dataclass(frozen=True)
+class BoundStage:
+    """One stage of a pipeline, with valid settings."""
+
+    id: str
+    spec: StageSpec
+    settings: Any
+    reads: RowKind | None
+    gives: RowKind
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline whose settings are sound."""
+
+    settings: PipelineSettings
+    stages: tuple[BoundStage, ...]
+    source: str
+    """The YAML file, for messages."""
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.settings.output_dir)
+
+    def index(self, id_: str) -> int:
+        """The place of a stage. Raises: ConfigError naming the nearest."""
+        ids = [each.id for each in self.stages]
+        if id_ not in ids:
+            raise ConfigError(f"stage {id_!r}: not in {self.source}; {suggest(id_, ids)}")
+        return ids.index(id_)
+
+
+def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """The pipeline of a YAML file with ``key=value`` overrides; ``stages.<id>.key=value`` names one by id.
+
+    Raises: ConfigError listing every problem with its line.
+    """
+    document = read_yaml(path)
+    return parse_pipeline(
+        apply_overrides(document, _by_number(overrides, document.raw.get("stages"))), path
+    )
+
+
+def parse_pipeline(document: Document, path: Path) -> Pipeline:
+    """As `load_pipeline`, of a file that has been read; plugins are relative to ``path``."""
+    problems = list(document.problems)
+    settings: PipelineSettings | None = None
+    try:
+        settings = PipelineSettings.model_validate(document.raw)
+    except ValidationError as error:
+        known = set(PipelineSettings.model_fields)
+        problems += [explain(item, document, known) for item in error.errors()]
+    problems += plugin_problems(document, path)
+    items = document.raw.get("stages")
+    stages = _bind(items if isinstance(items, list) else [], document, problems)
+    if problems or settings is None:
+        raise ConfigError(problems, source=str(path))
+    return Pipeline(settings, tuple(stages), str(path))
+
+
+def _by_number(overrides: Iterable[str], stages: Any) -> list[str]:
+    """Overrides with ``stages.<id>.`` written as ``stages.<number>.``."""
+    items = stages if isinstance(stages, list) else []
+    numbers = {id_: number for number, id_ in enumerate(_ids(items))}
+    result = []
+    for override in overrides:
+        head, _, rest = override.partition(".")
+        name, dot, tail = rest.partition(".")
+        if head == "stages" and dot and name in numbers:
+            override = f"stages.{numbers[name]}.{tail}"
+        result.append(override)
+    return result
+
+
+def _ids(items: Sequence[Any]) -> list[str]:
+    """The id of each stage: its own, else its name, with a number from the second of that name on."""
+    found: list[str] = []
+    for item in items:
+        section = item if isinstance(item, dict) else {}
+        name = str(section.get("id") or section.get("stage"))
+        numbered = (f"{name}-{number}" for number in range(2, len(items) + 2))
+        taken = "id" not in section and name in found
+        found.append(next(each for each in numbered if each not in found) if taken else name)
+    return found
+
+
+def _bind(items: Sequence[Any], document: Document, problems: list[str]) -> list[BoundStage]:
+    """Sound stages; what is wrong with the others goes to ``problems``."""
+    found: list[BoundStage] = []
+    kind: RowKind | None = None
+    ids = _ids(items)
+    for number, (item, id_) in enumerate(zip(items, ids, strict=True)):
+        path: KeyPath = ("stages", number)
+        where = f"{document.origin(path)}stages.{number}"
+        if not isinstance(item, dict):
+            continue  # the schema has said so
+        if ids.index(id_) != number:
+            problems.append(f"{where}: a second stage is called {id_!r}; give it an id of its own")
+        if not _is_folder_name(id_):
+            problems.append(
+                f"{where}.id = {id_!r}: is a folder's name: letters, digits, - and _ only"
+            )
+        name = item.get("stage")
+        if not isinstance(name, str) or name not in stage_names():
+            problems.append(
+                f"{where}.stage = {name!r}: unknown; {suggest(str(name), stage_names())}"
+            )
+            return found  # what comes after cannot be judged
+        spec = get_stage(name)
+        problems += _order_problems(spec, kind, number, where)
+        settings, own = _settings(spec, item, document, path)
+        problems += own
+        if settings is None:
+            kind = None if spec.gives in ("same", "either") else RowKind(spec.gives)
+            if kind is None:
+                return found
+            continue
+        problems += settings.problems(kind, document, path)
+        gives = _gives(spec, settings, kind)
+        problems += _field_problems(found, settings, id_, where)
+        found.append(BoundStage(id_, spec, settings, kind if spec.reads else None, gives))
+        kind = gives
+    return found
+
+
+def _is_folder_name(text: str) -> bool:
+    return text.replace("-", "").replace("_", "").isalnum() and text not in (
+        "manifest",
+        "leases",
+        "logs",
+    )
+
+
+def _order_problems(spec: StageSpec, kind: RowKind | None, number: int, where: str) -> list[str]:
+    if not spec.reads and number > 0:
+        return [f"{where}.stage = {spec.name!r}: reads files, so it comes first"]
+    if spec.reads and number == 0:
+        first = sorted(name for name in stage_names() if not get_stage(name).reads)
+        return [f"{where}.stage = {spec.name!r}: needs rows; start with one of {', '.join(first)}"]
+    if kind is not None and spec.reads and kind not in spec.reads:
+        takes = " or ".join(sorted(spec.reads))
+        return [f"{where}.stage = {spec.name!r}: takes {takes}, and the stage before gives {kind}"]
+    return []
+
+
+def _settings(
+    spec: StageSpec, item: Mapping[str, Any], document: Document, path: KeyPath
+) -> tuple[StageSettings | None, list[str]]:
+    keys = {key: value for key, value in item.items() if key not in ("stage", "id")}
+    try:
+        return spec.settings.model_validate(keys), []
+    except ValidationError as error:
+        items = [{**each, "loc": (*path, *each["loc"])} for each in error.errors()]
+        return None, [
+            explain(each, document, _known(spec.settings, each["loc"][2:])) for each in items
+        ]
+
+
+def _known(settings: type[BaseModel], path: Sequence[str | int]) -> set[str]:
+    """The keys of the section that the last key of ``path`` is in."""
+    section: Any = settings
+    for key in path[:-1]:
+        if isinstance(key, int):
+            continue
+        field = section.model_fields.get(key) if section else None
+        section = _section(field.annotation) if field else None
+    return (
+        {*section.model_fields, *({"stage", "id"} if len(path) == 1 else ())} if section else set()
+    )
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    arguments = getattr(annotation, "__args__", ())
+    return next((found for each in arguments if (found := _section(each))), None)
+
+
+def _gives(spec: StageSpec, settings: Any, kind: RowKind | None) -> RowKind:
+    if spec.gives == "either":
+        return settings.gives_kind
+    if spec.gives == "same":
+        return kind or RowKind.PROMPTS
+    return RowKind(spec.gives)
+
+
+def _field_problems(
+    before: Sequence[BoundStage], settings: StageSettings, id_: str, where: str
+) -> list[str]:
+    """Columns a stage reads that no stage makes and the first does not keep: known before a model loads."""
+    kept = getattr(before[0].settings, "keep", None) if before else None
+    if kept is None:
+        return []
+    made = {name for stage in before for name in stage.settings.gives_fields()}
+    known = {name.split(".")[0] for name in kept} | made
+    missing = [name for name in settings.needs_fields() if name.split(".")[0] not in known]
+    return [
+        f"{where}: stage {id_!r} reads the column {name!r}, and {before[0].id!r} does not keep it; add it to "
+        f"stages.0.keep"
+        for name in missing
+    ]

@@ -1,0 +1,90 @@
+"""Rows of the user's files, as the first stage of a pipeline meets them: numbered, with the columns to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipelines.rows import OWN_COLUMNS, Row
+from prefopt.config.schema import SourceSection
+from prefopt.config.yaml_file import Document, KeyPath
+from prefopt.data.formats import Reading, canonical, prompt_reading, prompt_row, resolve
+from prefopt.data.readers import RawRow
+from prefopt.data.rows import Refused, column
+from prefopt.data.rows import Row as Canonical
+from prefopt.data.sources import first_rows, open_source
+from prefopt.errors import DataError
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row of a source: where it stands, and what the reader makes of it."""
+
+    id: str
+    raw: RawRow
+    found: Canonical | Refused
+
+
+def source_rows(sources: Sequence[SourceSection], *, pairs: bool) -> Iterator[SourceRow]:
+    """Every row of every source, in order, one in memory at a time.
+
+    A row's id is its id column, else ``<file>:<row>``, after the number of its source where there are several.
+
+    Args:
+        sources: files or hub data sets.
+        pairs: read chosen and rejected besides the prompt.
+
+    Raises: DataError naming file and line; ConfigError for settings that contradict each other.
+    """
+    for number, section in enumerate(sources):
+        prefix = f"{number}/" if len(sources) > 1 else ""
+        source = open_source(section)
+        reading: Reading | None = None
+        for raw in first_rows(source, section.max_rows):
+            if reading is None:
+                reading = (
+                    resolve(section, raw, pairs=True) if pairs else prompt_reading(section, raw)
+                )
+            name = reading.columns.id
+            id_ = raw.where if name is None else str(column(raw, name))
+            found = canonical(raw, reading) if pairs else prompt_row(raw, reading)
+            yield SourceRow(f"{prefix}{id_}", raw, found)
+        if reading is None:
+            raise DataError(f"{section.path}: holds no rows")
+
+
+def count_source_rows(sources: Sequence[SourceSection]) -> int | None:
+    """About how many rows the sources have; None where one cannot say without being read."""
+    total = 0
+    for section in sources:
+        count = open_source(section).num_rows()
+        if count is None:
+            return None
+        total += count if section.max_rows is None else min(count, section.max_rows)
+    return total
+
+
+def kept_columns(raw: RawRow, keep: Sequence[str]) -> Row:
+    """The columns to keep, under the names they were asked for by (``metadata.answer``).
+
+    Raises: DataError for one that the row lacks, naming those it has.
+    """
+    return {name: column(raw, name) for name in keep}
+
+
+def keep_problems(keep: Sequence[str], document: Document, path: KeyPath) -> list[str]:
+    """Columns to keep that would stand where a stage writes its own."""
+    at = (*path, "keep")
+    return [
+        f"{document.origin(at)}keep: {name!r} is a column that stages write themselves; rename yours in the file"
+        for name in keep
+        if name in OWN_COLUMNS
+    ]
+
+
+def source_identity(sources: Sequence[SourceSection]) -> dict[str, Any]:
+    """What changes whenever a row of a source would: hashes of files, fingerprints of hub data sets."""
+    return {
+        f"sources.{number}": open_source(each).identity() for number, each in enumerate(sources)
+    }

@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import prefopt
 
@@ -74,6 +75,16 @@ def kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def _opened(log: Path | None) -> Iterator[IO[bytes] | None]:
+    if log is None:
+        yield None
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        yield file
+
+
 class GuardedProcess:
     """A command in a process group of its own that ends with this process, however this process ends.
 
@@ -83,12 +94,13 @@ class GuardedProcess:
     Args:
         command: program and arguments.
         environment: whole environment of the command.
-        log: file its output is added to.
+        log: file its output is added to; None: our standard error.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], log: Path | None
+    ) -> None:
+        with _opened(log) as output:
             self._guard = subprocess.Popen(
                 [sys.executable, "-m", "prefopt.engines.guard", *command],
                 env=dict(environment),

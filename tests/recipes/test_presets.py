@@ -19,7 +19,9 @@ from prefopt.config.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(
-    path for path in (ROOT / "recipes").rglob("*.yaml") if "quickstart" not in path.parts
+    path
+    for path in (ROOT / "recipes").rglob("*.yaml")
+    if not {"quickstart", "iterative_dpo"} & set(path.parts)
 )
 NAMES = [str(path.relative_to(ROOT)) for path in PRESETS]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Tools that pip installs (ninja, which DeepSpeed compiles with; accelerate) are found by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help quickstart quickstart-online quickstart-eval install test test-all check format bench clean
+.PHONY: help quickstart quickstart-online quickstart-prompts quickstart-eval install test test-all check format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -22,6 +22,9 @@ quickstart: $(STAMP) ## train a small model end to end on this machine's CPU (ab
 
 quickstart-online: $(STAMP) ## then online: the policy's own answers, scored and trained on at once (about 2 minutes)
 	$(BIN)/python -m recipes.quickstart.online
+
+quickstart-prompts: $(STAMP) ## from prompts: vLLM samples, a program verifies, pairs, SimPO, evaluation (about 2 minutes)
+	$(BIN)/python -m recipes.quickstart.from_prompts
 
 quickstart-eval: $(STAMP) ## then evaluate its two checkpoints: a judge trained in place, served by vLLM (about 3 minutes)
 	$(BIN)/python -m recipes.quickstart.evaluation
@@ -48,7 +51,7 @@ bench: $(STAMP) ## speed and memory beside trl.DPOTrainer
 	$(BIN)/python bench/offline_step.py
 
 clean: ## delete the environment, caches and the quickstart's run (other runs stay)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/quickstart runs/quickstart-online runs/quickstart-eval
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/quickstart runs/quickstart-online runs/quickstart-prompts runs/quickstart-rounds runs/quickstart-eval
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for the whole environment: a failed or interrupted install is started over, a finished one

@@ -15,7 +15,8 @@ SUMMARY = "Builds preference data from prompts or rated responses, stage by stag
 
 _EXAMPLES = """\
 examples:
-  prefopt data check data_pipelines/presets/gsm8k_verifiable.yaml
+  prefopt data presets                                papers' pipelines; `prefopt data presets simpo_v02`: its YAML
+  prefopt data check gsm8k_verifiable
   prefopt data build PIPELINE.yaml output_dir=data/first stages.sample.model.path=runs/sft
   prefopt data build PIPELINE.yaml --from score       redo a stage and what follows; the old ones are kept
   prefopt data build PIPELINE.yaml --workers 4        four processes here; the same line on other machines joins
@@ -35,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         "status": _status,
         "round": _round,
         "stages": _stages,
+        "presets": _presets,
         "keys": _keys,
     }
     command = commands.get(argv[0]) if argv else None
@@ -63,7 +65,9 @@ def _parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if pipeline:
-        parser.add_argument("pipeline", metavar="PIPELINE", type=Path, help="a YAML pipeline")
+        parser.add_argument(
+            "pipeline", metavar="PIPELINE", type=Path, help="a YAML pipeline, or a preset"
+        )
     return parser
 
 
@@ -174,6 +178,20 @@ def _stages(argv: Sequence[str]) -> None:
 
     name: Any = parser.parse_args(argv).stage
     print(stage_page(name) if name else stages_page())
+
+
+def _presets(argv: Sequence[str]) -> None:
+    parser = _parser(
+        "presets",
+        "Papers' pipelines; `prefopt data build NAME` runs one, its YAML says what it follows and needs.",
+        "prefopt data build simpo_v02 output_dir=data/mine",
+        pipeline=False,
+    )
+    parser.add_argument("preset", nargs="?", metavar="NAME", help="print this one's YAML")
+    from data_pipelines.show import preset_page, presets_page
+
+    name: Any = parser.parse_args(argv).preset
+    print(preset_page(name) if name else presets_page())
 
 
 def _keys(argv: Sequence[str]) -> None:

@@ -72,10 +72,12 @@ class Pipeline:
 
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
-    """The pipeline of a YAML file with ``key=value`` overrides; ``stages.<id>.key=value`` names one by id.
+    """The pipeline of a YAML file, or of a preset by its name, with ``key=value`` overrides.
 
+    ``stages.<id>.key=value`` names a stage by its id.
     Raises: ConfigError listing every problem with its line.
     """
+    path = preset_file(path)
     document = read_yaml(path)
     return parse_pipeline(
         apply_overrides(document, _by_number(overrides, document.raw.get("stages"))), path
@@ -97,6 +99,17 @@ def parse_pipeline(document: Document, path: Path) -> Pipeline:
     if problems or settings is None:
         raise ConfigError(problems, source=str(path))
     return Pipeline(settings, tuple(stages), str(path))
+
+
+def presets() -> dict[str, Path]:
+    """The shipped pipelines by name: papers' recipes for data."""
+    folder = Path(__file__).with_name("presets")
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def preset_file(path: Path) -> Path:
+    """The file of a preset, where ``path`` is one's name and no file; else ``path``."""
+    return path if path.exists() else presets().get(str(path), path)
 
 
 def _by_number(overrides: Iterable[str], stages: Any) -> list[str]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import json
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from data_pipelines.pipeline import Pipeline
+from data_pipelines.pipeline import Pipeline, presets
 from data_pipelines.registry import StageSpec, get_stage, stage_names
 from data_pipelines.rows import RowKind
 from data_pipelines.runner import status
+from prefopt.errors import ConfigError, suggest
 from prefopt.help_pages import schema_page
 
 
@@ -27,6 +31,27 @@ def stage_page(name: str) -> str:
     return f"{_summary(spec)}\n\n{text}\n\n{keys[1] if len(keys) > 1 else ''}".rstrip()
 
 
+def presets_page() -> str:
+    """A preset a paragraph: its name and the first sentence of its file."""
+    return "\n".join(
+        f"{name}\n    {_first_sentence(path.read_text(encoding='utf-8'))}"
+        for name, path in presets().items()
+    )
+
+
+def preset_page(name: str) -> str:
+    """The YAML of a preset, to be read or copied. Raises: ConfigError for an unknown name."""
+    known = presets()
+    if name not in known:
+        raise ConfigError(f"{name!r}: no preset; {suggest(name, known)}")
+    return known[name].read_text(encoding="utf-8").rstrip()
+
+
+def _first_sentence(text: str) -> str:
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.removeprefix("# ") for line in lines).split(". ")[0].rstrip(".") + "."
+
+
 def print_record(pipeline: Pipeline) -> None:
     """Rows in and out of each stage, by reason."""
     table = Table(title=str(pipeline.directory))
@@ -41,7 +66,25 @@ def print_record(pipeline: Pipeline) -> None:
         table.add_row(
             id_, f"{counts['rows_in']:,}", f"{counts['rows_out']:,}", record["gives"], dropped
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for id_, record in status(pipeline):
+        for name, found in ((record or {}).get("report") or {}).items():
+            console.print(_report(f"{id_}: {name}", found))
+
+
+def _report(title: str, found: Any) -> Table | str:
+    """What a stage reports: a table for entries that are alike (Elo of each model), else one line."""
+    if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
+        return f"{title}: {json.dumps(found, ensure_ascii=False)}"
+    columns = list(dict.fromkeys(key for each in found.values() for key in each))
+    table = Table(title=title)
+    for column in ("", *columns):
+        table.add_column(column, justify="right" if column else "left")
+    for name, each in found.items():
+        values = (each.get(column, "") for column in columns)
+        table.add_row(name, *(f"{v:.1f}" if isinstance(v, float) else str(v) for v in values))
+    return table
 
 
 def print_use(pipeline: Pipeline) -> None:

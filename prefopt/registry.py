@@ -188,6 +188,7 @@ SIGNALS: dict[str, str] = {
     "regex": "prefopt.signals.matching",
     "constraints": "prefopt.signals.constraints",
     "python_tests": "prefopt.signals.python_tests",
+    "checkers": "prefopt.signals.checkers",
     "reward_model": "prefopt.signals.reward_model",
     "judge": "prefopt.signals.judge",
     "implicit_reward": "prefopt.signals.implicit_reward",

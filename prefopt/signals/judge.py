@@ -134,15 +134,16 @@ def judge(
     cache = ReplyCache(cache_root(cache_dir) / "chat")
     client = ChatClient(endpoint, {k: v for k, v in fields.items() if v is not None}, cache)
     prices = (usd_per_million_prompt_tokens, usd_per_million_completion_tokens)
-    asker = _Asker(client, mode, max_asks, prices)
-    text = _template(template, mode)
+    asker = Asker(client, REMINDERS[mode], max_asks, prices)
+    default = PAIRWISE_TEMPLATE if mode == "pairwise" else POINTWISE_TEMPLATE
+    text = read_template(template, default, _PLACEHOLDERS[mode], "signals judge.template")
     return PairwiseJudge(asker, text) if mode == "pairwise" else PointwiseJudge(asker, text)
 
 
 class PairwiseJudge:
     """Round robins in both orders; see `judge`."""
 
-    def __init__(self, asker: _Asker, template: str) -> None:
+    def __init__(self, asker: Asker, template: str) -> None:
         self.asker = asker
         self.template = template
         self.stats = OrderStats()
@@ -206,7 +207,7 @@ class PairwiseJudge:
 class PointwiseJudge:
     """One rating a response; see `judge`."""
 
-    def __init__(self, asker: _Asker, template: str) -> None:
+    def __init__(self, asker: Asker, template: str) -> None:
         self.asker = asker
         self.template = template
 
@@ -231,14 +232,19 @@ class PointwiseJudge:
         return fill(self.template, {"prompt": conversation(prompt), "response": response})
 
 
-class _Asker:
-    """Asks until an answer can be read, or ``max_asks`` times."""
+class Asker:
+    """Asks until an answer can be read, or ``max_asks`` times.
+
+    Args:
+        reminder: what a judge is told whose answer could not be read.
+        prices: US dollars per million prompt and completion tokens.
+    """
 
     def __init__(
-        self, client: ChatClient, mode: str, max_asks: int, prices: tuple[float, float]
+        self, client: ChatClient, reminder: str, max_asks: int, prices: tuple[float, float]
     ) -> None:
         self.client = client
-        self.reminder = REMINDERS[mode]
+        self.reminder = reminder
         self.max_asks = max_asks
         self.prices = prices
         self._counts: Counter[str] = Counter(answers=0, unparsed=0, cut=0, gave_up=0)
@@ -307,16 +313,18 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     return re.sub(rf"\{{({names})\}}", lambda match: values[match.group(1)], template)
 
 
-def _template(path: str | None, mode: str) -> str:
+def read_template(path: str | None, default: str, placeholders: Sequence[str], setting: str) -> str:
+    """The text of a template file, or ``default`` without one.
+
+    Raises: SignalError naming ``setting`` for a file that cannot be read or lacks a placeholder.
+    """
     if path is None:
-        return PAIRWISE_TEMPLATE if mode == "pairwise" else POINTWISE_TEMPLATE
+        return default
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SignalError(f"signals judge.template = {path!r}: {error}") from error
-    missing = [name for name in _PLACEHOLDERS[mode] if name not in text]
+        raise SignalError(f"{setting} = {path!r}: {error}") from error
+    missing = [name for name in placeholders if name not in text]
     if missing:
-        raise SignalError(
-            f"signals judge.template = {path!r}: a {mode} template needs {', '.join(missing)}"
-        )
+        raise SignalError(f"{setting} = {path!r}: the template needs {', '.join(missing)}")
     return text

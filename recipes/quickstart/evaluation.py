@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from recipes.quickstart.run import (
     has_policy,
     launch,
     make_splits,
+    run_prefopt,
     set_environment,
 )
 from recipes.quickstart.run import RUN_DIR as QUICKSTART
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _evaluate(url)
         judge = measure_judge(url, held_out)
     with clock.phase("compare", "3/4  is the difference more than noise?"):
-        _prefopt(
+        run_prefopt(
             "eval",
             "compare",
             RUN_DIR / "sft",
@@ -126,11 +126,11 @@ def _evaluate(url: str) -> None:
         "tasks.pair_accuracy.format=text",
         "tasks.pair_accuracy.by=mean_logp",
     ]
-    _prefopt(
+    run_prefopt(
         *("eval", CHECKPOINTS["sft"], "--tasks", "signals,pair_accuracy"),
         *("--output", RUN_DIR / "sft", *common),
     )
-    _prefopt(
+    run_prefopt(
         *("eval", CHECKPOINTS["simpo"], "--tasks", "signals,pair_accuracy,win_rate"),
         *("--baseline", CHECKPOINTS["sft"], "--output", RUN_DIR / "simpo", *common),
         f"tasks.win_rate.data={data / 'prompts.jsonl'}",
@@ -139,15 +139,6 @@ def _evaluate(url: str) -> None:
         *(f"judge.base_url={url}", f"judge.model={NAME}", "judge.max_tokens=8"),
         f"judge.cache_dir={RUN_DIR / 'cache'}",
     )
-
-
-def _prefopt(*arguments: object) -> None:
-    """Runs a `prefopt` command as a user would. Raises SystemExit with its status if it fails."""
-    words = [str(argument) for argument in arguments]
-    console.print(f"$ prefopt {' '.join(words)}", style="dim", markup=False, soft_wrap=True)
-    status = subprocess.run([sys.executable, "-m", "prefopt.cli", *words], check=False).returncode
-    if status:
-        raise SystemExit(f"quickstart-eval: `prefopt {words[0]}` failed with status {status}")
 
 
 def _report(judge: dict[str, float], clock: Clock) -> int:

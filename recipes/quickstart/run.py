@@ -109,18 +109,27 @@ def has_policy(seed: int) -> bool:
     return record["recipe"] == wanted.model_dump(mode="json")
 
 
-def launch(script: str, recipe: str, *, seed: int) -> None:
+def launch(script: str, recipe: str, *overrides: str, seed: int) -> None:
     """Runs a recipe the way a user would. Raises SystemExit with its status if it fails."""
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", "accelerate_configs/cpu.yaml"),
-        *(script, recipe, f"train.seed={seed}", f"data.seed={seed}"),
+        *(script, recipe, f"train.seed={seed}", f"data.seed={seed}", *overrides),
     ]
     shown = " ".join(["accelerate launch", *command[3:]])
     console.print(f"[dim]$ {shown}[/dim]", soft_wrap=True)
     status = subprocess.run(command, check=False).returncode
     if status:
         raise SystemExit(f"quickstart: this command failed with status {status}: {shown}")
+
+
+def run_prefopt(*arguments: object) -> None:
+    """Runs a `prefopt` command as a user would. Raises SystemExit with its status if it fails."""
+    words = [str(argument) for argument in arguments]
+    console.print(f"$ prefopt {' '.join(words)}", style="dim", markup=False, soft_wrap=True)
+    status = subprocess.run([sys.executable, "-m", "prefopt.cli", *words], check=False).returncode
+    if status:
+        raise SystemExit(f"quickstart: `prefopt {words[0]}` failed with status {status}")
 
 
 def load_policy(adapter: Path | None = None) -> tuple[Any, Any]:

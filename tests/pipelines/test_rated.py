@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from data_pipelines.pipeline import load_pipeline, presets
+from data_pipelines.rows import RowKind
+from prefopt.cli import main
 from tests.eval.runs import write_jsonl
 from tests.pipelines.pipelines import build, counts, refused, rows, write_pipeline
 
@@ -253,3 +256,57 @@ def test_settings_that_cannot_mean_anything_are_refused(
 ) -> None:
     file = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "p"}])
     assert says in refused(capsys, rated(tmp_path, file, **keys))
+
+
+# -- presets -------------------------------------------------------------------------------------------------
+
+
+def local(file: Path, output: Path) -> list[str]:
+    return [
+        f"stages.rated.sources.0.path={file}",
+        "stages.rated.sources.0.split=null",
+        f"output_dir={output}",
+    ]
+
+
+def test_the_preset_for_hh_takes_the_published_file(tmp_path: Path, shared_data: Path) -> None:
+    file = shared_data / "hh_rlhf" / "harmless-base_test.jsonl.gz"
+    assert main(["data", "build", "hh_dialogues", *local(file, tmp_path / "out")]) == 0
+    assert counts(tmp_path / "out", "rated")["rows_out"] == 2303
+
+
+def test_the_preset_for_ultrafeedback_pairs_best_with_worst_a_point_apart(tmp_path: Path) -> None:
+    """In the shape of openbmb/UltraFeedback: scores 8, 5, 8, 6 give one pair, 7 and 6.5 none, equal texts none."""
+
+    def row(*answers: tuple[str, float]) -> dict[str, Any]:
+        completions = [
+            {"model": f"m{n}", "response": t, "overall_score": s}
+            for n, (t, s) in enumerate(answers)
+        ]
+        return {
+            "source": "evol_instruct",
+            "instruction": "explain",
+            "models": [],
+            "completions": completions,
+        }
+
+    data = [
+        row(("a", 8.0), ("b", 5.0), ("c", 8.0), ("d", 6.0)),
+        row(("a", 7.0), ("b", 6.5)),
+        row(("a", 7.0), ("a", 1.0)),
+    ]
+    file = write_jsonl(tmp_path / "uf.jsonl", data)
+    assert main(["data", "build", "ultrafeedback_completions", *local(file, tmp_path / "out")]) == 0
+    (pair,) = rows(tmp_path / "out" / "filter")
+    assert (pair["chosen"], pair["rejected"]) == ("a", "b")
+    assert pair["prompt"] == [{"role": "user", "content": "explain"}]
+    assert pair["info_chosen"] == {"model": "m0"}
+    assert counts(tmp_path / "out", "answered")["dropped"] == {"all_equal": 1}
+    assert counts(tmp_path / "out", "filter")["dropped"] == {"margin_below": 1}
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_every_preset_is_sound_as_shipped(name: str) -> None:
+    pipeline = load_pipeline(Path(name))
+    assert pipeline.stages[-1].gives is RowKind.PAIRS
+    assert pipeline.directory.parts[0] == "data"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.cli import guarded
+
+logger = logging.getLogger("prefopt.data")
 
 SUMMARY = "Builds preference data from prompts or rated responses, stage by stage; says what is in a pair set."
 
@@ -94,19 +97,19 @@ def _build(argv: Sequence[str]) -> None:
     )
     arguments = _parse(parser, argv)
     from data_pipelines.pipeline import load_pipeline
-    from data_pipelines.runner import build
+    from data_pipelines.runner import build, redo
     from data_pipelines.show import print_record, print_use
 
     pipeline = load_pipeline(arguments.pipeline, arguments.overrides)
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers}: must be >= 1")
-    helpers = _start_helpers(arguments) if arguments.workers > 1 and not arguments.start else []
+    if arguments.start:
+        redo(pipeline, arguments.start)
+    helpers = _start_helpers(arguments)
     try:
-        build(pipeline, start=arguments.start)
+        build(pipeline)
     finally:
-        for helper in helpers:
-            helper.terminate()
-            helper.wait()
+        _end_helpers(helpers)
     print_record(pipeline)
     print_use(pipeline)
 
@@ -119,6 +122,18 @@ def _start_helpers(arguments: argparse.Namespace) -> list[subprocess.Popen[bytes
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(arguments.workers - 1)
     ]
+
+
+def _end_helpers(helpers: list[subprocess.Popen[bytes]]) -> None:
+    """Ends workers that still wait for something; one that failed by itself is told of: others did its work."""
+    for helper in helpers:
+        code = helper.poll()
+        if code:
+            logger.warning(
+                "a worker process ended with exit code %d; its shards were made by others", code
+            )
+        helper.terminate()
+        helper.wait()
 
 
 def _check(argv: Sequence[str]) -> None:

@@ -24,21 +24,14 @@ from prefopt.errors import ConfigError, DataError
 logger = logging.getLogger("prefopt.data")
 
 
-def build(pipeline: Pipeline, *, start: str | None = None) -> dict[str, Any]:
+def build(pipeline: Pipeline) -> dict[str, Any]:
     """Runs what is not done yet; returns the last stage's record.
 
     The same command on several machines shares the work; after a kill it goes on at the last whole shard.
-
-    Args:
-        pipeline: valid settings.
-        start: redo from this stage on; what there was moves to ``replaced/``.
-
     Raises: ConfigError if a stage was made of something else; DataError for files that are broken, changed
         or in use; whatever a stage raises.
     """
-    leases = Leases(pipeline.directory / "leases", pipeline.settings.lease_s)
-    if start is not None:
-        _redo(pipeline, start, leases)
+    leases = _leases(pipeline)
     depends = [_depends(pipeline, stage) for stage in pipeline.stages]
     _check_unchanged(pipeline, depends)
     done: list[tuple[str, dict[str, Any]]] = []
@@ -185,8 +178,16 @@ def _require_rows(stage: BoundStage, record: dict[str, Any]) -> None:
         )
 
 
-def _redo(pipeline: Pipeline, start: str, leases: Leases) -> None:
-    """Moves ``start`` and what comes after it aside. Raises: DataError while others work on them."""
+def _leases(pipeline: Pipeline) -> Leases:
+    return Leases(pipeline.directory / "leases", pipeline.settings.lease_s)
+
+
+def redo(pipeline: Pipeline, start: str) -> None:
+    """Moves ``start`` and what comes after it to ``replaced/``, for `build` to make again.
+
+    Raises: ConfigError for a stage there is none of; DataError while others work on them.
+    """
+    leases = _leases(pipeline)
     stages = pipeline.stages[pipeline.index(start) :]
     ids = {stage.id for stage in stages}
     busy = [each for each in leases.holders() if each.split("/")[0] in ids]

@@ -153,6 +153,24 @@ def test_workers_share_shards_and_do_none_twice(tmp_path: Path) -> None:
     assert rows(output(path) / "pair") == rows(alone / "pair")
 
 
+def test_workers_of_one_command_make_what_one_process_makes(tmp_path: Path) -> None:
+    """Also where a stage is made again."""
+    log = tmp_path / "log"
+    stages = [*GROUPS, {"stage": "slow", "shard_s": 0.3, "log": str(log)}, {"stage": "pair"}]
+    path = write_pipeline(tmp_path / "p.yaml", stages, shard_rows=20)
+    folder = build(path, "--workers", "3")
+    alone = build(write_pipeline(tmp_path / "alone.yaml", PAIRS, shard_rows=20))
+    assert rows(folder / "pair") == rows(alone / "pair")
+    log.unlink()
+    build(path, "--workers", "3", "--from", "slow")
+    lines = [line.split() for line in log.read_text().splitlines()]
+    assert (
+        len({first for first, _ in lines}) == len(lines)
+        and len({worker for _, worker in lines}) > 1
+    )
+    assert rows(folder / "pair") == rows(alone / "pair")
+
+
 def test_a_lease_of_a_living_worker_is_respected_and_that_of_a_dead_one_taken_over(
     tmp_path: Path,
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import enum
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -106,15 +106,6 @@ def require_columns(row: Mapping[str, Any], kind: RowKind, where: str) -> None:
             f"{where}: no column {missing[0]!r}; {kind} have {', '.join(_REQUIRED[kind])}, this row has "
             f"{', '.join(row) or 'nothing'}"
         )
-
-
-def texts(row: Mapping[str, Any], kind: RowKind) -> Iterator[str]:
-    """The prompt's text, then every response's."""
-    yield prompt_text(row)
-    if kind in (RowKind.GROUPS, RowKind.PAIRS):
-        yield from (response["text"] for response in responses_of(row, kind))
-    elif kind is RowKind.SAMPLES:
-        yield row["response"]
 
 
 _REQUIRED: dict[RowKind, tuple[str, ...]] = {

@@ -23,7 +23,7 @@ from prefopt.distributed import Interrupts
 from tests.distributed.launch import write_model, write_pairs, write_recipe
 from tests.recipes.commands import prefopt, run
 
-NUM_STEPS = 18
+NUM_STEPS = 24
 # Clocks and memory differ from run to run; everything else is computed.
 MEASURED = {"time/window_s", "time/train_s", "tokens/per_s", "memory/peak_gib"}
 
@@ -42,19 +42,19 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = recipe_in(tmp_path_factory.mktemp("undisturbed"), inputs)
     code, output = run(*command_of(recipe), log=recipe.parent / "log")
     assert code == 0, output
-    assert [row["step"] for row in rows(recipe.parent / "run")] == [0, 5, 10, 15, NUM_STEPS]
+    assert [row["step"] for row in rows(recipe.parent / "run")] == [0, 5, 10, 15, 20, NUM_STEPS]
     return recipe.parent / "run"
 
 
 def recipe_in(directory: Path, inputs: Path) -> Path:
-    """DPO with LoRA and dropout, 3 epochs of 6 steps, checkpoints every 2 and rows every 5."""
+    """DPO with LoRA and dropout, 4 epochs of 6 steps, checkpoints every 2 and rows every 5."""
     return write_recipe(
         directory / "recipe.yaml",
         inputs / "model",
         inputs / "pairs.jsonl",
         peft={"r": 8, "lora_dropout": 0.2},
         data={"eval_frac": 0.1},
-        train={"global_batch_size": 4, "num_epochs": 3, "save_every": 2, "log_every": 5},
+        train={"global_batch_size": 4, "num_epochs": 4, "save_every": 2, "log_every": 5},
     )
 
 
@@ -114,7 +114,8 @@ def test_run_killed_at_random_steps_ends_bit_for_bit_as_the_undisturbed_one(
                 time.sleep(delays.uniform(0, 0.05))
             command.send(signal.SIGKILL)
             assert command.wait() == -signal.SIGKILL, command.output
-    assert 0 < checkpoints(run_dir)[-1] < NUM_STEPS
+    # The last kill may have come after the last checkpoint: SIGKILL as exit code says the run had not ended.
+    assert checkpoints(run_dir)
     code, output = run(*command_of(recipe), log=tmp_path / "log")
     assert code == 0, output
     assert "resumed from" in output

@@ -9,6 +9,9 @@ from typing import Any, TypeAlias
 
 from prefopt.errors import DataError
 
+ORDERS_AGREE = "orders_agree"
+"""Column of a pair that was decided in two games: does each order alone give the same winner?"""
+
 Ratings: TypeAlias = tuple[float, float]
 """Of answer a and answer b, whatever the order in which the judge saw them."""
 
@@ -42,6 +45,13 @@ class Battle:
         """Mean rating of a less that of b."""
         mean_a, mean_b = self.means
         return mean_a - mean_b
+
+    @property
+    def orders_agree(self) -> bool | None:
+        """Do both games have the winner of their mean? None unless there were two."""
+        if len(self.ratings) != 2:
+            return None
+        return all((a - b) * self.gap > 0 for a, b in self.ratings)
 
     @property
     def points(self) -> float | None:

@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
         "check": _check,
         "status": _status,
         "round": _round,
+        "card": _card,
         "stages": _stages,
         "presets": _presets,
         "keys": _keys,
@@ -182,6 +183,53 @@ def _round(argv: Sequence[str]) -> None:
     from data_pipelines.rounds import print_rounds, run_rounds
 
     print_rounds(run_rounds(load_rounds(arguments.rounds, arguments.overrides)))
+
+
+def _card(argv: Sequence[str]) -> None:
+    parser = _parser(
+        "card",
+        "What is in a pair set, and what is wrong with it: a page and JSON, a verdict (ok, look, stop) a check. "
+        "PAIRS is a stage's folder, a file, directory, glob or hub data set; its keys are those of data.train.N.",
+        "prefopt data card pairs.jsonl columns.score_chosen=margin.a columns.score_rejected=margin.b \\\n"
+        "      --held-out gsm8k --held-out test.jsonl --tokenizer Qwen/Qwen2.5-1.5B-Instruct --fail-on stop",
+        pipeline=False,
+    )
+    parser.add_argument("pairs", metavar="PAIRS")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for card.html and card.json")
+    parser.add_argument(
+        "--held-out", action="append", default=[], metavar="SET",
+        help="look for its prompts among the pairs: a task of `prefopt eval`, or a file or data set with prompts "
+        "(several times for several)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="MODEL", help="check template, BOS, end tokens and lengths in tokens with it"
+    )  # fmt: skip
+    parser.add_argument("--chat-template", metavar="FILE", help="in place of the tokenizer's own")
+    parser.add_argument(
+        "--fail-on", choices=("look", "stop"), help="exit with 1 from this verdict on, for use in CI"
+    )  # fmt: skip
+    arguments = _parse(parser, argv)
+    if arguments.chat_template and not arguments.tokenizer:
+        parser.error("--chat-template: nothing is rendered without --tokenizer")
+    from data_pipelines.card.build import CardSettings, held_out_set, make_card
+    from data_pipelines.card.findings import SEVERITY
+    from data_pipelines.card.outputs import PAGE_FILE, default_folder, print_card, write_card
+    from data_pipelines.card.pairs import PairSource
+    from prefopt.errors import DataError
+
+    source = PairSource(arguments.pairs, tuple(arguments.overrides))
+    folder = arguments.output or default_folder(source)
+    settings = CardSettings(
+        tuple(map(held_out_set, arguments.held_out)), arguments.tokenizer, arguments.chat_template
+    )
+    card = make_card(source, settings)
+    write_card(card, folder)
+    print_card(card)
+    print(f"the page: {folder / PAGE_FILE}")
+    if arguments.fail_on and SEVERITY[card.worst()] >= SEVERITY[arguments.fail_on]:
+        raise DataError(
+            f"{arguments.pairs}: the card says {card.worst()} (--fail-on {arguments.fail_on})"
+        )
 
 
 def _stages(argv: Sequence[str]) -> None:

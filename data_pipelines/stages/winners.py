@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_pipelines.base import Dropped, Place, Result, RowByRow, StageSettings
-from data_pipelines.battles import Battle, read_battles
+from data_pipelines.battles import ORDERS_AGREE, Battle, read_battles
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, user_fields
 from data_pipelines.stages.pair import pair_rows
@@ -31,7 +31,8 @@ class Winners(StageSettings):
     `columns: {chosen: response}`; `data.train` takes no group, and a pair without a loser would be none.
 
     Ties and smaller gaps count as undecided. Dropped: `undecided` (no battle that counts is decided) and, for
-    `sft`, `unbeaten` (no opponent won one). The rows leave the column `battles` behind.
+    `sft`, `unbeaten` (no opponent won one). The rows leave the column `battles` behind; a pair of two games says
+    in `orders_agree` whether each alone has that winner, for `prefopt data card`.
     """
 
     gives: Literal["pairs", "sft"]
@@ -107,6 +108,7 @@ class _Win:
     loser: int
     rating: float
     gap: float
+    orders_agree: bool | None
 
 
 def _win(battle: Battle, min_gap: float) -> _Win | None:
@@ -115,8 +117,8 @@ def _win(battle: Battle, min_gap: float) -> _Win | None:
     if battle.unreadable or gap == 0 or abs(gap) < min_gap:
         return None
     if gap > 0:
-        return _Win(battle.a, battle.b, mean_a, gap)
-    return _Win(battle.b, battle.a, mean_b, -gap)
+        return _Win(battle.a, battle.b, mean_a, gap, battle.orders_agree)
+    return _Win(battle.b, battle.a, mean_b, -gap, battle.orders_agree)
 
 
 def _pairs(row: Row, wins: Sequence[_Win]) -> list[Row]:
@@ -126,4 +128,8 @@ def _pairs(row: Row, wins: Sequence[_Win]) -> list[Row]:
         sides.append({**row["responses"][win.winner], "score": win.rating})
         sides.append({**row["responses"][win.loser], "score": win.rating - win.gap})
     places = range(0, len(sides), 2)
-    return pair_rows({**row, "responses": sides}, sides, [(place, place + 1) for place in places])
+    pairs = pair_rows({**row, "responses": sides}, sides, [(place, place + 1) for place in places])
+    return [
+        pair if win.orders_agree is None else {**pair, ORDERS_AGREE: win.orders_agree}
+        for pair, win in zip(pairs, wins, strict=True)
+    ]

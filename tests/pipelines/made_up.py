@@ -45,6 +45,8 @@ class Slow(StageSettings):
     """Seconds a shard takes."""
     log: str | None = None
     """File that each shard's first row and process are added to."""
+    company: bool = False
+    """Begin only once two processes have written themselves into the log: a busy machine starts them slowly."""
     lose: bool = False
     """Forget a row of each shard, as a broken stage would."""
     silent: bool = False
@@ -62,8 +64,13 @@ class Worker:
     def process(self, rows: Sequence[Row]) -> Sequence[Result]:
         time.sleep(self.settings.shard_s)
         if self.settings.log is not None:
-            with Path(self.settings.log).open("a") as file:
+            log = Path(self.settings.log)
+            with log.open("a") as file:
                 file.write(f"{rows[0]['id']} {os.getpid()}\n")
+            deadline = time.monotonic() + 120
+            while self.settings.company and len(_processes(log)) < 2:
+                assert time.monotonic() < deadline, "no second process came"
+                time.sleep(0.02)
         results: list[Result] = [
             {**row, "drawn": self.place.rng(row["id"]).random()} for row in rows
         ]
@@ -73,3 +80,7 @@ class Worker:
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+def _processes(log: Path) -> set[str]:
+    return {line.split()[1] for line in log.read_text().splitlines() if len(line.split()) == 2}

@@ -136,7 +136,7 @@ def _without_name(files: dict[str, bytes]) -> dict[str, bytes]:
 
 def test_workers_share_shards_and_do_none_twice(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    stages = [*GROUPS, {"stage": "slow", "shard_s": 0.1, "log": str(log)}, {"stage": "pair"}]
+    stages = [*GROUPS, {"stage": "slow", "company": True, "log": str(log)}, {"stage": "pair"}]
     path = write_pipeline(tmp_path / "p.yaml", stages, shard_rows=10)
     workers = [subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True) for _ in range(3)]
     said = [worker.communicate()[1] for worker in workers]
@@ -156,7 +156,7 @@ def test_workers_share_shards_and_do_none_twice(tmp_path: Path) -> None:
 def test_workers_of_one_command_make_what_one_process_makes(tmp_path: Path) -> None:
     """Also where a stage is made again."""
     log = tmp_path / "log"
-    stages = [*GROUPS, {"stage": "slow", "shard_s": 0.3, "log": str(log)}, {"stage": "pair"}]
+    stages = [*GROUPS, {"stage": "slow", "company": True, "log": str(log)}, {"stage": "pair"}]
     path = write_pipeline(tmp_path / "p.yaml", stages, shard_rows=20)
     folder = build(path, "--workers", "3")
     alone = build(write_pipeline(tmp_path / "alone.yaml", PAIRS, shard_rows=20))

@@ -100,3 +100,15 @@ def test_an_evaluation_of_the_run_asks_for_its_target(run: Path, tmp_path: Path)
     assert conditioned.prompt_tokens("sun") == length > (plain.prompt_tokens("sun") or 0)
     # Answers are stored under what they were asked with.
     assert conditioned.chat_template_sha256 != plain.chat_template_sha256
+
+
+def test_show_prints_the_reward_in_the_prompt_and_both_labels(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(run.parent / "recipe.yaml"), "-n", "1", "--no-color"]) == 0
+    said = capsys.readouterr().out.replace("\u2502", "")
+    rewards = [json.loads(x)["reward"] for x in (run.parent / "samples.jsonl").open()]
+    (shown,) = [
+        f"{reward:.2f}" for reward in rewards if f"; scores {reward:g}; advantages " in said
+    ]
+    assert f" <score {shown}>" in said

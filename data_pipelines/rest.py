@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -173,14 +173,19 @@ class Doing(Protocol):
 
 
 class Commands:
-    """Each step as a command in a process of its own.
+    """Each step as a command.
 
     Args:
         file: the schedule.
+        prefopt: runs ``prefopt ARGUMENTS`` for a step; default: in a process of its own. (Small models may do
+            without: `bench.claims_rest`.)
     """
 
-    def __init__(self, file: RestFile) -> None:
+    def __init__(
+        self, file: RestFile, prefopt: Callable[[Sequence[str], str], None] | None = None
+    ) -> None:
         self.file = file
+        self.prefopt = prefopt or run_prefopt
 
     def grow(self, plan: Sequence[ImproveStep]) -> list[dict[str, Any]]:
         for step in plan:
@@ -188,13 +193,14 @@ class Commands:
         for step in plan:
             write_files(step.files)
             if not _kept(step).done_record.is_file():
-                run_prefopt(["data", "build", str(step.folder / "data.yaml")], step.name)
+                self.prefopt(["data", "build", str(step.folder / "data.yaml")], step.name)
         return [_record(_kept(step))["report"]["threshold"] for step in plan]
 
     def train(self, step: ImproveStep) -> None:
         if not step.final.is_dir():
             settings, recipe = self.file.settings, step.folder / "recipe.yaml"
-            train(step.name, recipe, step.final, settings.launch, settings.script)
+            launch, script = settings.launch, settings.script
+            train(step.name, recipe, step.final, launch, script, self.prefopt)
 
     def validate(self, policy: str, folder: Path) -> Reward:
         raw = validation_pipeline(self.file, policy, folder)
@@ -204,7 +210,7 @@ class Commands:
         scored = StageFolder(Path(raw["output_dir"]), str(last.get("id") or last["stage"]))
         if not scored.done_record.is_file():
             write_files(files)
-            run_prefopt(["data", "build", str(files[0][0])], f"the validation of {policy}")
+            self.prefopt(["data", "build", str(files[0][0])], f"the validation of {policy}")
         return _reward(scored)
 
 

@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -61,19 +61,28 @@ def write_files(files: Files) -> None:
             temporary.write_text(dump(raw), encoding="utf-8")
 
 
-def train(step: str, recipe: Path, final: Path, launch: str, script: str | None) -> None:
-    """Trains ``recipe`` until ``final`` is there. Raises: TrainingError."""
+def train(
+    step: str,
+    recipe: Path,
+    final: Path,
+    launch: str,
+    script: str | None,
+    prefopt: Callable[[Sequence[str], str], None] | None = None,
+) -> None:
+    """Trains ``recipe`` until ``final`` is there, by ``launch script``, else as `run_prefopt` or ``prefopt`` does.
+
+    Raises: TrainingError.
+    """
     if launch:
         run_command([*shlex.split(launch), str(script), str(recipe)], step)
     else:
-        run_prefopt(["train", str(recipe)], step)
+        (prefopt or run_prefopt)(["train", str(recipe)], step)
     if not final.is_dir():
         raise TrainingError(f"{step}: training ended without {final}; run the same command again")
 
 
-def run_prefopt(arguments: Iterable[str], step: str) -> None:
+def run_prefopt(arguments: Sequence[str], step: str) -> None:
     """Runs ``prefopt ARGUMENTS`` with this Python. Raises: TrainingError."""
-    arguments = list(arguments)
     run_command(
         [sys.executable, "-m", "prefopt.cli", *arguments], step, "prefopt " + shlex.join(arguments)
     )

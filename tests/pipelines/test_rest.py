@@ -70,11 +70,8 @@ def schedule(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
         ],
     }
     recipe = {
-        "stage": "sft",
-        "data": {
-            "train": [{"path": "${data}", "columns": {"chosen": "response", "rejected": None}}],
-            "cache_dir": str(folder / "cache"),
-        },
+        "data": {"train": [{"path": "${data}"}], "cache_dir": str(folder / "cache")},
+        "objective": {"name": "filtered_nll", "threshold": -100},
         "train": {"global_batch_size": 4, "save_every": 1},
     }
     raw = {
@@ -348,12 +345,12 @@ def test_what_pipeline_and_recipe_lack_is_said_at_once_with_lines(
     assert f"{line(tmp_path, 'temperaturs')}stages.1.temperaturs: unknown key" in found
     assert f"{line(tmp_path, 'global_batch_siz:')}train.global_batch_siz: unknown key" in found
     del raw["grow"]["stages"][1]["temperaturs"], raw["recipe"]["train"]["global_batch_siz"]
-    raw["recipe"]["objective"] = {"name": "nll"}  # and stage: sft
+    raw["recipe"]["reference"] = {"name": "initial"}
     found = refused(tmp_path, raw)
     assert (
         "grow.stages.1.drop_identical = true: drops prompts whose samples are all the same" in found
     )
-    assert f"{line(tmp_path, 'objective:')}objective: would be ignored" in found
+    assert f"{line(tmp_path, 'reference:')}reference: would be ignored" in found
 
 
 def test_what_a_schedule_cannot_do_without(tmp_path: Path, model: Path) -> None:
@@ -443,9 +440,11 @@ def test_validation_asks_held_out_prompts_as_grow_asks_its_own(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("name", ["quickstart", "translation", "verifiable", "rest_em"])
-def test_shipped_schedules_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_schedules_are_sound(
+    name: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    file = load_rest(ROOT / "recipes" / "rest" / f"{name}.yaml")
+    file = load_rest(ROOT / "recipes" / "rest" / f"{name}.yaml", [f"policy={model}"])
     settings = file.settings
     plan = plan_grow(file, 1, settings.policy, settings.policy)
     if name == "rest_em":

@@ -185,6 +185,7 @@ class Commands:
         self, file: RestFile, prefopt: Callable[[Sequence[str], str], None] | None = None
     ) -> None:
         self.file = file
+        self.first = final_policy(file.settings.policy)
         self.prefopt = prefopt or run_prefopt
 
     def grow(self, plan: Sequence[ImproveStep]) -> list[dict[str, Any]]:
@@ -203,7 +204,7 @@ class Commands:
             train(step.name, recipe, step.final, launch, script, self.prefopt)
 
     def validate(self, policy: str, folder: Path) -> Reward:
-        raw = validation_pipeline(self.file, policy, folder)
+        raw = validation_pipeline(self.file, policy, self.first, folder)
         files = [(folder / "validation.yaml", raw)]
         refuse_changes(files, f"the validation of {policy}", str(folder / "validation*"))
         last = raw["stages"][-1]

@@ -107,36 +107,35 @@ def grow_pipeline(file: RestFile, grow: int) -> dict[str, Any]:
     raw = with_plugins(own, file.path)
     raw["output_dir"] = str(Path(file.settings.output_dir) / f"grow-{grow}" / "data")
     seed = raw.get("seed", 0)
-    raw["seed"] = (
-        seed + grow - 1 if isinstance(seed, int) else seed
-    )  # the schema says what is wrong
+    if isinstance(seed, int):  # of anything else the schema says what is wrong
+        raw["seed"] = seed + grow - 1
     return raw
 
 
-def validation_pipeline(file: RestFile, policy: str, folder: Path) -> dict[str, Any]:
-    """The pipeline that measures ``policy`` on the held-out prompts; ``folder`` gets ``validation/``."""
+def validation_pipeline(file: RestFile, policy: str, first: str, folder: Path) -> dict[str, Any]:
+    """The pipeline that measures ``policy`` on the held-out prompts; ``folder`` gets ``validation/``.
+
+    Of the grow step's stages, those that ask the policy and those that score; every answer counts.
+    """
     section = file.settings.validation
     assert section is not None
     raw = {**grow_pipeline(file, 1), "output_dir": str(folder / "validation")}
-    first, *rest = file.document.raw["grow"]["stages"]
-    prompts: dict[str, Any] = {
-        "stage": "prompts",
-        "sources": file.document.raw["validation"]["sources"],
-    }
-    prompts |= {"keep": first["keep"]} if first.get("keep") else {}
+    sources = file.document.raw["validation"]["sources"]
+    reads, *rest = file.document.raw["grow"]["stages"]
+    prompts: dict[str, Any] = {"stage": "prompts", "sources": sources}
+    prompts |= {"keep": reads["keep"]} if reads.get("keep") else {}
     prompts |= {"max_prompts": section.max_prompts} if section.max_prompts else {}
+    sampled: dict[str, Any] = {"samples_per_seed": section.samples_per_prompt}
+    sampled |= {"temperatures": [section.temperature]}
+    sampled |= {"drop_identical": False, "drop_unended": False}
     stages = [prompts]
     for each in rest:
         if _asks_policy(each):
-            sampled = {"samples_per_seed": section.samples_per_prompt, "drop_identical": False}
-            seeds = list(each.get("seeds") or [0])[:1]
-            stages.append(
-                {**each, **sampled, "seeds": seeds, "temperatures": [section.temperature]}
-            )
+            stages.append({**each, **sampled, "seeds": list(each.get("seeds") or [0])[:1]})
         elif each.get("stage") == "score":
             stages.append(each)
     raw["stages"] = stages
-    return filled(raw, {"policy": policy, "first": policy, "grow": 0}, str(file.path))
+    return filled(raw, {"policy": policy, "first": first, "grow": 0}, str(file.path))
 
 
 def check_rest(file: RestFile, first: str) -> None:
@@ -152,7 +151,7 @@ def check_rest(file: RestFile, first: str) -> None:
     try:
         problems += _grow_problems(parse_pipeline(document, file.path), file)
         if file.settings.validation is not None:
-            parse_pipeline(Document(validation_pipeline(file, first, Path())), file.path)
+            parse_pipeline(Document(validation_pipeline(file, first, first, Path())), file.path)
     except ConfigError as error:
         problems += [f"grow: {each}" for each in error.problems]
     problems += [f"recipe: {each}" for each in _recipe_problems(file, step)]
@@ -182,11 +181,11 @@ def _grow_problems(pipeline: Pipeline, file: RestFile) -> Iterator[str]:
                 "prompts whose samples are all the same, and where they are all right they are what is wanted; "
                 "set it to false"
             )
-    validates = file.settings.validation is not None
-    if validates and not any(stage.spec.name == "score" for stage in pipeline.stages):
+    scores = [each for each in pipeline.stages if each.spec.name == "score"]
+    if file.settings.validation is not None and "score" not in {s.settings.into for s in scores}:
         yield (
-            f"{document.origin(('validation',))}validation: grow.stages has no `score` stage, which held-out "
-            "answers would be scored by"
+            f"{document.origin(('validation',))}validation: grow.stages has no `score` stage that writes "
+            "`score`, which held-out answers would be scored by"
         )
 
 

@@ -24,6 +24,7 @@ from data_pipelines.rest_plan import ImproveStep, check_rest, plan_grow, validat
 from data_pipelines.rest_settings import load_rest
 from prefopt.cli import main
 from prefopt.errors import ConfigError, TrainingError
+from recipes.quickstart.task import share_in_place
 from tests.eval.runs import write_chat_model, write_jsonl
 from tests.pipelines.pipelines import rows
 
@@ -371,7 +372,7 @@ def test_what_a_schedule_cannot_do_without(tmp_path: Path, model: Path) -> None:
     assert "gives pairs, and thresholds are over scored groups or samples" in refused(tmp_path, raw)
     raw["grow"]["stages"] = raw["grow"]["stages"][:2]
     raw["validation"] = {"sources": [{"path": "x.jsonl"}]}
-    assert "has no `score` stage" in refused(tmp_path, raw)
+    assert "has no `score` stage that writes `score`" in refused(tmp_path, raw)
     assert "are given together" in refused(tmp_path, raw, "launch=accelerate launch")
 
 
@@ -424,19 +425,31 @@ def test_validation_asks_held_out_prompts_as_grow_asks_its_own(tmp_path: Path, m
     raw = schedule(tmp_path, model)
     own = {"stage": "rated", "sources": [{"path": "d.jsonl"}], "keep": ["answer"],
            "responses": [{"text": "answer", "offline": True}]}  # fmt: skip
-    raw["grow"]["stages"] = [
-        own,
-        *raw["grow"]["stages"][1:],
-        {"stage": "filter", "max_unended_frac": 0.5},
-    ]
+    sampling = {**raw["grow"]["stages"][1], "drop_unended": True}
+    signal = {"name": "implicit_reward", "path": "${policy}", "reference": "${first}"}
+    scoring = {"stage": "score", "signals": [signal]}
+    raw["grow"]["stages"] = [own, sampling, scoring, {"stage": "filter", "max_unended_frac": 0.5}]
     raw["validation"] = {"sources": [{"path": "h.jsonl"}], "max_prompts": 5, "temperature": 0}
-    pipeline = validation_pipeline(load_rest(write(tmp_path, raw)), "P", tmp_path)
+    pipeline = validation_pipeline(load_rest(write(tmp_path, raw)), "P", "F", tmp_path)
     prompts, sample, score = pipeline["stages"]
     kept = {"keep": ["answer"], "max_prompts": 5}
     assert prompts == {"stage": "prompts", "sources": [{"path": "h.jsonl"}], **kept}
     assert sample["model"] == {"path": "P"} and sample["temperatures"] == [0]
     assert (sample["samples_per_seed"], sample["seeds"]) == (1, [0])
-    assert score == raw["grow"]["stages"][2]
+    assert sample["drop_unended"] is False  # an answer that does not end is an answer
+    reference = {"name": "implicit_reward", "path": "P", "reference": "F"}
+    assert score == {"stage": "score", "signals": [reference]}
+
+
+def test_the_quickstarts_graded_reward_by_hand() -> None:
+    """Right is 00133578. One digit left out moves those behind it; one too many is a place too many."""
+    assert share_in_place("83051703:", "00133578") == 1
+    assert (
+        share_in_place("83051703:", "013578") == 1 / 8
+    )  # 0 is in place, then 1, 3, 5 and 7 are early
+    assert share_in_place("83051703:", "001335788") == 8 / 9
+    assert share_in_place("83051703:", "0013357") == 7 / 8
+    assert share_in_place("83051703:", "") == 0
 
 
 @pytest.mark.parametrize("name", ["quickstart", "translation", "verifiable", "rest_em"])

@@ -47,13 +47,13 @@ NUM_PROMPTS, NUM_VALIDATION, NUM_TEST = 400, 400, 1000
 TWICE = ("grow.steps=1", "grow.stages.sample.samples_per_seed=16")
 REST_SCALES = (1.0, 3.0)
 """Of the schedule's learning rates; the first is as claims_rest.yaml has them."""
-ONLINE_RATES = (1e-4, 3e-4)
+ONLINE_RATES = (1e-4, 3e-4, 1e-3)
 ARMS: dict[str, tuple[str, ...]] = {
     "dpo": ("credit={name: best_worst}",),
     "rloo": ("objective={name: rloo}",),
 }
 TITLES = {"dpo": "online DPO", "rloo": "online RLOO"}
-BEST = {"rest": 1.0, "dpo": 1e-4, "rloo": 1e-4}
+BEST = {"rest": 3.0, "dpo": 3e-4, "rloo": 3e-4}
 """What `--tune` chose."""
 
 Measure = dict[str, float]

@@ -182,12 +182,13 @@ def test_validation_is_the_mean_score_of_held_out_answers(
     """Of every policy, the first included, by the signal of the grow step and with the same prompts and seeds."""
     raw = schedule(tmp_path, model)
     held_out = {"path": str(tmp_path / "held_out.jsonl")}
-    raw |= {"validation": {"sources": [held_out], "samples_per_prompt": 3, "patience": 2}}
+    raw |= {"validation": {"sources": [held_out], "samples_per_prompt": 3}}
+    raw |= {"improve": {"gamma": [0.5], "learning_rates": [1e-2]}}
     raw["grow"]["steps"] = 1
     assert main(["data", "rest", str(write(tmp_path, raw))]) == 0
     result = json.loads((tmp_path / "out" / "rest.json").read_text())
     means = []
-    places = ("grow-0/improve-0", "grow-1/improve-1", "grow-1/improve-2")
+    places = ("grow-0/improve-0", "grow-1/improve-1")
     for step, place in zip(result["steps"], places, strict=True):
         answers = rows(tmp_path / "out" / place / "validation" / "score")
         assert len(answers) == 6 and {len(row["responses"]) for row in answers} == {3}
@@ -396,19 +397,15 @@ def test_a_threshold_that_keeps_nothing_stops_before_any_training(
 def test_a_schedule_that_changed_is_refused(
     tmp_path: Path, model: Path, in_process: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    raw = schedule(tmp_path, model)
+    raw = schedule(tmp_path, model, improve={"gamma": [0.5], "learning_rates": [1e-3]})
     raw["grow"]["steps"] = 1
-    assert main(["data", "rest", str(write(tmp_path, raw))]) == 0
+    path = str(write(tmp_path, raw))
+    assert main(["data", "rest", path]) == 0
     ran = len(in_process)
-    assert (
-        main(["data", "rest", str(tmp_path / "rest.yaml"), "improve.learning_rates=[0.01,0.002]"])
-        == 2
-    )
+    assert main(["data", "rest", path, "improve.learning_rates=[0.002]"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert (
-        "grow 1, improve 2 has begun with another recipe.yaml: train.learning_rate was 0.001"
-        in said
-    )
+    begun = "grow 1, improve 1 has begun with another recipe.yaml"
+    assert f"{begun}: train.learning_rate was 0.001 and is now 0.002" in said
     assert len(in_process) == ran
     # more of the same is no change
     shutil.copytree(tmp_path / "out/grow-1", tmp_path / "before")

@@ -13,6 +13,7 @@ from data_pipelines.rest_settings import RestFile, part
 from data_pipelines.rows import RowKind
 from data_pipelines.steps import Files
 from prefopt.checks.rules import Surroundings, apply_rules
+from prefopt.cli import RECIPE_SCRIPTS, script_of
 from prefopt.config.load import draft_document
 from prefopt.config.yaml_file import Document
 from prefopt.errors import ConfigError
@@ -193,7 +194,23 @@ def _recipe_problems(file: RestFile, step: ImproveStep) -> list[str]:
     """Of the first step's recipe. What it says of files below output_dir is left out: they are yet to be made."""
     draft = draft_document(part(file.document, "recipe", raw=step.recipe), file.path)
     found, _ = apply_rules(draft, Surroundings(assume_cuda=bool(file.settings.launch)))
-    return [each for each in (*draft.problems, *found) if file.settings.output_dir not in each]
+    problems = [*draft.problems, *found]
+    if not draft.broken:
+        problems += _script_problems(file, script_of(draft.recipe))
+    return [each for each in problems if file.settings.output_dir not in each]
+
+
+def _script_problems(file: RestFile, right: str) -> Iterator[str]:
+    """A script that would refuse the recipe would do so after hours of sampling."""
+    script = file.settings.script
+    if script is None:
+        return
+    where = f"{file.document.origin(('script',))}script = {script!r}"
+    path = Path(script)
+    if not path.is_file():
+        yield f"{where}: no such file (looked in {Path.cwd()})"
+    elif path.stem != right and path.stem in {*RECIPE_SCRIPTS, "preference", "online_dpo"}:
+        yield f"{where}: trains something else; this recipe is launched with recipes/{right}.py"
 
 
 def _asks_policy(stage: dict[str, Any]) -> bool:

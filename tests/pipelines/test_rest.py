@@ -377,6 +377,17 @@ def test_what_a_schedule_cannot_do_without(tmp_path: Path, model: Path) -> None:
     assert "are given together" in refused(tmp_path, raw, "launch=accelerate launch")
 
 
+def test_a_script_that_would_refuse_the_recipe_is_known(tmp_path: Path, model: Path) -> None:
+    """And not after the first grow step, when it is launched."""
+    raw = schedule(tmp_path, model, launch="accelerate launch", script=str(ROOT / "recipes/dpo.py"))
+    said = refused(tmp_path, raw)
+    assert (
+        f"{line(tmp_path, 'script:')}script = '{ROOT / 'recipes/dpo.py'}': trains something else"
+        in said
+    )
+    assert "no such file" in refused(tmp_path, raw, "script=recipes/rset.py")
+
+
 def test_a_threshold_that_keeps_nothing_stops_before_any_training(
     tmp_path: Path, model: Path, in_process: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

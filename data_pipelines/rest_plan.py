@@ -13,10 +13,13 @@ from data_pipelines.rest_settings import RestFile, part
 from data_pipelines.rows import RowKind
 from data_pipelines.steps import Files
 from prefopt.checks.rules import Surroundings, apply_rules
+from prefopt.checks.settings import objective_needs, reads_samples
 from prefopt.cli import RECIPE_SCRIPTS, script_of
 from prefopt.config.load import draft_document
+from prefopt.config.schema import Recipe
 from prefopt.config.yaml_file import Document
 from prefopt.errors import ConfigError
+from prefopt.registry import Need
 
 
 @dataclass(frozen=True)
@@ -146,16 +149,18 @@ def check_rest(file: RestFile, first: str) -> None:
         (step, *_) = plan_grow(file, 1, first, first)
     except ConfigError as error:
         raise ConfigError(error.problems, source=str(file.path)) from error
-    document = part(
-        file.document, "grow", raw={**step.pipeline, "stages": step.pipeline["stages"][:-1]}
-    )
+    stages = step.pipeline["stages"][:-1]
+    document = part(file.document, "grow", raw={**step.pipeline, "stages": stages})
+    gives = None
     try:
-        problems += _grow_problems(parse_pipeline(document, file.path), file)
+        pipeline = parse_pipeline(document, file.path)
+        problems += _grow_problems(pipeline, file)
+        gives = pipeline.stages[-1].gives
         if file.settings.validation is not None:
             parse_pipeline(Document(validation_pipeline(file, first, first, Path())), file.path)
     except ConfigError as error:
         problems += [f"grow: {each}" for each in error.problems]
-    problems += [f"recipe: {each}" for each in _recipe_problems(file, step)]
+    problems += [f"recipe: {each}" for each in _recipe_problems(file, step, gives)]
     if problems:
         raise ConfigError(problems, source=str(file.path))
 
@@ -190,14 +195,33 @@ def _grow_problems(pipeline: Pipeline, file: RestFile) -> Iterator[str]:
         )
 
 
-def _recipe_problems(file: RestFile, step: ImproveStep) -> list[str]:
+def _recipe_problems(file: RestFile, step: ImproveStep, gives: RowKind | None) -> list[str]:
     """Of the first step's recipe. What it says of files below output_dir is left out: they are yet to be made."""
     draft = draft_document(part(file.document, "recipe", raw=step.recipe), file.path)
     found, _ = apply_rules(draft, Surroundings(assume_cuda=bool(file.settings.launch)))
     problems = [*draft.problems, *found]
     if not draft.broken:
         problems += _script_problems(file, script_of(draft.recipe))
+        problems += _objective_problems(file, draft.recipe, gives)
     return [each for each in problems if file.settings.output_dir not in each]
+
+
+def _objective_problems(file: RestFile, recipe: Recipe, gives: RowKind | None) -> Iterator[str]:
+    """What is trained on is one response a row, with its reward."""
+    where = file.document.origin(("recipe", "objective"))
+    if recipe.stage == "sft":
+        return
+    name = recipe.objective["name"] if recipe.objective else None
+    if not reads_samples(recipe):
+        yield (
+            f"{where}objective.name = {name!r}, stage = {recipe.stage!r}: does not train on one response a row, "
+            "which is what is left above a threshold. Take filtered_nll (NLL), r_gold or another one on rewards"
+        )
+    elif Need.ADVANTAGES in objective_needs(recipe) and gives is RowKind.GROUPS:
+        yield (
+            f"{where}objective.name = {name!r}: needs advantages, and grow.stages end with groups, which have "
+            "none; end them with `advantage`"
+        )
 
 
 def _script_problems(file: RestFile, right: str) -> Iterator[str]:

@@ -377,6 +377,25 @@ def test_what_a_schedule_cannot_do_without(tmp_path: Path, model: Path) -> None:
     assert "are given together" in refused(tmp_path, raw, "launch=accelerate launch")
 
 
+def test_the_inner_objective_trains_on_what_the_grow_step_gives(
+    tmp_path: Path, model: Path
+) -> None:
+    raw = schedule(tmp_path, model)
+    of_pairs = refused(tmp_path, raw, "recipe.objective={name: dpo}")
+    assert (
+        "override: objective.name = 'dpo', stage = 'preference': does not train on one response a row"
+        in of_pairs
+    )
+    without = refused(tmp_path, raw, "recipe.objective={name: a_lol_ref_free}")
+    assert "needs advantages, and grow.stages end with groups" in without
+    raw["grow"]["stages"].append({"stage": "advantage", "positive_only": True})
+    for name in ("a_lol_ref_free", "r_gold", "filtered_nll"):
+        raw["recipe"]["objective"] = {"name": name} | (
+            {"threshold": 0} if name == "filtered_nll" else {}
+        )
+        check_rest(load_rest(write(tmp_path, raw)), str(model))
+
+
 def test_a_script_that_would_refuse_the_recipe_is_known(tmp_path: Path, model: Path) -> None:
     """And not after the first grow step, when it is launched."""
     raw = schedule(tmp_path, model, launch="accelerate launch", script=str(ROOT / "recipes/dpo.py"))

@@ -1,6 +1,6 @@
 """ReST's claim in miniature: does the reward rise with improve steps, and again with the second grow step?
 
-    python -m bench.claims_rest           # three seeds; about 6 minutes on one quiet core
+    python -m bench.claims_rest           # three seeds; about 8 minutes on one core
     python -m bench.claims_rest --tune    # the learning rates, on validation prompts with a seed of its own
     python -m bench.claims_rest --quick   # one seed; to see it work
 
@@ -236,7 +236,7 @@ def report(base: Measure, found: dict[str, list[dict[str, Measure]]], seconds: f
     say(
         f"\nreward (share right) on {NUM_TEST:,} test prompts, mean of {seeds} seed(s) ± standard error"
     )
-    say(f"{'base (G0 I0)':34}{base['reward']:.3f}          ({base['right']:.3f})")
+    say(f"{'base (G0 I0)':42}{base['reward']:.3f}          ({base['right']:.3f})")
     for arm, title in (("rest", "ReST"), ("one", "one grow step, 16 samples")):
         for place in found[arm][0]:
             grow, improve = place.split(".")
@@ -255,7 +255,7 @@ def report(base: Measure, found: dict[str, list[dict[str, Measure]]], seconds: f
 def row(title: str, values: Sequence[Measure]) -> None:
     rewards, right = ([each[name] for each in values] for name in ("reward", "right"))
     error = statistics.stdev(rewards) / len(rewards) ** 0.5 if len(rewards) > 1 else float("nan")
-    say(f"{title:34}{statistics.fmean(rewards):.3f} ± {error:.3f}  ({statistics.fmean(right):.3f})")
+    say(f"{title:42}{statistics.fmean(rewards):.3f} ± {error:.3f}  ({statistics.fmean(right):.3f})")
 
 
 def chart(base: Measure, found: dict[str, list[dict[str, Measure]]]) -> Chart:

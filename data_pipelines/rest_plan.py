@@ -233,7 +233,7 @@ def _script_problems(file: RestFile, right: str) -> Iterator[str]:
     path = Path(script)
     if not path.is_file():
         yield f"{where}: no such file (looked in {Path.cwd()})"
-    elif path.stem != right and path.stem in {*RECIPE_SCRIPTS, "preference", "online_dpo"}:
+    elif path.stem != right and path.stem in {*RECIPE_SCRIPTS.values(), "preference", "online_dpo"}:
         yield f"{where}: trains something else; this recipe is launched with recipes/{right}.py"
 
 

@@ -124,7 +124,7 @@ class RestSettings(Section):
     """What training is started with, e.g. `accelerate launch --config_file accelerate_configs/zero3.yaml`;
     default: this machine, one process."""
     script: PathText | None = None
-    """Script that is launched, e.g. recipes/preference.py; needed with `launch`."""
+    """Script that is launched, e.g. recipes/offline_rl.py; needed with `launch`."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _problems(settings: RestSettings, document: Document) -> Iterator[str]:
         yield (
             f"{document.origin(('launch',))}launch = {settings.launch!r}, script = {settings.script!r}: are given "
             "together, e.g. `accelerate launch --config_file accelerate_configs/zero3.yaml` and "
-            "recipes/preference.py"
+            "recipes/offline_rl.py"
         )
     yield from _threshold_problems(settings.improve, document)
     yield from _recipe_problems(settings.recipe, document)

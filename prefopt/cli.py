@@ -18,9 +18,15 @@ from prefopt.errors import ConfigError, PrefoptError
 if TYPE_CHECKING:
     from prefopt.config.schema import Recipe
 
-RECIPE_SCRIPTS = ("sft", "reward_model", "dpo", "simpo")
-"""Scripts under ``recipes/`` that are named after one stage or objective; preference.py takes the rest, and
-online_dpo.py every recipe with rollouts, whatever its objective."""
+RECIPE_SCRIPTS = {
+    **{name: name for name in ("sft", "reward_model", "dpo", "simpo")},
+    **dict.fromkeys(("a_lol", "a_lol_ref_free", "a_lol_seq", "a_lol_kl"), "a_lol"),
+    **dict.fromkeys(
+        ("filtered_nll", "rwr", "reward_conditioned", "wbc", "r_gold", "r_lol"), "offline_rl"
+    ),
+}
+"""Stage or objective -> its script under ``recipes/``; preference.py takes the rest, and online_dpo.py every
+recipe with rollouts, whatever its objective."""
 
 _OVERRIDES = (
     "section.key=value, e.g. train.learning_rate=8e-7 data.train.0.path=pairs.jsonl peft=null"
@@ -330,7 +336,7 @@ def script_of(recipe: Recipe) -> str:
     if recipe.has_rollouts:
         return "online_dpo"
     found = recipe.objective["name"] if recipe.objective else recipe.stage
-    return found if found in RECIPE_SCRIPTS else "preference"
+    return RECIPE_SCRIPTS.get(found, "preference")
 
 
 def _require_script(path: str, recipe: Recipe, trains: str) -> None:

@@ -160,7 +160,7 @@ def _weights(
         return advantages
     if Need.ADVANTAGES in objective.needs:
         return (advantages > 0).astype(np.float64)
-    return (pushes != 0).astype(np.float64)
+    return (pushes > 0).astype(np.float64)
 
 
 def row_gradients(objective: BoundObjective, source: GroupSource) -> np.ndarray:

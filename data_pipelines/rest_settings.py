@@ -23,8 +23,10 @@ _Gamma = Annotated[float, Field(ge=0, le=1)]
 
 
 class GrowSection(Section):
-    """Grow: samples of the newest policy, scored. The other keys are a pipeline's: `stages`, `seed`, `shard_rows`,
-    `format`, `plugins`; `prefopt data keys`."""
+    """Grow: samples of the newest policy, scored. Also takes `seed` and the other keys of a pipeline.
+
+    `prefopt data keys` lists those; output_dir is the schedule's.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -186,6 +188,11 @@ def _problems(settings: RestSettings, document: Document) -> Iterator[str]:
             f"{document.origin(('launch',))}launch = {settings.launch!r}, script = {settings.script!r}: are given "
             "together, e.g. `accelerate launch --config_file accelerate_configs/zero3.yaml` and "
             "recipes/offline_rl.py"
+        )
+    if "output_dir" in (settings.grow.model_extra or {}):
+        yield (
+            f"{document.origin(('grow', 'output_dir'))}grow.output_dir: would be ignored: samples go below the "
+            "schedule's output_dir; leave it out"
         )
     yield from _threshold_problems(settings.improve, document)
     yield from _recipe_problems(settings.recipe, document)

@@ -365,6 +365,7 @@ def test_what_a_schedule_cannot_do_without(tmp_path: Path, model: Path) -> None:
         in ignored
     )
     assert "recipe.model.path: would be ignored" in ignored
+    assert "grow.output_dir: would be ignored" in refused(tmp_path, raw, "grow.output_dir=x")
     assert "${polici}: unknown placeholder" in refused(
         tmp_path, raw, "recipe.run={name: '${polici}'}"
     )

@@ -51,7 +51,7 @@ bench: $(STAMP) ## speed and memory beside trl.DPOTrainer
 	$(BIN)/python bench/offline_step.py
 
 clean: ## delete the environment, caches and the quickstart's run (other runs stay)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/quickstart runs/quickstart-online runs/quickstart-prompts runs/quickstart-rounds runs/quickstart-eval
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/quickstart runs/quickstart-online runs/quickstart-prompts runs/quickstart-rounds runs/quickstart-rest runs/quickstart-eval
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for the whole environment: a failed or interrupted install is started over, a finished one

@@ -25,6 +25,7 @@ examples:
   prefopt data build PIPELINE.yaml --workers 4        four processes here; the same line on other machines joins
   prefopt data status PIPELINE.yaml                   rows in and out of each stage, by reason
   prefopt data round ROUNDS.yaml                      sample, score, pair, train, and again with the new policy
+  prefopt data rest REST.yaml                         sample, train on what exceeds rising thresholds, again
   prefopt data stages                                 every stage; `prefopt data stages filter`: one, with its keys
   prefopt data card data/first/filter --fail-on stop  what is in a pair set, and what is wrong with it
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
         "status": _status,
         "round": _round,
         "card": _card,
+        "rest": _rest,
         "stages": _stages,
         "presets": _presets,
         "keys": _keys,
@@ -230,6 +232,36 @@ def _card(argv: Sequence[str]) -> None:
         raise DataError(
             f"{arguments.pairs}: the card says {card.worst()} (--fail-on {arguments.fail_on})"
         )
+
+
+def _rest(argv: Sequence[str]) -> None:
+    parser = _parser(
+        "rest",
+        "ReST, ReST-EM: grow a set of samples, improve on the best of it. Killed, it goes on where it was.",
+        "prefopt data rest recipes/rest/quickstart.yaml grow.steps=1",
+        pipeline=False,
+    )
+    parser.add_argument("schedule", metavar="REST", type=Path, help="a YAML file of a schedule")
+    parser.add_argument("--keys", action="store_true", help="print the file's keys, and stop")
+    parser.add_argument("--check", action="store_true", help="say what is wrong with it, and stop")
+    if "--keys" in argv:
+        from data_pipelines.rest_settings import RestSettings
+        from prefopt.help_pages import schema_page
+
+        print(schema_page(RestSettings))
+        return
+    arguments = _parse(parser, argv)
+    from data_pipelines.filling import final_policy
+    from data_pipelines.rest import print_outcome, run_rest
+    from data_pipelines.rest_plan import check_rest
+    from data_pipelines.rest_settings import load_rest
+
+    file = load_rest(arguments.schedule, arguments.overrides)
+    if arguments.check:
+        check_rest(file, final_policy(file.settings.policy))
+        print(f"{arguments.schedule}: fine")
+    else:
+        print_outcome(run_rest(file))
 
 
 def _stages(argv: Sequence[str]) -> None:

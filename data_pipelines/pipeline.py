@@ -80,7 +80,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     path = preset_file(path)
     document = read_yaml(path)
     return parse_pipeline(
-        apply_overrides(document, _by_number(overrides, document.raw.get("stages"))), path
+        apply_overrides(document, override_numbers(overrides, document.raw.get("stages"))), path
     )
 
 
@@ -112,16 +112,16 @@ def preset_file(path: Path) -> Path:
     return path if path.exists() else presets().get(str(path), path)
 
 
-def _by_number(overrides: Iterable[str], stages: Any) -> list[str]:
-    """Overrides with ``stages.<id>.`` written as ``stages.<number>.``."""
+def override_numbers(overrides: Iterable[str], stages: Any, section: str = "stages") -> list[str]:
+    """Overrides with ``stages.<id>.`` written as ``stages.<number>.``; ``section`` is where ``stages`` stand."""
     items = stages if isinstance(stages, list) else []
     numbers = {id_: number for number, id_ in enumerate(_ids(items))}
     result = []
     for override in overrides:
-        head, _, rest = override.partition(".")
-        name, dot, tail = rest.partition(".")
-        if head == "stages" and dot and name in numbers:
-            override = f"stages.{numbers[name]}.{tail}"
+        head, key = override[: len(section) + 1], override[len(section) + 1 :]
+        name, dot, tail = key.partition(".")
+        if head == f"{section}." and dot and name in numbers:
+            override = f"{section}.{numbers[name]}.{tail}"
         result.append(override)
     return result
 

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
+from data_pipelines.filling import filled, final_policy, set_to_train, with_plugins
 from data_pipelines.pipeline import Pipeline, parse_pipeline
 from data_pipelines.rows import RowKind
+from data_pipelines.steps import Files
 from prefopt.config.explain import explain
 from prefopt.config.load import draft_document
 from prefopt.config.schema import PathText, Section
 from prefopt.config.yaml_file import Document, apply_overrides, read_yaml
-from prefopt.errors import ConfigError, suggest
-
-_ADAPTER_CONFIG = "adapter_config.json"
+from prefopt.errors import ConfigError
 
 
 class RoundEval(Section):
@@ -83,6 +82,12 @@ class Round:
         """The policy that comes of it."""
         return self.run / "final"
 
+    @property
+    def files(self) -> Files:
+        """Pipelines and recipe, as the round's own folder has them."""
+        named = [*self.pipelines, ("recipe", self.recipe)]
+        return [(self.file(name), raw) for name, raw in named]
+
     def file(self, name: str) -> Path:
         return self.folder / f"{name}.yaml"
 
@@ -113,7 +118,7 @@ def plan_rounds(settings: RoundsSettings) -> list[Round]:
     Raises: ConfigError, with the file it comes from, for a pipeline or recipe that cannot work.
     """
     root = Path(settings.output_dir)
-    policies = [_final(settings.policy)]
+    policies = [final_policy(settings.policy)]
     rounds: list[Round] = []
     for number in range(1, settings.num_rounds + 1):
         each = _round(settings, number, root / f"round-{number}", policies)
@@ -137,9 +142,9 @@ def _round(settings: RoundsSettings, number: int, folder: Path, policies: Sequen
     for file in map(Path, files):
         raw = dict(read_yaml(file).raw)
         raw["output_dir"] = str(folder / "data" / file.stem)
-        filled = _filled(_with_plugins(raw, file), values, str(file))
-        pipelines.append((file.stem, filled))
-        last = _bound(filled, file).stages[-1]
+        pipeline = filled(with_plugins(raw, file), values, str(file))
+        pipelines.append((file.stem, pipeline))
+        last = _bound(pipeline, file).stages[-1]
         values[f"data.{file.stem}"] = values["data"] = str(folder / "data" / file.stem / last.id)
     recipe = _recipe(settings, folder, policies, values)
     return Round(number, folder, policies[-1], tuple(pipelines), recipe)
@@ -158,16 +163,8 @@ def _recipe(
             source=str(file),
         )
     trained = policies[-1] if settings.trains == "newest" else policies[0]
-    is_adapter = _is_adapter(trained) or (trained != policies[0] and bool(raw.get("peft")))
-    model = dict(raw.get("model") or {})
-    if is_adapter and raw.get("peft"):
-        model["path"] = _base(policies[0])
-        raw["peft"] = {"adapter": trained}
-    else:
-        model["path"] = trained
-    raw["model"] = model
-    raw["run"] = {**(raw.get("run") or {}), "output_dir": str(folder / "train")}
-    return _filled(_with_plugins(raw, file), values, str(file))
+    raw = set_to_train(raw, trained, policies[0], folder / "train")
+    return filled(with_plugins(raw, file), values, str(file))
 
 
 def _check(settings: RoundsSettings, each: Round) -> None:
@@ -185,59 +182,3 @@ def _check(settings: RoundsSettings, each: Round) -> None:
 
 def _bound(raw: dict[str, Any], file: Path) -> Pipeline:
     return parse_pipeline(Document(raw), file)
-
-
-def _filled(value: Any, values: Mapping[str, Any], source: str) -> Any:
-    """``value`` with its placeholders filled in; one that is all there is to a text keeps its type."""
-    if isinstance(value, dict):
-        return {key: _filled(item, values, source) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_filled(item, values, source) for item in value]
-    if not isinstance(value, str) or "${" not in value:
-        return value
-    for name, replacement in values.items():
-        if value == f"${{{name}}}":
-            return replacement
-        value = value.replace(f"${{{name}}}", str(replacement))
-    if "${" in value:
-        unknown = value.partition("${")[2].partition("}")[0]
-        raise ConfigError(
-            f"${{{unknown}}}: unknown placeholder; {suggest(unknown, values)}", source=source
-        )
-    return value
-
-
-def _with_plugins(raw: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Plugins are relative to the file they are named in, and the round's copy lies elsewhere."""
-    if isinstance(raw.get("plugins"), list):
-        raw["plugins"] = [str((file.parent / str(each)).resolve()) for each in raw["plugins"]]
-    return raw
-
-
-def _final(path: str) -> str:
-    """What a run ended with, for a run directory; any other path as it is. Raises: ConfigError if it has not."""
-    directory = Path(path).expanduser()
-    if not (directory / "run.json").is_file():
-        return path
-    if not (directory / "final").is_dir():
-        raise ConfigError(
-            f"policy = {path!r}: a run that has not ended: it holds no final/. Finish it first"
-        )
-    return str(directory / "final")
-
-
-def _is_adapter(path: str) -> bool:
-    return (Path(path) / _ADAPTER_CONFIG).is_file()
-
-
-def _base(policy: str) -> str:
-    """The full model below the first policy."""
-    if not _is_adapter(policy):
-        return policy
-    text = (Path(policy) / _ADAPTER_CONFIG).read_text(encoding="utf-8")
-    return str(json.loads(text)["base_model_name_or_path"])
-
-
-def dump(raw: Mapping[str, Any]) -> str:
-    """YAML of a resolved pipeline or recipe."""
-    return yaml.safe_dump(dict(raw), sort_keys=False, allow_unicode=True)

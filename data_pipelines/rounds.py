@@ -1,37 +1,27 @@
 """Runs rounds: data from the newest policy, training on it, the next round; each step a process of its own.
 
-Separate processes, because a policy in vLLM and one in training do not fit one GPU, and nothing gives memory
-back as surely as the end of a process. Every step can be repeated: a pipeline goes on at its last shard, a
-run at its last checkpoint, and what is done is left alone.
+Every step can be repeated: a pipeline goes on at its last shard, a run at its last checkpoint, and what is
+done is left alone.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import shlex
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from data_pipelines.folder import MANIFEST
-from data_pipelines.manifest import changes, read_record
-from data_pipelines.round_settings import Round, RoundsSettings, dump, plan_rounds
-from prefopt.cache import atomic_write
-from prefopt.engines.child import GuardedProcess, describe_exit
-from prefopt.errors import ConfigError, DataError, TrainingError
+from data_pipelines.manifest import read_record
+from data_pipelines.round_settings import Round, RoundsSettings, plan_rounds
+from data_pipelines.steps import refuse_changes, run_prefopt, train, write_files
+from prefopt.errors import DataError
 
 logger = logging.getLogger("prefopt.data")
-_POLL_S = 0.2
-_GRACE_S = 600.0
-"""Time a step has to write a checkpoint after Ctrl-C."""
 _METRICS = ("loss", "rewards/accuracy", "rewards/margin", "eval/rewards/accuracy", "eval/reward")
 
 
@@ -43,15 +33,16 @@ def run_rounds(settings: RoundsSettings) -> list[dict[str, Any]]:
     """
     rounds = plan_rounds(settings)
     for each in rounds:
-        _refuse_changes(each)
+        refuse_changes(each.files, f"round {each.number}", f"{each.folder} and the rounds after it")
     found = []
     for each in rounds:
         logger.info("round %d of %d: %s", each.number, len(rounds), each.policy)
-        _write_files(each)
+        write_files(each.files)
         if not each.final.is_dir():
             for name, _ in each.pipelines:
-                _run(["-m", "prefopt.cli", "data", "build", str(each.file(name))], each)
-            _train(settings, each)
+                run_prefopt(["data", "build", str(each.file(name))], f"round {each.number}")
+            recipe = each.file("recipe")
+            train(f"round {each.number}", recipe, each.final, settings.launch, settings.script)
         if settings.eval is not None and not (each.folder / "eval" / "results.json").is_file():
             _evaluate(settings, each)
         found.append(outcome(each))
@@ -111,68 +102,8 @@ def _headlines(path: Path) -> dict[str, float]:
     }
 
 
-def _files(each: Round) -> list[tuple[Path, dict[str, Any]]]:
-    files = [(each.file(name), raw) for name, raw in each.pipelines]
-    return [*files, (each.file("recipe"), each.recipe)]
-
-
-def _refuse_changes(each: Round) -> None:
-    """Raises ConfigError if a round that has begun would now be another one."""
-    problems = []
-    for path, raw in _files(each):
-        if path.is_file():
-            was = yaml.safe_load(path.read_text(encoding="utf-8"))
-            problems += [
-                f"round {each.number} has begun with another {path.name}: {change}. Put it back, or take another "
-                f"output_dir, or delete {each.folder} and the rounds after it to make them again"
-                for change in changes(was, json.loads(json.dumps(raw)))
-            ]
-    if problems:
-        raise ConfigError(problems)
-
-
-def _write_files(each: Round) -> None:
-    for path, raw in _files(each):
-        with atomic_write(path) as temporary:
-            temporary.write_text(dump(raw), encoding="utf-8")
-
-
-def _train(settings: RoundsSettings, each: Round) -> None:
-    recipe = str(each.file("recipe"))
-    if settings.launch:
-        _run([*shlex.split(settings.launch), str(settings.script), recipe], each, python=False)
-    else:
-        _run(["-m", "prefopt.cli", "train", recipe], each)
-    if not each.final.is_dir():
-        raise TrainingError(
-            f"round {each.number}: training ended without {each.final}; run the same command again"
-        )
-
-
 def _evaluate(settings: RoundsSettings, each: Round) -> None:
     assert settings.eval is not None
     arguments = ["eval", str(each.run), "--tasks", settings.eval.tasks]
     arguments += ["--output", str(each.folder / "eval"), *settings.eval.settings]
-    _run(["-m", "prefopt.cli", *arguments], each)
-
-
-def _run(command: Sequence[str], each: Round, *, python: bool = True) -> None:
-    """Runs a step to its end; it ends with this process, however this one ends. Raises: TrainingError."""
-    whole = [sys.executable, *command] if python else list(command)
-    shown = "prefopt " + shlex.join(command[2:]) if python else shlex.join(command)
-    logger.info("$ %s", shown)
-    process = GuardedProcess(whole, os.environ, None)
-    try:
-        while process.poll() is None:
-            time.sleep(_POLL_S)
-        code = process.poll()
-    except KeyboardInterrupt:
-        process.stop(_GRACE_S)
-        raise
-    finally:
-        process.stop(0)
-    if code:
-        raise TrainingError(
-            f"round {each.number}: {shown}: {describe_exit(code)}; see what it said above. What is done stays "
-            "done: run the same command again"
-        )
+    run_prefopt(arguments, f"round {each.number}")

@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 NUM_DIGITS = 8
 ALPHABET = "0123456789:"
@@ -73,8 +74,22 @@ def score_group(prompt: str, responses: Sequence[str]) -> list[float]:
 
     Raises: ValueError for a prompt that is not digits and a colon.
     """
+    answer = _answer(prompt)
+    return [float(response == answer) for response in responses]
+
+
+def share_in_place(prompt: str, response: str) -> float:
+    """Returns the share of places that hold the right digit, 0 to 1: `score_group`, but by degrees.
+
+    Places are those of the right answer, or of the response where it is longer.
+    Raises: ValueError as `score_group`.
+    """
+    places = [right == digit for right, digit in zip_longest(_answer(prompt), response)]
+    return sum(places) / len(places)
+
+
+def _answer(prompt: str) -> str:
     match = _PROMPT.fullmatch(prompt)
     if match is None:
         raise ValueError(f"prompt {prompt!r}: must be digits followed by a colon")
-    answer = "".join(sorted(match[1]))
-    return [float(response == answer) for response in responses]
+    return "".join(sorted(match[1]))

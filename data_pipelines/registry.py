@@ -20,6 +20,7 @@ STAGES: dict[str, str] = {
     "filter": "data_pipelines.stages.filter",
     "order": "data_pipelines.stages.order",
     "advantage": "data_pipelines.stages.advantage",
+    "value": "data_pipelines.stages.value",
     "mix": "data_pipelines.stages.mix",
     "battle": "data_pipelines.stages.battle",
     "elo": "data_pipelines.stages.elo",

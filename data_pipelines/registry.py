@@ -30,6 +30,7 @@ STAGES: dict[str, str] = {
     "constrain": "data_pipelines.stages.constrain",
     "accepted_rejected": "data_pipelines.stages.constrain",
     "tree": "data_pipelines.stages.tree",
+    "step_advantage": "data_pipelines.stages.step_advantage",
     "pareto": "data_pipelines.stages.pareto",
 }
 

@@ -34,7 +34,8 @@ class RowKind(enum.StrEnum):
 OWN_COLUMNS = frozenset(
     {
         "id", "prompt", "prompt_ids", "responses", "chosen", "rejected", "score_chosen", "score_rejected",
-        "info_chosen", "info_rejected", "response", "reward", "value", "advantage", "source",
+        "info_chosen", "info_rejected", "response", "reward", "value", "advantage", "ended",
+        "source",
     }
 )  # fmt: skip
 """Columns that stages write. A column of the user's with one of these names is refused, not overwritten."""

@@ -9,9 +9,9 @@ from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.errors import DataError
 
 
-def reward_of(score: float, squash: str) -> float:
+def reward_of(score: float, how: str) -> float:
     """The reward of a score: itself, or with ``sigmoid`` σ(score), as A-LoL takes a reward model's logit."""
-    if squash == "none":
+    if how == "none":
         return score
     if score >= 0:  # either way exp's argument is not positive, so nothing overflows
         return 1 / (1 + math.exp(-score))
@@ -19,7 +19,7 @@ def reward_of(score: float, squash: str) -> float:
 
 
 def require_in_range(
-    rewards: Iterable[tuple[str, float]], max_value: float, stage_id: str, squash: str
+    rewards: Iterable[tuple[str, float]], max_value: float, stage_id: str, how: str
 ) -> None:
     """Returns if every reward lies in [0, max_value], all a head can say.
 
@@ -27,7 +27,7 @@ def require_in_range(
         rewards: row id (``file:row`` where the file has no ids) and reward.
         max_value: of the head.
         stage_id: for the message.
-        squash: as in `reward_of`.
+        how: as in `reward_of`.
 
     Raises: DataError with the number of those outside, and the row of the smallest or largest.
     """
@@ -39,12 +39,15 @@ def require_in_range(
     smallest, largest = min(r for _, r in found), max(r for _, r in found)
     advice = f"Set max_value to the most a reward can be ({largest:g} or more)"
     if smallest < 0:
-        advice = "Set squash: sigmoid for the logits of a reward model, or score on a scale that starts at 0"
+        advice = (
+            "Set normalize_rewards: sigmoid (also for the head) if these are a reward model's logits, or score on "
+            "a scale that starts at 0"
+        )
     raise DataError(
         f"stage {stage_id!r}: {len(outside)} of {len(found)} rewards lie outside [0, max_value = {max_value:g}], "
         f"which is all a value head can predict (max_value · σ): the farthest is {reward:g}, row {id_}; they go "
         f"from {smallest:g} to {largest:g}. {advice}"
-        + (f" (squash: {squash})" if squash != "none" else "")
+        + (f" (normalize_rewards: {how})" if how != "none" else "")
     )
 
 

@@ -47,9 +47,13 @@ def show_value(directory: Path, n: int = 2, *, color: bool = True) -> None:
 
 def _print_summary(console: Console, record: HeadRecord) -> None:
     reference, data, settings = record.reference, record.trained_on, record.settings
-    squash = "" if record.squash == "none" else f", {record.squash} of the score"
+    reward = (
+        ""
+        if record.normalize_rewards == "none"
+        else f"; the reward is {record.normalize_rewards}(score)"
+    )
     console.print(
-        f"value head: {settings.head}, V(x) = {settings.max_value:g} · σ(…){squash}\n"
+        f"value head: {settings.head}, V(x) = {settings.max_value:g} · σ(…){reward}\n"
         f"reads:      {reference.description}, weights {reference.weights[:12]}, at {reference.path}\n"
         f"trained on: {data['responses']} responses to {data['prompts']} prompts, {data['held_out']} prompts held "
         f"out; rewards {data['reward_min']:.3f} to {data['reward_max']:.3f}, mean {data['reward_mean']:.3f}\n"

@@ -48,7 +48,7 @@ class Advantage(StageSettings):
     """Gives every scored response its advantage: by a credit rule, against a column, or by a value head.
 
     With `head` A = R - V(x), V(x) predicted from the reference's hidden states of the prompt (a `value` stage
-    trains it); the row gets `value`, and R is squashed as it was for the head. Rewards outside the head's range
+    trains it); the row gets `value`, and R is normalised as it was for the head. Rewards outside the head's range
     are an error.
 
     The stage's record has the share of negative advantages and their quantiles, and the head's validation error.
@@ -234,10 +234,11 @@ class HeadWorker:
         record, fit = self.model.record, self.model.record.settings
         responses = [scored_responses(row, self.place) for row in rows]
         rewards = [
-            [reward_of(float(r["score"]), record.squash) for r in each] for each in responses
+            [reward_of(float(r["score"]), record.normalize_rewards) for r in each]
+            for each in responses
         ]
         named = [(row["id"], r) for row, each in zip(rows, rewards, strict=True) for r in each]
-        require_in_range(named, fit.max_value, self.place.id, record.squash)
+        require_in_range(named, fit.max_value, self.place.id, record.normalize_rewards)
         scored = [index for index, each in enumerate(responses) if each]
         values = self.model.values([rows[index]["prompt"] for index in scored])
         results: list[Result] = [Dropped("unscored") for _ in rows]

@@ -62,9 +62,9 @@ class Value(StageSettings):
     max_value: PositiveFloat = 1.0
     """Most a reward can be; the head predicts max_value · σ(…), and rewards outside [0, max_value] are an error.
     A-LoL: 1, or as many as the reward components that are summed."""
-    squash: Literal["none", "sigmoid"] = "none"
+    normalize_rewards: Literal["none", "sigmoid"] = "none"
     """`sigmoid`: the reward is σ(score), as A-LoL takes a reward model's logit. The head remembers it, and
-    `advantage` does the same."""
+    `advantage` writes such rewards, so that the recipe need not normalise them again."""
     epochs: PositiveInt = 10
     """Passes over the dev set (A-LoL: 10 on HHA, 5 on its other tasks)."""
     learning_rate: PositiveFloat = 1e-5
@@ -85,10 +85,10 @@ class Value(StageSettings):
 
     def problems(self, reads: RowKind | None, document: Document, path: KeyPath) -> list[str]:
         found = model_problems(document, (*path, "model"), self.model, "value.model")
-        if self.squash == "sigmoid" and self.max_value != 1:
+        if self.normalize_rewards == "sigmoid" and self.max_value != 1:
             found.append(
-                f"{document.origin((*path, 'max_value'))}value.max_value = {self.max_value:g}: with squash: "
-                "sigmoid rewards end at 1; leave it out"
+                f"{document.origin((*path, 'max_value'))}value.max_value = {self.max_value:g}: with "
+                "normalize_rewards: sigmoid rewards end at 1; leave it out"
             )
         return found
 
@@ -149,13 +149,13 @@ class Value(StageSettings):
                 "`score` stage before it, or name the score's column in `rated`"
             )
         scored = [(id_, example.reward) for id_, example in zip(dev.ids, dev.examples, strict=True)]
-        require_in_range(scored, self.max_value, place.id, self.squash)
+        require_in_range(scored, self.max_value, place.id, self.normalize_rewards)
         return dev
 
     def _rewards(self, row: Row, place: Place) -> list[float]:
         assert place.reads is not None
         scored = [each for each in responses_of(row, place.reads) if is_scored(each)]
-        return [reward_of(float(each["score"]), self.squash) for each in scored]
+        return [reward_of(float(each["score"]), self.normalize_rewards) for each in scored]
 
     def _fit(self, place: Place, dev: _Dev, reference: FrozenReference) -> tuple[Fit, int]:
         from prefopt.values.features import StoredStates, counted
@@ -203,7 +203,7 @@ class Value(StageSettings):
         return HeadRecord(
             reference=reference_record(policy, reference, self.model.path),
             settings=self._settings(place.seed),
-            squash=self.squash,
+            normalize_rewards=self.normalize_rewards,
             hidden_size=hidden_size,
             max_prompt_tokens=self.max_prompt_tokens,
             trained_on=dev.described(fit.held_out),

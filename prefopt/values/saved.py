@@ -30,7 +30,7 @@ WEIGHTS_FILE = "head.safetensors"
 PREDICTIONS_FILE = "predictions.jsonl"
 FORMAT = 1
 
-Squash = Literal["none", "sigmoid"]
+Normalize = Literal["none", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class HeadRecord:
 
     reference: ReferenceRecord
     settings: FitSettings
-    squash: Squash
+    normalize_rewards: Normalize
     """What was done to a score before it was a reward."""
     hidden_size: int
     max_prompt_tokens: int

@@ -341,7 +341,10 @@ def test_a_copy_of_the_reference_is_the_reference(
     ("score", "says"),
     [
         (1.5, "the farthest is 1.5, row d7; they go from 0.2 to 1.5. Set max_value to the most"),
-        (-0.5, "the farthest is -0.5, row d7; they go from -0.5 to 0.8. Set squash: sigmoid"),
+        (
+            -0.5,
+            "the farthest is -0.5, row d7; they go from -0.5 to 0.8. Set normalize_rewards: sigmoid",
+        ),
     ],
 )
 def test_rewards_that_the_head_cannot_reach_are_refused(
@@ -361,7 +364,7 @@ def test_logits_are_squashed_in_training_and_in_use(tmp_path: Path, policies: Pa
     found = dev_rows(100)
     for row in found:
         row["responses"][0]["score"] = 3.0 if EASY in row["prompt"] else -2.0
-    folder = build(dev_pipeline(tmp_path, policies, found, squash="sigmoid", epochs=1))
+    folder = build(dev_pipeline(tmp_path, policies, found, normalize_rewards="sigmoid", epochs=1))
     head = folder / "value" / "head"
     data = read_head(head).trained_on
     assert (data["reward_min"], data["reward_max"]) == pytest.approx((0.1192, 0.9526), abs=1e-4)
@@ -481,7 +484,10 @@ def test_real_rewards_end_to_end(tmp_path: Path, policies: Path, shared_data: Pa
         "sources": [{"path": str(folder / "lol_sampled_dev_with_rewards.jsonl.gz")}],
         "responses": [response],
     }
-    stages = [dev, value_stage(policies, squash="sigmoid", epochs=2, max_prompt_tokens=600)]
+    stages = [
+        dev,
+        value_stage(policies, normalize_rewards="sigmoid", epochs=2, max_prompt_tokens=600),
+    ]
     trained = build(write_pipeline(tmp_path / "dev.yaml", stages))
     head = trained / "value" / "head"
     report = done(trained, "value")["report"]["head"]

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from prefopt.config.schema import EngineSection, Recipe
 from prefopt.data import DataBundle, PromptSet, Renderer, load_data, load_prompts
+from prefopt.data.samples import SampleNeeds
 from prefopt.engines.base import Engine, SamplingSpec
 from prefopt.engines.build import build_engine
 from prefopt.errors import ConfigError
@@ -55,11 +56,14 @@ def prompt_fields(recipe: Recipe) -> list[str]:
 
 
 def load_run_data(recipe: Recipe, tokenizer: Any) -> DataBundle:
-    """Pairs, held-out pairs and prompts, whichever the recipe trains on."""
+    """Pairs or samples, held-out ones and prompts, whichever the recipe trains on."""
     regime, data = recipe.regime, recipe.data
-    if not recipe.has_rollouts:
+    if recipe.objective is None:
         return load_data(data, tokenizer, stage=recipe.stage)
-    objective = bind_objective(recipe.objective or {})
+    objective = bind_objective(recipe.objective)
+    samples = SampleNeeds.of(objective.needs, data) if objective.reads_samples else None
+    if not recipe.has_rollouts:
+        return load_data(data, tokenizer, stage=recipe.stage, samples=samples)
     prompts = load_prompts(
         data.prompts or data.train,
         data,
@@ -69,7 +73,8 @@ def load_run_data(recipe: Recipe, tokenizer: Any) -> DataBundle:
         needs_offline=recipe_credit(recipe, objective).spec.needs_offline or regime.reset_frac > 0,
     )
     pairs = data if regime.offline_pairs else data.model_copy(update={"train": ()})
-    return replace(load_data(pairs, tokenizer, stage=recipe.stage), prompts=prompts)
+    fixed = load_data(pairs, tokenizer, stage=recipe.stage, samples=samples)
+    return replace(fixed, prompts=prompts)
 
 
 def most_group_tokens(

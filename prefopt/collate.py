@@ -88,15 +88,14 @@ def make_batch(groups: Sequence[Group]) -> ResponseBatch:
     groups = tuple(groups)
     responses = [response for group in groups for response in group.responses]
     sizes = torch.tensor([len(group.responses) for group in groups])
-    sampled = torch.tensor([response.is_sampled for response in responses])
-    has_samples = bool(sampled.any())
+    samples = torch.tensor([counts for group in groups for counts in group.samples])
     return ResponseBatch(
         groups=groups,
         pairs=pair_index(groups),
         rewards=_column([response.score for response in responses], missing=float("nan")),
         advantages=_column([response.advantage for response in responses], missing=0.0),
-        behavior_logps=_behavior_logps(responses) if has_samples else None,
-        samples=sampled if has_samples else None,
+        behavior_logps=_behavior_logps(responses) if any(r.is_sampled for r in responses) else None,
+        samples=samples if bool(samples.any()) else None,
         group=torch.arange(len(groups)).repeat_interleave(sizes),
     )
 

@@ -41,6 +41,9 @@ def weighted(
             losses=output.losses * pairs,
             token_losses=None if output.token_losses is None else output.token_losses * pairs,
             sample_losses=None if output.sample_losses is None else output.sample_losses * rows,
+            sample_token_losses=(
+                None if output.sample_token_losses is None else output.sample_token_losses * rows
+            ),
         ),
         rows,
     )

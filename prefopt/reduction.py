@@ -19,6 +19,8 @@ def reduced(output: ObjectiveOutput, window: Window) -> Tensor:
         loss = loss + output.token_losses.sum() / max(1, window.num_chosen_tokens)
     if output.sample_losses is not None:
         loss = loss + output.sample_losses.sum() / max(1, window.num_samples)
+    if output.sample_token_losses is not None:
+        loss = loss + output.sample_token_losses.sum() / max(1, window.num_sample_tokens)
     return loss
 
 
@@ -28,8 +30,9 @@ def name_culprits(
     """Which pairs have a loss that is not finite, and what their log-probs look like."""
     losses = output.losses if output.token_losses is None else output.losses + output.token_losses
     owners, what = [group.id for group in groups for _ in group.pairs], "pairs"
-    if output.sample_losses is not None:
-        losses, what = torch.cat([losses, output.sample_losses]), "pairs or samples"
+    of_samples = [output.sample_losses, output.sample_token_losses]
+    if found := [part for part in of_samples if part is not None]:
+        losses, what = torch.cat([losses, torch.stack(found).sum(0)]), "pairs or samples"
         owners += [
             f"{group.id} response {i}" for group in groups for i in range(len(group.responses))
         ]

@@ -28,6 +28,8 @@ class Need(enum.Enum):
     ADVANTAGES = "advantages"
     SAMPLES = "samples"
     """Fresh responses of the policy, scored or not."""
+    CONDITION = "condition"
+    """The row's reward written into its prompt: only rows of a data set are scored before they are rendered."""
     GROUPS = "groups"
     """All responses to a prompt in one forward: a baseline over the group that depends on the policy."""
 
@@ -100,12 +102,22 @@ class BoundObjective:
     def needs_reference(self) -> bool:
         return Need.REFERENCE in self.needs
 
+    @property
+    def reads_samples(self) -> bool:
+        return reads_samples(self.needs)
+
 
 def needs_with(spec: ObjectiveSpec, params: Mapping[str, Any]) -> frozenset[Need]:
     """What an objective needs with these hyper-parameters, defaults filled in."""
     defaults = {name: default for name, (_, default) in spec.fields.items()}
     on = {need for key, need in spec.needs_when.items() if params.get(key, defaults[key])}
     return spec.needs | on
+
+
+def reads_samples(needs: frozenset[Need]) -> bool:
+    """Does an objective weigh single responses by reward or advantage, whoever sampled them?"""
+    labels = {Need.REWARDS, Need.ADVANTAGES}
+    return bool(needs & labels) and not needs & {Need.PAIRS, Need.SAMPLES, Need.BEHAVIOR}
 
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
@@ -168,6 +180,17 @@ OBJECTIVES: dict[str, str] = {
     "rloo": "prefopt.objectives.rloo",
     "hypo": "prefopt.objectives.hypo",
     "sopo": "prefopt.objectives.sopo",
+    "filtered_nll": "prefopt.objectives.reward_weighted",
+    "rwr": "prefopt.objectives.reward_weighted",
+    "reward_conditioned": "prefopt.objectives.reward_weighted",
+    "wbc": "prefopt.objectives.lol",
+    "r_gold": "prefopt.objectives.lol",
+    "r_lol": "prefopt.objectives.lol",
+    "a_lol": "prefopt.objectives.lol",
+    "a_lol_ref_free": "prefopt.objectives.lol",
+    "a_lol_seq": "prefopt.objectives.lol",
+    "a_lol_kl": "prefopt.objectives.lol",
+    "direct_advantage": "prefopt.objectives.direct_advantage",
 }
 CREDITS: dict[str, str] = {
     "best_worst": "prefopt.credit.pairs",

@@ -1,8 +1,9 @@
 """The one trainer: a regime gives windows, the engine log-probs, the objective losses; here they are reduced.
 
     loss = Σ losses / pairs of the global batch + Σ token_losses / chosen tokens of the global batch
+         + Σ sample_losses / samples of the global batch + Σ sample_token_losses / their tokens
 
-Both denominators come from the window and not from the micro-batch, so any split of one global batch over
+All denominators come from the window and not from the micro-batch, so any split of one global batch over
 processes, accumulation steps and micro-batches gives the same gradient.
 """
 
@@ -35,7 +36,7 @@ from prefopt.reduction import PolicyGap, name_culprits, reduced
 from prefopt.regimes import Regime
 from prefopt.registry import BoundObjective
 from prefopt.sweep import layout_fn, sweep
-from prefopt.training_metrics import add_batch_metrics, add_layout_metrics, add_sample_metrics
+from prefopt.training_metrics import add_batch_metrics, add_layout_metrics, derived
 from prefopt.types import Group, ResponseLogps
 from prefopt.windows import GroupSource, MicroBatch, SplitLimits, Window
 
@@ -165,11 +166,11 @@ class PreferenceTrainer:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """What there is to measure at ``step``: means over the held-out groups, the probe's answers."""
-        row = {} if self.eval_source is None else self._evaluate_pairs(self.eval_source)
+        row = {} if self.eval_source is None else self._evaluate_rows(self.eval_source)
         return row if self.probe is None else row | self.probe.measure(step)
 
-    def _evaluate_pairs(self, source: GroupSource) -> dict[str, float]:
-        """Means over the held-out groups, named ``eval/…``; every pair counts once."""
+    def _evaluate_rows(self, source: GroupSource) -> dict[str, float]:
+        """Means over the held-out groups, named ``eval/…``; every pair or sample counts once."""
         meter = MeanMeter(self.accelerator.device)
         rows = range(len(source))
         batches = sweep(
@@ -180,11 +181,9 @@ class PreferenceTrainer:
             if self.reference is not None:
                 self.reference.prepare([groups])
             lp = self._response_logps(groups, policy, counts=counts)
-            output = self.objective(lp)
-            meter.add_values(output.metrics)
-            add_batch_metrics(meter, lp, output)
-        row = meter.reduce(self.accelerator)
-        row["loss/total"] = row["loss/pairs"] + row.get("loss/nll", 0.0)
+            add_batch_metrics(meter, lp, self.objective(lp))
+        row = derived(meter.reduce(self.accelerator))
+        row["loss/total"] = sum(row.get(name, 0.0) for name in _LOSSES)
         return {f"eval/{name}": value for name, value in row.items()}
 
     def _start(self) -> None:
@@ -270,9 +269,7 @@ class PreferenceTrainer:
         loss = reduced(output, window)
         if not torch.isfinite(loss):
             raise TrainingError(name_culprits(micro_batch.groups, lp, output, window.step))
-        self._meter.add_values(output.metrics)
         add_batch_metrics(self._meter, lp, output)
-        add_sample_metrics(self._meter, lp, output)
         self._policy_gap.add(lp, window)
         # The very number that is minimised: summed over micro-batches and ranks, counted once a window.
         self._meter.add("loss/total", loss, 0.0)
@@ -340,7 +337,7 @@ class PreferenceTrainer:
     def _reduced_row(self) -> dict[str, float]:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        row = self._meter.reduce(self.accelerator)
+        row = derived(self._meter.reduce(self.accelerator))
         row["time/window_s"] = seconds
         row["tokens/per_s"] = row["tokens/computed"] / seconds
         peak = peak_memory_gib(self.accelerator.device)
@@ -368,4 +365,5 @@ class PreferenceTrainer:
         self._clock += time.perf_counter() - started
 
 
+_LOSSES = ("loss/pairs", "loss/nll", "loss/samples")
 _SHOWN = ("loss/total", "rewards/accuracy", "rewards/margin", "rollout/reward")

@@ -27,6 +27,7 @@ class Response:
     logps: tuple[float, ...] | None = None
     """The sampler's log-prob of each token, nats, at the sampling temperature."""
     advantage: float | None = None
+    """In the units of the score; of a credit rule on rollouts, or a column of a data set's sample rows."""
 
     @property
     def is_sampled(self) -> bool:
@@ -38,13 +39,20 @@ class Group:
     """The responses to one prompt.
 
     ``pairs`` lists ``(chosen, rejected)`` indices into ``responses``: nothing anywhere infers a pair
-    from the order of rows. A preference pair is a group of two with ``pairs=((0, 1),)``.
+    from the order of rows. A preference pair is a group of two with ``pairs=((0, 1),)``, a weighted sample a
+    group of one with none.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     responses: tuple[Response, ...]
     pairs: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def samples(self) -> tuple[bool, ...]:
+        """Which responses stand by themselves in a loss: those that a policy sampled and, where nothing is
+        paired, those of a data set (weighted samples)."""
+        return tuple(response.is_sampled or not self.pairs for response in self.responses)
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +80,7 @@ class ResponseBatch:
     behavior_logps: Tensor | None = None
     """(R, T) fp32, log-probs of the policy that sampled, zero on other rows; None: no row is a sample."""
     samples: Tensor | None = None
-    """(R,) bool, True on rows that a policy sampled; None: no row is."""
+    """(R,) bool, True on rows that `Group.samples` counts; None: no row is."""
     group: Tensor | None = None
     """(R,) int64, index of the group of each row."""
 
@@ -106,7 +114,8 @@ class ResponseLogps:
     advantages: Tensor | None = None
     """(R,) fp32, zero on rows that are not samples."""
     samples: Tensor | None = None
-    """(R,) bool, True on rows that the policy sampled and that count; None: no row is a sample."""
+    """(R,) bool, True on rows that stand by themselves and count: what a policy sampled, or a data set's weighted
+    samples; None: no row is a sample."""
     group: Tensor | None = None
     """(R,) int64, which rows answer the same prompt: rows of one group have one number."""
 
@@ -141,6 +150,9 @@ class ObjectiveOutput:
     sample_losses: Tensor | None = None
     """(R,) one loss a response, zero where ``samples`` is False; divided by the number of samples of the
     global batch."""
+    sample_token_losses: Tensor | None = None
+    """(R,) each response's sum over its tokens, zero where ``samples`` is False; divided by the number of tokens
+    of the samples of the global batch."""
     sample_metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """Per-response (R,) detached values, averaged over the samples of a logging window."""
 

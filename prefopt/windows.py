@@ -31,6 +31,16 @@ class GroupSource(Protocol):
         ...
 
     @property
+    def rewards(self) -> np.ndarray:
+        """(n,) score of each row's first response, NaN where it has none: what sample rows are drawn by."""
+        ...
+
+    @property
+    def advantages(self) -> np.ndarray:
+        """(n,) advantage of each row's first response, NaN where it has none."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Content hash of the rows."""
         ...
@@ -47,6 +57,8 @@ class GroupList:
         self.groups = tuple(groups)
         self.prompt_lengths = np.array([len(g.prompt_ids) for g in self.groups])
         self.response_lengths = [np.array([len(r.ids) for r in g.responses]) for g in self.groups]
+        self.rewards = _or_nan([g.responses[0].score for g in self.groups])
+        self.advantages = _or_nan([g.responses[0].advantage for g in self.groups])
 
     @property
     def fingerprint(self) -> str:
@@ -57,6 +69,10 @@ class GroupList:
 
     def group(self, index: int) -> Group:
         return self.groups[index]
+
+
+def _or_nan(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], np.float64)
 
 
 @dataclass(frozen=True)
@@ -83,7 +99,9 @@ class Window:
     num_chosen_tokens: int
     """Chosen response tokens of the global batch."""
     num_samples: int = 0
-    """Responses of the global batch that the policy sampled."""
+    """Responses of the global batch that stand by themselves (`Group.samples`)."""
+    num_sample_tokens: int = 0
+    """Their tokens."""
     version: int | None = None
     """Policy version that sampled them."""
     max_policy_gap: float | None = None
@@ -125,7 +143,9 @@ def make_window(
     """
     # Every rank reads the whole window: which response of a group is the chosen one, its pairs say.
     groups = {row: source.group(row) for row in rows}
-    chosen = [group.responses[pair[0]] for group in groups.values() for pair in group.pairs]
+    batch = [groups[row] for row in rows]  # a row that was drawn twice counts twice
+    chosen = [group.responses[pair[0]] for group in batch for pair in group.pairs]
+    samples = [r for g in batch for r, counts in zip(g.responses, g.samples, strict=True) if counts]
     shares = _shares(source, rows, world_size)
     ranks = [split_micro_batches(source, share, limits) for share in shares]
     most = max(1, *(len(batches) for batches in ranks))
@@ -138,7 +158,8 @@ def make_window(
         micro_batches=(*mine, *[MicroBatch((filler,), counts=False)] * (most - len(mine))),
         num_pairs=len(chosen),
         num_chosen_tokens=sum(len(response.ids) for response in chosen),
-        num_samples=sum(r.is_sampled for group in groups.values() for r in group.responses),
+        num_samples=len(samples),
+        num_sample_tokens=sum(len(response.ids) for response in samples),
         version=version,
         max_policy_gap=max_policy_gap,
         metrics=metrics or {},

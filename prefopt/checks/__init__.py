@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefopt.checks import advice, data, evaluation, files, peft, rollouts, settings, stages
+from prefopt.checks import (
+    advice,
+    data,
+    evaluation,
+    files,
+    peft,
+    rollouts,
+    samples,
+    settings,
+    stages,
+)
 from prefopt.checks.rules import Surroundings, apply_rules
 from prefopt.config.load import Draft, draft_recipe
 from prefopt.config.schema import Recipe
@@ -15,7 +25,7 @@ from prefopt.errors import ConfigError
 __all__ = ["check", "examine"]
 
 # Importing a module of rules is what registers them; a new module of rules is one name here.
-_RULE_MODULES = (settings, stages, data, evaluation, files, peft, rollouts, advice)
+_RULE_MODULES = (settings, stages, data, samples, evaluation, files, peft, rollouts, advice)
 
 
 def check(

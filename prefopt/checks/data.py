@@ -13,7 +13,9 @@ from prefopt.checks.rules import (
     rule,
     was_set,
 )
+from prefopt.checks.settings import objective_needs, reads_samples
 from prefopt.config.schema import Recipe, SourceSection
+from prefopt.registry import Need
 
 HUB_ONLY = ("split", "subset", "revision")
 
@@ -36,12 +38,20 @@ def sources_take_their_keys(recipe: Recipe, _: Surroundings) -> Iterator[Finding
             )
 
 
-@rule("data", "stage", "regime", "eval")
+@rule("data", "stage", "regime", "eval", "objective")
 def sources_have_their_columns(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     for key, source in named_sources(recipe):
         columns = source.columns
-        if not _is_read_as_pairs(recipe, key):
+        if not _is_trained_on(recipe, key):
             continue
+        if reads_samples(recipe):
+            yield from _sample_columns(recipe, key, source)
+            continue
+        for name in sorted(_OF_SAMPLES & columns.model_fields_set):
+            yield Finding(
+                f"{key}.columns.{name}",
+                "would be ignored: the rows of this run are no samples with a reward. Leave it out",
+            )
         if recipe.stage == "sft":
             if was_set(columns, "rejected") and columns.rejected is not None:
                 yield Finding(
@@ -65,7 +75,32 @@ def sources_have_their_columns(recipe: Recipe, _: Surroundings) -> Iterator[Find
             )
 
 
-def _is_read_as_pairs(recipe: Recipe, key: str) -> bool:
+_OF_SAMPLES = {"response", "reward", "advantage", "ended"}
+
+
+def _sample_columns(recipe: Recipe, key: str, source: SourceSection) -> Iterator[Finding]:
+    """Of a source of samples, or of pairs that are read as two samples each."""
+    columns, named = source.columns, source.columns.model_fields_set
+    of_pairs = columns.score_chosen is not None and columns.score_rejected is not None
+    if of_pairs and Need.ADVANTAGES in objective_needs(recipe):
+        yield Finding(
+            f"{key}.columns",
+            "says that its rows are pairs with scores, and the objective needs advantages. Make samples of them "
+            "first: the pipeline stage `advantage`",
+        )
+    for name in sorted(_OF_PAIRS & named) if _OF_SAMPLES & named else ():
+        yield Finding(
+            f"{key}.columns.{name}",
+            f"is of a pair, and columns.{min(_OF_SAMPLES & named)} of a sample. Keep one of the two",
+        )
+    if source.drop_ties:
+        yield Finding(f"{key}.drop_ties", "samples are weighed one by one. Leave it out")
+
+
+_OF_PAIRS = {"chosen", "rejected", "score_chosen", "score_rejected"}
+
+
+def _is_trained_on(recipe: Recipe, key: str) -> bool:
     """False for sources of prompts: rollouts read those without their responses, or with one of them."""
     if key.startswith(("data.prompts", PROBE_PROMPTS)):
         return False

@@ -101,6 +101,11 @@ def labels_are_what_the_objective_needs(recipe: Recipe, _: Surroundings) -> Iter
             "signals",
             f"is missing: credit '{credit.name}' goes by scores. `prefopt signals` lists what gives them",
         )
+    elif Need.REWARDS in needs and not recipe.signals:
+        yield Finding(
+            "signals",
+            f"is missing: objective '{name}' weighs samples by their score. `prefopt signals` lists some",
+        )
     if not credit.gives and recipe.signals and Need.REWARDS not in needs:
         yield Finding(
             "signals",

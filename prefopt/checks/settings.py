@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
+from prefopt import registry
 from prefopt.checks.rules import Finding, Surroundings, rule, was_set
 from prefopt.config.schema import Recipe
 from prefopt.registry import Need, get_objective, needs_with
@@ -16,6 +17,11 @@ def objective_needs(recipe: Recipe) -> frozenset[Need]:
         return frozenset()
     params = {key: value for key, value in recipe.objective.items() if key != "name"}
     return needs_with(get_objective(recipe.objective["name"]), params)
+
+
+def reads_samples(recipe: Recipe) -> bool:
+    """Is it trained on rows of one response with a reward or an advantage?"""
+    return recipe.stage == "preference" and registry.reads_samples(objective_needs(recipe))
 
 
 @rule("stage", "objective", "reference", "regime")
@@ -82,14 +88,12 @@ def offline_data_gives_what_objective_needs(recipe: Recipe, _: Surroundings) -> 
     needs = objective_needs(recipe)
     if recipe.regime.name != "offline":
         return
-    for need in sorted(
-        {Need.BEHAVIOR, Need.ADVANTAGES, Need.SAMPLES} & needs, key=lambda n: n.value
-    ):
+    for need in sorted({Need.BEHAVIOR, Need.SAMPLES} & needs, key=lambda n: n.value):
         yield Finding(
             "objective.name",
             f"needs {need.value}, which only rollouts have. Set regime.name: rollouts",
         )
-    if Need.REWARDS not in needs:
+    if Need.REWARDS not in needs or Need.PAIRS not in needs:
         return
     for index, source in enumerate(recipe.data.train):
         if not (source.columns.score_chosen and source.columns.score_rejected):

@@ -5,30 +5,37 @@ The string under a field is its documentation and its ``--help``: there is no se
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+from prefopt.config.data_schema import ColumnMap, ConditionSection, DataSection, SourceSection
+from prefopt.config.section import Fraction, NonNegativeFloat, PathText, Section
+
+__all__ = [
+    "DEFAULT_MICRO_BATCH_TOKENS",
+    "ColumnMap",
+    "ConditionSection",
+    "DataSection",
+    "EngineSection",
+    "EvalSection",
+    "Fraction",
+    "GenerationSection",
+    "ModelSection",
+    "NonNegativeFloat",
+    "PathText",
+    "PeftSection",
+    "Recipe",
+    "ReferenceSection",
+    "RegimeSection",
+    "RunSection",
+    "Section",
+    "SourceSection",
+    "TrainSection",
+]  # fmt: skip
+
 DEFAULT_MICRO_BATCH_TOKENS = 16384
 """`train.micro_batch_tokens` where the recipe leaves it out, on anything but a CPU."""
-# A hub id has no ~, so one type serves for what may be either.
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, strict types, unknown keys refused."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
 
 
 class ModelSection(Section):
@@ -73,78 +80,6 @@ class PeftSection(Section):
     def options(self) -> dict[str, Any]:
         """The keys that go to the peft config as they are."""
         return dict(self.model_extra or {})
-
-
-class ColumnMap(Section):
-    """Which column of a data file holds what; name only what differs from the defaults."""
-
-    prompt: str | None = "prompt"
-    """Prompt column (text or chat messages); `null` where the prompt is the common start of both sides.
-    Where the default is absent, `conversations` is taken, else the prompt is the common start."""
-    chosen: str = "chosen"
-    """Preferred response: text, one message, or a whole dialogue. SFT rows may have it all in
-    `conversations` or `messages` instead; only the last turn is trained on."""
-    rejected: str | None = "rejected"
-    """Dispreferred response, same shapes as `chosen`; `null` for SFT rows."""
-    score_chosen: str | None = None
-    """Column with the score of `chosen`; a dot descends (`metadata.score_chosen`)."""
-    score_rejected: str | None = None
-    """Column with the score of `rejected`."""
-    system: str | None = None
-    """Column with a system message put before the prompt."""
-    id: str | None = None
-    """Column that identifies the row in logs and rejects; default: file name and row number."""
-
-
-class SourceSection(Section):
-    """One data source of a mixture."""
-
-    path: PathText
-    """Local file, directory or glob (json, jsonl, parquet, csv; .gz too), or a hub data set id."""
-    split: str | None = None
-    """Split of a hub data set, e.g. `train_prefs`. Not for local files."""
-    subset: str | None = None
-    """Configuration name of a hub data set. Not for local files."""
-    revision: str | None = None
-    """Revision of a hub data set. Not for local files."""
-    format: Literal["auto", "text", "chat", "hh", "sharegpt"] = "auto"
-    """How a row is read. `text`: plain strings, no template. `chat`: message lists, or strings that
-    become one turn each. `hh`: "Human:/Assistant:" transcripts. `sharegpt`: from/value turns.
-    `auto`: message lists are chat, from/value turns sharegpt, transcripts without a prompt column
-    hh, other strings text, as the first row of the source shows."""
-    columns: ColumnMap = ColumnMap()
-    """Column map."""
-    weight: PositiveFloat = 1.0
-    """Times an epoch passes over this source: 0.25 draws a quarter of its rows, 2 takes each twice."""
-    max_rows: PositiveInt | None = None
-    """Read only the first rows of the source."""
-    drop_ties: bool = False
-    """Reject rows whose two scores are equal (counted as `tie`); needs both score columns."""
-
-
-class DataSection(Section):
-    """Preference pairs (or SFT rows) to train and evaluate on."""
-
-    train: tuple[SourceSection, ...] = Field(default=(), strict=False)
-    """Sources of the training mixture: pairs, or with `stage: sft` rows."""
-    prompts: tuple[SourceSection, ...] = Field(default=(), strict=False)
-    """Sources of prompts for rollouts; only their prompt is needed, other columns are what `signals` check
-    against. Default: the prompts of `train`."""
-    eval: tuple[SourceSection, ...] = Field(default=(), strict=False)
-    """Sources of the held-out set."""
-    eval_frac: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training rows held out by `seed` when `eval` is not given."""
-    max_length_tokens: PositiveInt = 2048
-    """Longest prompt + response, in tokens. A longer row is rejected and counted, never cut."""
-    max_prompt_tokens: PositiveInt | None = None
-    """Longest prompt, in tokens; longer rows are rejected and counted. Default: only the total is
-    bounded."""
-    seed: int = 0
-    """Seed of the train/eval split and of mixture draws."""
-    cache_dir: PathText | None = None
-    """Where tokenised data is cached; default: `$PREFOPT_CACHE` or `~/.cache/prefopt`."""
-    num_workers: PositiveInt = 1
-    """Processes that tokenise."""
 
 
 class RegimeSection(Section):

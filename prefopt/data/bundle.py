@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.cache import atomic_write
 from prefopt.config.schema import DataSection, SourceSection
 from prefopt.data.prompts import PromptSet
+from prefopt.data.samples import SampleNeeds, Scaling, scaling_of
 from prefopt.data.tokenise import tokenise_source
 from prefopt.data.tokens import TokenSet, TokenStore, count_rejects
 from prefopt.errors import ConfigError, DataError
@@ -32,6 +33,8 @@ class DataBundle:
     sources: tuple[tuple[str, TokenStore], ...]
     """Path as the recipe has it, and the store, of every source of pairs or rows."""
     prompts: PromptSet | None = None
+    scaling: Scaling = field(default_factory=Scaling)
+    """What became of the rewards of training samples."""
 
     @property
     def reject_counts(self) -> dict[str, int]:
@@ -59,7 +62,11 @@ class DataBundle:
 
 
 def load_data(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, stage: str = "preference"
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stage: str = "preference",
+    samples: SampleNeeds | None = None,
 ) -> DataBundle:
     """The training and held-out sets of a recipe, tokenised or read from the cache.
 
@@ -71,6 +78,7 @@ def load_data(
         data: sources, limits, seed.
         tokenizer: with the chat template the policy is trained on.
         stage: ``sft`` reads ``chosen`` alone (groups of one response); any other stage reads pairs.
+        samples: read weighted samples instead, which have what is said here.
 
     Raises: ConfigError for settings that contradict each other; DataError for what the files hold, or if
         no row of a source is left (with the counts by reason); ModelError for a missing chat template.
@@ -80,15 +88,24 @@ def load_data(
             f"data.eval_frac = {data.eval_frac}: would be ignored, since data.eval names held-out sources; "
             "leave one of them out"
         )
-    pairs = stage != "sft"
-    stores = {
-        section: tokenise_source(section, data, tokenizer, pairs=pairs)
-        for section in dict.fromkeys(_unweighted(s) for s in (*data.train, *data.eval))
-    }
-    train = [stores[_unweighted(section)] for section in data.train]
+    scalings = None if samples is None else scaling_of(data, samples)
+    stores: dict[tuple[SourceSection, str], TokenStore] = {}
+
+    def stores_of(role: str, sections: Sequence[SourceSection]) -> list[TokenStore]:
+        how = None if samples is None or scalings is None else (samples, scalings[role])
+        found = []
+        for section in map(_unweighted, sections):
+            key = (section, "" if how is None else how[1].digest)
+            if key not in stores:
+                pairs = stage != "sft" and samples is None
+                stores[key] = tokenise_source(section, data, tokenizer, pairs=pairs, samples=how)
+            found.append(stores[key])
+        return found
+
+    train = stores_of("train", data.train)
     if data.eval or not train:
         train_rows = [np.arange(len(store)) for store in train]
-        held_out = [stores[_unweighted(section)] for section in data.eval]
+        held_out = stores_of("eval", data.eval)
         eval_rows = [np.arange(len(store)) for store in held_out]
         eval_set = _mix(data.eval, held_out, eval_rows, data.seed) if held_out else None
     else:
@@ -99,8 +116,9 @@ def load_data(
         raise DataError("data: no row is left to train on")
     if eval_set is not None and train_set is not None:
         _warn_of_leaks(train_set, eval_set)
-    sources = tuple((section.path, store) for section, store in stores.items())
-    return DataBundle(train_set, eval_set, sources)
+    sources = tuple((section.path, store) for (section, _), store in stores.items())
+    scaling = Scaling() if scalings is None else scalings["train"]
+    return DataBundle(train_set, eval_set, sources, scaling=scaling)
 
 
 def split_rows(

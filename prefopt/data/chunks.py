@@ -17,6 +17,7 @@ from prefopt.data.formats import Reading, canonical
 from prefopt.data.readers import RawRow
 from prefopt.data.render import Rendered, Renderer, Request
 from prefopt.data.rows import Refused, Reject, Row, column
+from prefopt.data.samples import SampleReader, prompt_key
 
 _IN_FLIGHT = 3
 """Chunks a worker process has waiting: enough never to idle, few enough to hold memory constant."""
@@ -43,71 +44,95 @@ class Chunk:
     tokens: np.ndarray
     lengths: np.ndarray
     scores: np.ndarray
+    advantages: np.ndarray
     prompt_keys: np.ndarray
     rejects: list[dict[str, Any]]
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        return self.tokens, self.lengths, self.scores, self.prompt_keys
+        return self.tokens, self.lengths, self.scores, self.advantages, self.prompt_keys
 
 
 @dataclass(frozen=True)
 class ChunkReader:
-    """Canonicalises, renders and checks raw rows. Pickles, so that worker processes can have one."""
+    """Canonicalises, renders and checks raw rows. Pickles, so that worker processes can have one.
+
+    Attributes:
+        readings: of a raw row each, in order: one, or two where a pair is read as two samples.
+        samples: what makes samples of canonical rows, where they are samples.
+    """
 
     renderer: Renderer
-    reading: Reading
+    readings: tuple[Reading, ...]
     limits: Limits
+    samples: SampleReader | None = None
 
     def __call__(self, raw: Sequence[RawRow]) -> Chunk:
         """Raises: DataError, ModelError: what a row or the tokenizer cannot be read or rendered with."""
-        rows = [canonical(row, self.reading) for row in raw]
-        requests = [Request(row.prompt, row.responses) for row in rows if isinstance(row, Row)]
+        sources = [(row, reading) for row in raw for reading in self.readings]
+        rows = [self._read(row, reading) for row, reading in sources]
+        requests = [
+            Request(row.prompt, row.responses, row.ended) for row in rows if isinstance(row, Row)
+        ]
         rendered = iter(self.renderer.render_batch(requests))
         results = [next(rendered) if isinstance(row, Row) else row for row in rows]
-        results = [check(result, self.limits) for result in results]
-        return self._pack(raw, rows, results)
+        results = [
+            check(result, self.limits, ended=isinstance(row, Refused) or row.ended)
+            for result, row in zip(results, rows, strict=True)
+        ]
+        return self._pack(len(raw), sources, rows, results)
+
+    def _read(self, raw: RawRow, reading: Reading) -> Row | Refused:
+        row = canonical(raw, reading)
+        if self.samples is None or reading.labels is None or isinstance(row, Refused):
+            return row
+        return self.samples(raw, row, reading.labels)
 
     def _pack(
         self,
-        raw: Sequence[RawRow],
+        num_read: int,
+        sources: Sequence[tuple[RawRow, Reading]],
         rows: Sequence[Row | Refused],
         results: Sequence[Rendered | Refused],
     ) -> Chunk:
-        ids, kept, scores, rejects = [], [], [], []
-        for source, row, result in zip(raw, rows, results, strict=True):
-            name = self._id(source)
+        ids, kept, scores, advantages, keys, rejects = [], [], [], [], [], []
+        for (source, reading), row, result in zip(sources, rows, results, strict=True):
+            name = _row_id(source, reading)
             if isinstance(result, Refused) or isinstance(row, Refused):
                 rejects.append(_reject_line(name, source, result))
                 continue
             ids.append(name)
             kept.append((result.prompt_ids, *result.responses))
             scores.append([np.nan if score is None else score for score in row.scores])
+            advantages.append(np.nan if row.advantage is None else row.advantage)
+            keys.append(_prompt_key(row, result.prompt_ids))
         parts = [part for row in kept for part in row]
-        keys = [_prompt_key(row[0]) for row in kept]
-        width = 3 if self.reading.pairs else 2
+        width = 3 if self.readings[0].pairs else 2
         return Chunk(
-            num_read=len(raw),
+            num_read=num_read,
             ids=ids,
             tokens=np.array([token for part in parts for token in part], np.int32),
             lengths=np.array([len(part) for part in parts], np.int64).reshape(-1, width),
             scores=np.array(scores, np.float64).reshape(-1, width - 1),
+            advantages=np.array(advantages, np.float64),
             prompt_keys=np.array(keys, np.uint64),
             rejects=rejects,
         )
 
-    def _id(self, row: RawRow) -> str:
-        name = self.reading.columns.id
-        return row.where if name is None else str(column(row, name))
+
+def _row_id(row: RawRow, reading: Reading) -> str:
+    name, side = reading.columns.id, reading.labels.side if reading.labels is not None else ""
+    found = row.where if name is None else str(column(row, name))
+    return f"{found}#{side}" if side else found
 
 
-def check(result: Rendered | Refused, limits: Limits) -> Rendered | Refused:
-    """``result``, or why its token ids must not reach a loss."""
+def check(result: Rendered | Refused, limits: Limits, *, ended: bool = True) -> Rendered | Refused:
+    """``result``, or why its token ids must not reach a loss. ``ended``: responses have an end token."""
     if isinstance(result, Refused):
         return result
     prompt, responses = len(result.prompt_ids), [len(ids) for ids in result.responses]
     reason = None
-    if min(responses) < 2:  # a lone end token: the template has stripped all there was
+    if min(responses) < 1 + ended:  # a lone end token: the template has stripped all there was
         reason = Reject.EMPTY_CHOSEN if responses[0] < 2 else Reject.EMPTY_REJECTED
     elif len(set(result.responses)) < len(responses):
         reason = Reject.IDENTICAL
@@ -154,10 +179,12 @@ def _work(batch: list[RawRow]) -> Chunk:
     return _READER(batch)
 
 
-def _prompt_key(ids: tuple[int, ...]) -> int:
-    """64 bits that are the same for the same prompt, in whatever source it stands."""
-    digest = blake2b(np.array(ids, np.int32).tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+def _prompt_key(row: Row, ids: tuple[int, ...]) -> int:
+    """64 bits that are the same for the same prompt, in whatever source it stands and whatever reward is in it."""
+    prompt = np.array(ids, np.int32).tobytes()
+    if row.source_prompt is not None:
+        prompt = prompt_key(row.source_prompt).encode()
+    return int.from_bytes(blake2b(prompt, digest_size=8).digest(), "little")
 
 
 def _reject_line(name: str, row: RawRow, result: Rendered | Refused) -> dict[str, Any]:

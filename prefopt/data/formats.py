@@ -13,7 +13,7 @@ from typing import Any
 
 from prefopt.config.schema import ColumnMap, SourceSection
 from prefopt.data.readers import RawRow
-from prefopt.data.rows import Message, Refused, Reject, Row, column, has_column, score
+from prefopt.data.rows import Labels, Message, Refused, Reject, Row, column, has_column, score
 from prefopt.errors import ConfigError, DataError
 
 ROLES = {
@@ -42,8 +42,10 @@ class Reading:
     columns: ColumnMap
     """``prompt`` None: the prompt is what chosen and rejected start with."""
     pairs: bool
-    """False for SFT: only ``chosen`` is read."""
+    """False for SFT and samples: only ``chosen`` is read."""
     drop_ties: bool = False
+    labels: Labels | None = None
+    """Of samples: what is read of a row beside its response."""
 
 
 def resolve(section: SourceSection, first: RawRow, *, pairs: bool) -> Reading:

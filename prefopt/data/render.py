@@ -37,6 +37,26 @@ class Request:
 
     prompt: Prompt
     responses: tuple[str | Message, ...]
+    ended: bool = True
+    """False: no end token after the responses, which stop within their turn."""
+
+
+def conditioned(prompt: Prompt, template: str, reward: float) -> Prompt:
+    """``prompt`` with a reward written into it: into the text, or into the content of a dialogue's last turn.
+
+    Args:
+        template: with ``{input}``, the prompt or that content, and ``{reward}``, which gets two decimals.
+    """
+
+    def written(text: str) -> str:
+        # Not str.format: a prompt may hold braces, and so may the template.
+        parts = (part.replace("{reward}", f"{reward:.2f}") for part in template.split("{input}"))
+        return text.join(parts)
+
+    if isinstance(prompt, str):
+        return written(prompt)
+    *before, last = prompt
+    return [*before, {**last, "content": written(last["content"])}]
 
 
 class Renderer:
@@ -89,8 +109,10 @@ class Renderer:
         flat = [text for row in texts if not isinstance(row, Refused) for text in row]
         ids = iter(self._encode(flat))
         return [
-            row if isinstance(row, Refused) else self._assemble([next(ids) for _ in row])
-            for row in texts
+            row
+            if isinstance(row, Refused)
+            else self._assemble([next(ids) for _ in row], request.ended)
+            for row, request in zip(texts, requests, strict=True)
         ]
 
     def _texts(self, request: Request) -> list[str] | Refused:
@@ -148,14 +170,15 @@ class Renderer:
             whole = whole[len(lead) :]
         return whole if whole[: len(self.prefix)] == self.prefix else self.prefix + whole
 
-    def _assemble(self, ids: list[list[int]]) -> Rendered | Refused:
-        """Splits prompt + response at the prompt's end, and ends each response once."""
+    def _assemble(self, ids: list[list[int]], ended: bool = True) -> Rendered | Refused:
+        """Splits prompt + response at the prompt's end, and ends each response once (or not at all)."""
         prompt = self._start(ids[0])
         responses = []
         for whole in map(self._start, ids[1:]):
             if whole[: len(prompt)] != prompt:
                 return Refused(Reject.PROMPT_NOT_PREFIX, self._where_it_parts(prompt, whole))
-            responses.append(self._end(whole[len(prompt) :]))
+            rest = whole[len(prompt) :]
+            responses.append(self._end(rest) if ended else rest)
         return Rendered(prompt, tuple(responses))
 
     def _end(self, ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -43,12 +43,33 @@ class Row:
     """One row in the one shape the renderer takes.
 
     ``prompt`` is plain text or chat messages; ``responses`` holds chosen, then rejected (chosen alone
-    for SFT), as text if the prompt is text, else one assistant message each. ``scores`` pairs with it.
+    for SFT, the one response of a sample), as text if the prompt is text, else one assistant message each.
+    ``scores`` pairs with it.
     """
 
     prompt: str | list[Message]
     responses: tuple[str | Message, ...]
     scores: tuple[float | None, ...]
+    advantage: float | None = None
+    """Of a sample row's response."""
+    ended: bool = True
+    """False where the response stops within its turn."""
+    source_prompt: str | list[Message] | None = None
+    """The prompt before a reward was written into it: rows of one prompt stay together by it."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a sample row says of its response, and which response that is."""
+
+    reward: str | None
+    """Column; None where the source has none and none is needed."""
+    advantage: str | None
+    ended: str | None = None
+    needs_reward: bool = False
+    needs_advantage: bool = False
+    side: str = ""
+    """Of a pair that is read as two samples: ``chosen`` or ``rejected``, which ends the row's id."""
 
 
 @dataclass(frozen=True)

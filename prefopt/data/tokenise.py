@@ -26,8 +26,10 @@ from prefopt.data.formats import Reading, resolve
 from prefopt.data.readers import RawRow
 from prefopt.data.render import RENDERER_VERSION, Renderer
 from prefopt.data.rows import Reject
+from prefopt.data.samples import SampleNeeds, SampleReader, Scaling, resolve_samples
 from prefopt.data.sources import Source, first_rows, open_source
 from prefopt.data.tokens import (
+    ADVANTAGES,
     IDS,
     LENGTHS,
     META,
@@ -43,16 +45,25 @@ from prefopt.errors import DataError
 
 log = logging.getLogger(__name__)
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 """Raise whenever the files of a store change shape, or rows are refused differently."""
 
 _CHUNK_ROWS = 256
 
 
 def tokenise_source(
-    section: SourceSection, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, pairs: bool
+    section: SourceSection,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    pairs: bool,
+    samples: tuple[SampleNeeds, Scaling] | None = None,
 ) -> TokenStore:
     """The token store of one source: from the cache if these rows were tokenised like this before.
+
+    Args:
+        pairs: read pairs, and not one response a row.
+        samples: read weighted samples: what the run needs of them, and how their rewards are scaled.
 
     Raises: ConfigError, DataError, ModelError: whatever the rows, the settings or the tokenizer lack.
     """
@@ -60,8 +71,14 @@ def tokenise_source(
     first = next(first_rows(source, 1), None)
     if first is None:
         raise DataError(f"data: {section.path}: holds no rows")
-    reading = resolve(section, first, pairs=pairs)
-    job = _Job(section, source, reading, Limits(data.max_length_tokens, data.max_prompt_tokens))
+    limits = Limits(data.max_length_tokens, data.max_prompt_tokens)
+    if samples is None:
+        job = _Job(section, source, (resolve(section, first, pairs=pairs),), limits)
+    else:
+        needs, scaling = samples
+        template = None if needs.condition is None else needs.condition.template
+        reader = SampleReader(scaling, template)
+        job = _Job(section, source, resolve_samples(section, first, needs), limits, reader)
     _mention_format(job, tokenizer)
     directory = cache_root(data.cache_dir) / "tokens" / job.key(tokenizer)
     try:
@@ -96,12 +113,13 @@ class _Job:
 
     section: SourceSection
     source: Source
-    reading: Reading
+    readings: tuple[Reading, ...]
     limits: Limits
+    samples: SampleReader | None = None
 
     def key(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Hash of everything that decides the contents of the store."""
-        reading = self.reading
+        reading, samples = self.readings[0], self.samples
         return _sha256(
             {
                 "versions": [STORE_VERSION, RENDERER_VERSION],
@@ -112,6 +130,8 @@ class _Job:
                 "columns": reading.columns.model_dump(),
                 "pairs": reading.pairs,
                 "drop_ties": reading.drop_ties,
+                "labels": [repr(reading.labels) for reading in self.readings],
+                "samples": None if samples is None else [samples.scaling.digest, samples.template],
                 "limits": [self.limits.max_length, self.limits.max_prompt],
                 "tokenizer": tokenizer_hash(tokenizer),
             }
@@ -152,7 +172,7 @@ def _build_locked(
 
 def _chunks(job: _Job, tokenizer: PreTrainedTokenizerBase, num_workers: int) -> Iterator[Chunk]:
     """Tokenised chunks in row order, with a progress bar on stderr once it takes over two seconds."""
-    reader = ChunkReader(Renderer(tokenizer), job.reading, job.limits)
+    reader = ChunkReader(Renderer(tokenizer), job.readings, job.limits, job.samples)
     rows = _batched(first_rows(job.source, job.section.max_rows), _CHUNK_ROWS)
     chunks = map(reader, rows) if num_workers == 1 else parallel_chunks(reader, rows, num_workers)
     total = job.source.num_rows()
@@ -180,7 +200,8 @@ def _write_store(directory: Path, chunks: Iterable[Chunk], job: _Job) -> None:
     """Appends chunks to the files of a store. Raises: DataError if no row survives."""
     ids: list[str] = []
     counts: dict[str, int] = {}
-    files = {name: (directory / name).open("wb") for name in (TOKENS, LENGTHS, SCORES, PROMPTS)}
+    arrays = (TOKENS, LENGTHS, SCORES, ADVANTAGES, PROMPTS)
+    files = {name: (directory / name).open("wb") for name in arrays}
     try:
         with (directory / REJECTS).open("w", encoding="utf-8") as rejects:
             for chunk in chunks:
@@ -195,7 +216,7 @@ def _write_store(directory: Path, chunks: Iterable[Chunk], job: _Job) -> None:
             file.close()
     require_rows(len(ids), f"data: {job.section.path}", counts, _hint(directory, counts))
     (directory / IDS).write_text(json.dumps(ids, ensure_ascii=False), "utf-8")
-    responses = 2 if job.reading.pairs else 1
+    responses = 2 if job.readings[0].pairs else 1
     meta: dict[str, Any] = {"rows": len(ids), "responses": responses, "rejects": counts}
     meta["files"] = contents_sha256(directory)
     (directory / META).write_text(json.dumps(meta, indent=1), "utf-8")
@@ -247,8 +268,8 @@ def _mention_format(job: _Job, tokenizer: PreTrainedTokenizerBase) -> None:
     """Warns where `auto` read plain strings and an instruct tokenizer would have templated them as chat."""
     if job.section.format != "auto":
         return
-    log.info("%s: read as format %s", job.section.path, job.reading.format)
-    if job.reading.format == "text" and tokenizer.chat_template is not None:
+    log.info("%s: read as format %s", job.section.path, job.readings[0].format)
+    if job.readings[0].format == "text" and tokenizer.chat_template is not None:
         log.warning(
             "%s holds plain strings, read as format: text (no chat template); for a chat model set "
             "format: chat, to keep plain text and silence this set format: text",

@@ -20,14 +20,15 @@ import numpy as np
 from prefopt.errors import DataError
 from prefopt.types import Group, Response
 
-TOKENS, LENGTHS, SCORES, PROMPTS, IDS = (
+TOKENS, LENGTHS, SCORES, ADVANTAGES, PROMPTS, IDS = (
     "tokens.i4",
     "lengths.i8",
     "scores.f8",
+    "advantages.f8",
     "prompts.u8",
     "ids.txt",
 )
-CONTENT = (TOKENS, LENGTHS, SCORES, PROMPTS, IDS)
+CONTENT = (TOKENS, LENGTHS, SCORES, ADVANTAGES, PROMPTS, IDS)
 """What the fingerprint of a store covers."""
 REJECTS, META = "rejects.jsonl", "meta.json"
 
@@ -38,10 +39,11 @@ class TokenStore:
 
     Attributes:
         directory: where its files lie.
-        fingerprint: SHA-256 of token ids, lengths, scores and row ids.
+        fingerprint: SHA-256 of token ids, lengths, scores, advantages and row ids.
         tokens: (L,) int32, all rows one after the other; memory-mapped.
         lengths: (n, 1 + K) int64 tokens of the prompt and of each of the K responses.
         scores: (n, K) float64, NaN where a response has none.
+        advantages: (n,) float64 of the rows that are samples, NaN where there is none.
         prompt_keys: (n,) uint64 hash of the prompt's ids.
         ids: the n row ids.
         reject_counts: refused rows by reason.
@@ -52,6 +54,7 @@ class TokenStore:
     tokens: np.ndarray
     lengths: np.ndarray
     scores: np.ndarray
+    advantages: np.ndarray
     prompt_keys: np.ndarray
     ids: tuple[str, ...]
     reject_counts: Mapping[str, int]
@@ -73,6 +76,7 @@ class TokenStore:
             tokens=np.memmap(directory / TOKENS, np.int32, mode="r"),
             lengths=lengths,
             scores=np.fromfile(directory / SCORES, np.float64).reshape(rows, responses),
+            advantages=np.fromfile(directory / ADVANTAGES, np.float64),
             prompt_keys=np.fromfile(directory / PROMPTS, np.uint64),
             ids=tuple(json.loads((directory / IDS).read_text("utf-8"))),
             reject_counts=meta["rejects"],
@@ -91,8 +95,9 @@ class TokenStore:
         ids = self.tokens[start : start + int(lengths.sum())].tolist()
         ends = lengths.cumsum().tolist()
         scores = [None if np.isnan(score) else float(score) for score in self.scores[row]]
+        advantage = None if np.isnan(self.advantages[row]) else float(self.advantages[row])
         responses = [
-            Response(tuple(ids[begin:end]), score)
+            Response(tuple(ids[begin:end]), score, advantage=advantage)
             for begin, end, score in zip(ends, ends[1:], scores, strict=False)
         ]
         pairs = ((0, 1),) if len(responses) == 2 else ()
@@ -125,6 +130,10 @@ class TokenSet:
         """(n,) tokens of each row with its prompt taken once."""
         self.prompt_keys: np.ndarray = self._gather("prompt_keys")
         """(n,) hash of each prompt's ids."""
+        self.rewards: np.ndarray = self._gather("scores")[:, 0]
+        """(n,) score of each row's first response, NaN where it has none."""
+        self.advantages: np.ndarray = self._gather("advantages")
+        """(n,) advantage of each sample, NaN where it has none."""
 
     def __len__(self) -> int:
         return int(self._ends[-1])

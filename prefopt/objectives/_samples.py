@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from prefopt.objectives._terms import response_means
+from prefopt.objectives._terms import response_means, response_sums
 from prefopt.registry import Need
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
@@ -82,14 +82,60 @@ def minus_others(lp: ResponseLogps, values: Tensor) -> Tensor:
 
 
 def sample_output(
-    lp: ResponseLogps, losses: Tensor, metrics: Mapping[str, Tensor]
+    lp: ResponseLogps,
+    losses: Tensor,
+    metrics: Mapping[str, Tensor],
+    *,
+    token_mean: bool = False,
 ) -> ObjectiveOutput:
-    """The output of an objective without pairs: ``sample_losses`` (R,), metrics detached."""
+    """The output of an objective without pairs: ``sample_losses`` (R,), metrics detached.
+
+    Args:
+        token_mean: the losses are sums over tokens whose mean over the tokens of the batch is wanted, and not over
+            its responses: they are ``sample_token_losses`` then.
+    """
     return ObjectiveOutput(
         losses=lp.policy.new_zeros(len(lp.pairs)),
-        sample_losses=losses,
+        sample_losses=None if token_mean else losses,
+        sample_token_losses=losses if token_mean else None,
         sample_metrics={name: value.detach() for name, value in metrics.items()},
     )
+
+
+def sample_nll(lp: ResponseLogps) -> Tensor:
+    """(R,) sums of -log π over the tokens of each sample, in nats; 0 on other rows."""
+    return -response_sums(lp.policy, sampled_tokens(lp))
+
+
+def weighted_output(
+    lp: ResponseLogps,
+    weights: Tensor,
+    *,
+    losses: Tensor | None = None,
+    token_mean: bool = False,
+    metrics: Mapping[str, Tensor] | None = None,
+) -> ObjectiveOutput:
+    """The output of a loss w · NLL, with what is logged of its weights.
+
+    Args:
+        weights: (R,), 0 on rows that are no samples. Detached here: a weight is a number and not a path for
+            gradients.
+        losses: (R,) where it is not w · NLL but holds more, or weighs tokens.
+        token_mean: as in `sample_output`.
+        metrics: further (R,) values to report.
+
+    Returns: the losses and the metrics ``weights/mean``, ``weights/positive_frac`` and ``weights/square``, of
+        which the trainer makes ``weights/effective_frac``.
+    """
+    weights = weights.detach()
+    named = {
+        "weights/mean": weights,
+        "weights/square": weights**2,
+        "weights/positive_frac": (weights > 0).to(weights.dtype),
+        **(metrics or {}),
+    }
+    losses = weights * sample_nll(lp) if losses is None else losses
+    return sample_output(lp, losses, named, token_mean=token_mean)
 
 
 def token_mean(lp: ResponseLogps, values: Tensor) -> Tensor:

@@ -10,14 +10,22 @@ import torch
 from torch import Tensor
 
 from prefopt.config.load import objective_schema
-from prefopt.registry import OBJECTIVES, Need, get_objective
+from prefopt.registry import OBJECTIVES, Need, get_objective, reads_samples
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 NAMES = sorted(OBJECTIVES)
 ON_PAIRS = [name for name in NAMES if Need.PAIRS in get_objective(name).needs]
-ON_SAMPLES = [name for name in NAMES if Need.SAMPLES in get_objective(name).needs]
-REQUIRED = {"dr_grpo": {"max_tokens": 5}}
+WEIGHTED = [name for name in NAMES if reads_samples(get_objective(name).needs)]
+"""Those that weigh single responses by a reward or an advantage, of a data set or of rollouts."""
+ON_SAMPLES = [n for n in NAMES if Need.SAMPLES in get_objective(n).needs or n in WEIGHTED]
+REQUIRED: dict[str, dict[str, Any]] = {
+    "dr_grpo": {"max_tokens": 5},
+    "filtered_nll": {"threshold": 0.5},
+    "a_lol_kl": {"beta": 0.2},
+}
 """Hyper-parameters without a default, with what `call` gives them."""
+BINDING: dict[str, dict[str, Any]] = {"rwr": {"beta": 0.2}}
+"""Values under which every hyper-parameter is felt: at its defaults, `rwr` clips nothing in `random_batch`."""
 
 
 def toy_batch() -> ResponseLogps:
@@ -88,8 +96,15 @@ def per_pair(output: ObjectiveOutput) -> Tensor:
 
 def unreduced(output: ObjectiveOutput) -> Tensor:
     """(P, 2P, P + R, …): everything the trainer will sum, one value after the other."""
-    rows = [] if output.sample_losses is None else [output.sample_losses]
-    return torch.cat([per_pair(output).flatten(), *rows])
+    rows = [output.sample_losses, output.sample_token_losses]
+    return torch.cat([per_pair(output).flatten(), *(row for row in rows if row is not None)])
+
+
+def per_sample(output: ObjectiveOutput) -> Tensor | None:
+    """(R,) the losses of responses, of whichever kind."""
+    found = [output.sample_losses, output.sample_token_losses]
+    assert None in found, "no objective has both kinds"
+    return found[0] if found[1] is None else found[1]
 
 
 def all_metrics(output: ObjectiveOutput) -> dict[str, Tensor]:

@@ -375,6 +375,9 @@ OUT_OF_BOUNDS = {
     "max_tokens": [0, -1, 1.5],
     "kl_weight": [-0.1, float("nan")],
     "threshold": [float("inf"), float("nan")],
+    "epsilon": [0.0, -0.1, float("inf")],
+    "min_weight": [-0.1, 1.1],
+    "max_weight": [0.0, -1.0, float("inf")],
     "chosen_weight": [0.0, -1.0, float("inf")],
 }
 ZERO_IS_OFF = {(name, key) for name in NAMES for key in get_objective(name).needs_when}

@@ -95,6 +95,8 @@ def test_the_credit_of_an_objective_gives_the_labels_it_needs(name: str) -> None
         labels -= {Need.PAIRS}  # hypo's pairs are the data set's
     if spec.credit is not None:
         assert get_credit(spec.credit).gives == labels
+    elif Need.CONDITION in spec.needs:
+        assert not labels  # never on rollouts
     else:
         assert labels == {Need.PAIRS}
 

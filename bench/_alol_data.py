@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench._sorting_rewards import pair_rows, train_rows
 from recipes.quickstart import run as quickstart
+from recipes.quickstart.prepare import read_jsonl, write_jsonl
 
 RUN_DIR = Path("runs/bench-claims-alol")  # as claims_alol.yaml has it
 PLUGIN = Path(__file__).with_name("alol_signal.py")
 TASK_SEED = 0
-NUM_DEV, NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 600, 1600, 300, 500
+NUM_DEV, NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 600, 800, 300, 500
 RESPONSES_PER_PROMPT = 2
 
 
@@ -30,7 +32,6 @@ def prepare(shares: Sequence[int]) -> tuple[list[str], list[str]]:
 
     Returns: validation and test prompts.
     """
-    from recipes.quickstart.prepare import write_jsonl
     from recipes.quickstart.task import make_splits
 
     if not (RUN_DIR / "base").is_dir():
@@ -91,6 +92,12 @@ def _build(path: Path, pipeline: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(pipeline, indent=1), encoding="utf-8")  # JSON is YAML
     quickstart.run_prefopt("data", "build", path)
+
+
+def mean_reward(share: int) -> float:
+    """Of the training responses."""
+    rows = read_jsonl(data_dir(share) / "rows.jsonl")
+    return statistics.fmean(each["reward"] for row in rows for each in row["responses"])
 
 
 def negative_frac(share: int) -> float:

@@ -201,7 +201,7 @@ class Value(StageSettings):
         from prefopt.values.saved import HeadRecord, head_hash, reference_record
 
         return HeadRecord(
-            reference=reference_record(policy, reference, self.model.path),
+            reference=reference_record(policy, reference),
             settings=self._settings(place.seed),
             normalize_rewards=self.normalize_rewards,
             hidden_size=hidden_size,

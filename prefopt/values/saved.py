@@ -84,12 +84,10 @@ class HeadRecord:
     """Hash of the head's weights."""
 
 
-def reference_record(
-    section: ModelSection, reference: FrozenReference, path: str
-) -> ReferenceRecord:
-    """The record of a loaded reference; ``path`` is what the user calls it."""
+def reference_record(section: ModelSection, reference: FrozenReference) -> ReferenceRecord:
+    """The record of a reference that was loaded from ``section``."""
     return ReferenceRecord(
-        path=path,
+        path=section.path,
         revision=section.revision,
         tokenizer_path=section.tokenizer,
         chat_template=section.chat_template,

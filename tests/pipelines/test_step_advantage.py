@@ -134,3 +134,26 @@ def test_dialogues_become_text_whose_ids_are_the_dialogues(
     first = found[0]
     assert not first["ended"] and first["response"] == "Half of 8 is 4.\n"
     assert last["prompt"].startswith(first["prompt"] + first["response"])
+
+
+def test_steps_train_as_they_stand_and_only_the_last_ends(
+    tmp_path: Path, tiny_tokenizer: TokenizerFactory
+) -> None:
+    """Read by a recipe's data section: the advantage of each row, no end token behind a step that goes on."""
+    from prefopt.config.schema import ColumnMap, DataSection, SourceSection
+    from prefopt.data import load_data
+    from prefopt.data.samples import SampleNeeds
+
+    folder = build(pipeline(tmp_path, [group()])) / "step_advantage"
+    source = SourceSection(
+        path=str(folder), format="text", columns=ColumnMap(ended="ended", id="id")
+    )
+    data = DataSection(train=(source,), cache_dir=str(tmp_path / "cache"))
+    tokenizer = tiny_tokenizer()
+    train = load_data(data, tokenizer, samples=SampleNeeds(advantage=True)).train
+    assert train is not None and len(train) == 6
+    for row, found in zip(rows(folder), (train.group(i) for i in range(6)), strict=True):
+        (response,) = found.responses
+        assert (found.id, response.advantage) == (row["id"], pytest.approx(row["advantage"]))
+        assert (response.ids[-1] == tokenizer.eos_token_id) == row["ended"]
+        assert tokenizer.decode(response.ids, skip_special_tokens=True) == row["response"]

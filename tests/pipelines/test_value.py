@@ -279,6 +279,30 @@ def test_advantages_killed_halfway_are_those_of_a_calm_run(tmp_path: Path, head:
     assert {name: data for name, data in made(killed).items() if "/.tmp-" not in name} == calm
 
 
+def test_weighed_rows_train_as_they_stand(tmp_path: Path, head: Path, policies: Path) -> None:
+    """Two steps of A-LoL on the stage's folder; its metrics are those of the rows' advantages."""
+    from prefopt.build import train
+    from prefopt.metrics import read_metrics
+
+    folder = build(weigh(tmp_path, mixed(), head=str(head))) / "advantage"
+    recipe = {
+        "model": {"path": str(policies / "first")},
+        "data": {
+            "train": [{"path": str(folder), "format": "text"}],
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "objective": {"name": "a_lol"},
+        "train": {"learning_rate": 1e-4, "global_batch_size": 20, "max_steps": 2},
+        "run": {"output_dir": str(tmp_path / "run")},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    train(str(path))
+    first = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    weights = [max(row["advantage"], 0.0) for row in rows(folder)]
+    assert first["weights/mean"] == pytest.approx(np.mean(weights), rel=1e-4)
+
+
 # --- refused -------------------------------------------------------------------------------------
 
 
@@ -335,6 +359,21 @@ def test_a_copy_of_the_reference_is_the_reference(
     shutil.copytree(policies / "first", tmp_path / "copy")
     model = {"path": str(tmp_path / "copy")}
     assert rows(build(weigh(tmp_path, mixed(), head=str(head), model=model)) / "advantage")
+
+
+def test_a_run_is_read_as_the_policy_that_it_ended_with(tmp_path: Path, policies: Path) -> None:
+    """The head finds it again by itself, and under the run's name."""
+    run = tmp_path / "run"
+    shutil.copytree(policies / "first", run / "final")
+    (run / "run.json").write_text("{}")
+    folder = build(dev_pipeline(tmp_path, policies, epochs=1, model={"path": str(run)}))
+    head = folder / "value" / "head"
+    found = rows(build(weigh(tmp_path, mixed(), head=str(head))) / "advantage")
+    other = build(
+        weigh(tmp_path, mixed(), head=str(head), model={"path": str(run)}),
+        f"output_dir={tmp_path / 'again'}",
+    )
+    assert other.exists() and found == rows(tmp_path / "again" / "advantage")
 
 
 @pytest.mark.parametrize(

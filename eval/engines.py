@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from eval.base import Answer, Decoding, Message
+from eval.models import run_condition
 from prefopt.config.schema import EngineSection, ModelSection
-from prefopt.data.render import Renderer
+from prefopt.data.render import Renderer, conditioned
 from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
 from prefopt.engines.saved import saved_policy_engine
 from prefopt.errors import DataError, ModelError
@@ -58,15 +59,20 @@ class Generator:
         self.log_dir = log_dir
         self.tokenizer: Any = load_tokenizer(policy)
         self.renderer = Renderer(self.tokenizer)
+        # A policy that was trained with rewards in its prompts is asked for the target of its run.
+        self.condition = run_condition(policy.path)
         self._engine: Engine | None = None
         self._context: int | None = None
         self._longest = 0
 
     @property
     def chat_template_sha256(self) -> str | None:
-        """Of the chat template in force; None without one."""
-        text = self.tokenizer.chat_template
-        return None if text is None else hashlib.sha256(str(text).encode()).hexdigest()
+        """Of the chat template in force, and of the reward that is written into prompts; None without either."""
+        text, condition = self.tokenizer.chat_template, self.condition
+        if text is None and condition is None:
+            return None
+        said = str(text) if condition is None else f"{text}\n{condition!r}"
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def prompt_tokens(self, prompt: Prompt) -> int | None:
         """Length of a prompt; None where the chat template refuses it."""
@@ -139,6 +145,8 @@ class Generator:
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...] | Answer:
         content = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+        if self.condition is not None:
+            content = conditioned(content, self.condition.template, self.condition.target)
         try:
             return self.renderer.prompt_ids(content)
         except DataError as error:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eval.settings import EvalSettings, JudgeSection
-from prefopt.config.schema import EngineSection, ModelSection
+from prefopt.config.schema import ConditionSection, EngineSection, ModelSection
 from prefopt.errors import ModelError
 
 RUN_FILE = "run.json"
@@ -65,8 +66,43 @@ def resolve_run(section: ModelSection) -> ModelSection:
 
 def run_recipe(path: str) -> dict[str, object] | None:
     """The recipe of the run that ``path`` is, or is ``final`` of; None for anything else."""
+    return _run_record(path).get("recipe")
+
+
+def run_condition(path: str) -> ConditionSection | None:
+    """How the run that ``path`` is, or is ``final`` of, wrote rewards into prompts; None if it wrote none."""
+    recipe = _run_record(path).get("recipe") or {}
+    if (recipe.get("objective") or {}).get("name") != "reward_conditioned":
+        return None
+    return ConditionSection.model_validate(recipe["data"].get("condition") or {})
+
+
+def condition_problems(path: str, asked: ConditionSection | None) -> list[str]:
+    """What is odd about asking the policy of a run with these rewards in its prompts, or with none."""
+    from prefopt.data.samples import target_problem
+
+    trained = run_condition(path)
+    if trained is None:
+        return []
+    if asked is None:
+        return [
+            "the policy was trained with rewards in its prompts, and is asked without one: set condition"
+        ]
+    found = []
+    if asked.template != trained.template:
+        found.append(
+            f"the policy was trained with the template {trained.template!r}, and is asked with another"
+        )
+    rewards = _run_record(path).get("data", {}).get("labels", {}).get("rewards")
+    if rewards is not None:
+        found.append(target_problem(asked.target, rewards["min"], rewards["max"]))
+    return [problem for problem in found if problem is not None]
+
+
+def _run_record(path: str) -> dict[str, Any]:
+    """What the run that ``path`` is, or is ``final`` of, says of itself; empty for anything else."""
     for directory in (Path(path).expanduser(), Path(path).expanduser().parent):
         record = directory / RUN_FILE
         if record.is_file():
-            return json.loads(record.read_text(encoding="utf-8")).get("recipe")
-    return None
+            return json.loads(record.read_text(encoding="utf-8"))
+    return {}

@@ -38,6 +38,7 @@ from prefopt.distributed import (
     gathered_state,
     process_group_options,
 )
+from prefopt.draws import build_draw, warn_of_target
 from prefopt.errors import ConfigError
 from prefopt.layouts import build_logp_model
 from prefopt.live_reference import Reference
@@ -197,6 +198,10 @@ def _wire_offline(wiring: _Wiring, engine: LogpModel) -> _Wired:
     assert source is not None  # the check has seen to it
     longest = longest_row_tokens(source, engine.packed)
     limits = _split_limits(settings, engine, longest, accelerator)
+    draw = None
+    if wiring.objective.reads_samples:
+        draw = build_draw(recipe.data.sampling, wiring.objective, source)
+        warn_of_target(recipe.data, wiring.objective, source)
     regime = OfflineRegime(
         source,
         global_batch_size=settings.global_batch_size,
@@ -205,9 +210,12 @@ def _wire_offline(wiring: _Wiring, engine: LogpModel) -> _Wired:
         shuffle=settings.shuffle,
         num_epochs=settings.num_epochs,
         max_steps=settings.max_steps,
+        draw=draw,
         world_size=accelerator.num_processes,
         rank=accelerator.process_index,
     )
+    if draw is not None and accelerator.is_main_process:
+        logger.info("%s", draw.summary(regime.num_steps))
     rows = [(source, regime.all_rows())]
     rows += [(held_out, list(range(len(held_out))))] if held_out is not None else []
     reference = None

@@ -12,11 +12,13 @@ from accelerate import Accelerator
 from prefopt.build_rollouts import prompt_fields
 from prefopt.config.schema import EngineSection, GenerationSection, Recipe
 from prefopt.data import Renderer, load_prompts
+from prefopt.data.samples import SampleNeeds
 from prefopt.engines.base import SamplingSpec
 from prefopt.engines.hf import HFEngine
 from prefopt.errors import ConfigError, EngineError
 from prefopt.generation_probe import GenerationProbe, ProbeParts
 from prefopt.models.load import LoadedPolicy
+from prefopt.registry import bind_objective
 from prefopt.signals.base import Prompt
 from prefopt.signals.combine import build_signals
 from prefopt.windows import GroupSource
@@ -82,12 +84,14 @@ def _prompts(
     """The first ``num_prompts`` different ones."""
     if section.prompts:
         fields = prompt_fields(recipe) if section.score else ()
+        needs = bind_objective(recipe.objective or {}).needs
         found = load_prompts(
             section.prompts,
             recipe.data,
             Renderer(tokenizer),
             max_new_tokens=section.max_new_tokens,
             fields=fields,
+            condition=SampleNeeds.of(needs, recipe.data).condition,
         ).prompts
         return list(found[: section.num_prompts])
     assert held_out is not None  # the check has seen to it

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from prefopt.draws import RowDraw
 from prefopt.errors import ConfigError
 from prefopt.windows import GroupSource, SplitLimits, Window, forward_tokens, make_window
 
@@ -42,7 +43,7 @@ class Regime(Protocol):
 
 
 class OfflineRegime:
-    """Windows over a fixed data set, in a new order each epoch; every row once an epoch, none dropped.
+    """Windows over a fixed data set, in a new order each epoch; every row once an epoch, or by a `RowDraw`.
 
     The last window of an epoch holds what is left and is normalised by its own counts.
 
@@ -53,6 +54,8 @@ class OfflineRegime:
         seed: seed of the shuffles. Epoch e is a function of (seed, e) alone.
         shuffle: False takes the rows in their order in every epoch.
         num_epochs: passes over the data, or ``max_steps`` windows where given.
+        draw: which rows are drawn and how; None: every row once an epoch. The number of steps is taken times its
+            ``step_frac``.
         world_size, rank: processes, and which of them this is.
     """
 
@@ -66,19 +69,25 @@ class OfflineRegime:
         shuffle: bool = True,
         num_epochs: float = 1.0,
         max_steps: int | None = None,
+        draw: RowDraw | None = None,
         world_size: int = 1,
         rank: int = 0,
     ) -> None:
         self.source = source
-        self.global_batch_size = min(global_batch_size, len(source))
+        self.draw = draw
+        most = len(source) if draw is None else draw.most_at_once
+        self.global_batch_size = global_batch_size if most is None else min(global_batch_size, most)
         self.limits = limits
         self.seed = seed
         self.shuffle = shuffle
         self.world_size = world_size
         self.rank = rank
         self.step = 0
-        self.steps_per_epoch = math.ceil(len(source) / self.global_batch_size)
-        self.num_steps = max_steps or max(1, round(self.steps_per_epoch * num_epochs))
+        frac = 1.0 if draw is None else draw.step_frac
+        num_rows = round(len(source) * frac)
+        self.steps_per_epoch = math.ceil(num_rows / self.global_batch_size)
+        steps = max_steps * frac if max_steps else self.steps_per_epoch * num_epochs
+        self.num_steps = max(1, round(steps))
         _check_sizes(source, self.global_batch_size, limits, world_size)
 
     def next(self) -> Window:
@@ -103,13 +112,17 @@ class OfflineRegime:
 
     def rows(self, step: int) -> list[int]:
         """Row indices of the global batch of ``step``, in drawn order."""
-        size = self.global_batch_size
+        size, draw = self.global_batch_size, self.draw
+        if draw is not None and draw.weights is not None:
+            return draw.draw(self.seed, step, size)
         seed = self.seed if self.shuffle else None
-        return epoch_rows(seed, step, num_rows=len(self.source), batch_size=size)
+        num_rows = len(self.source) if draw is None else len(draw.rows)
+        places = epoch_rows(seed, step, num_rows=num_rows, batch_size=size)
+        return places if draw is None else draw.rows[places].tolist()
 
     def all_rows(self) -> list[int]:
         """Every row that some window of the run holds."""
-        if self.num_steps >= self.steps_per_epoch:
+        if self.draw is None and self.num_steps >= self.steps_per_epoch:
             return list(range(len(self.source)))
         return sorted({row for step in range(self.num_steps) for row in self.rows(step)})
 
@@ -121,9 +134,9 @@ class OfflineRegime:
         """Goes on after the checkpoint's step; ConfigError if data, batch size or seed changed since."""
         if state["order"] != self.order_hash:
             raise ConfigError(
-                "the checkpoint was made with other data, another data.seed/train.seed/train.shuffle or another "
-                "train.global_batch_size: its position means nothing here. Restore those settings, or start "
-                "afresh in another run.output_dir"
+                "the checkpoint was made with other data, another data.seed, data.sampling, train.seed or "
+                "train.shuffle, or another train.global_batch_size: its position means nothing here. Restore "
+                "those settings, or start afresh in another run.output_dir"
             )
         self.step = state["step"]
 
@@ -132,6 +145,8 @@ class OfflineRegime:
         """Hash of everything that decides which rows a step sees; recorded in run.json."""
         order = self.seed if self.shuffle else "in order"
         text = f"{self.source.fingerprint}:{len(self.source)}:{self.global_batch_size}:{order}"
+        if self.draw is not None:
+            text += f":{self.draw.digest}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def close(self) -> None:

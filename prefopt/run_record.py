@@ -10,7 +10,9 @@ from typing import Any
 
 from prefopt.config.schema import Recipe
 from prefopt.data import DataBundle
+from prefopt.draws import label_statistics
 from prefopt.models.load import LoadedPolicy
+from prefopt.regimes import OfflineRegime
 from prefopt.trainer import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ def describe_run(
             "prompts_hash": data.prompts.fingerprint if data.prompts is not None else None,
             "order_hash": trainer.regime.order_hash,
             "rejects": dict(data.reject_counts),
+            **_samples(data, trainer),
         },
         "steps": trainer.regime.num_steps,
         "layout": "packed" if trainer.limits.packed else "padded",
@@ -71,6 +74,21 @@ def describe_run(
         "versions": versions(),
         "git": git_commit(),
     }
+
+
+def _samples(data: DataBundle, trainer: PreferenceTrainer) -> dict[str, Any]:
+    """Of a run on weighted samples: their labels, how rewards were scaled, and how rows are drawn."""
+    regime = trainer.regime
+    if data.train is None or not trainer.objective.reads_samples:
+        return {}
+    found: dict[str, Any] = {
+        "labels": label_statistics(data.train),
+        "rewards_scaled": data.scaling.describe(),
+    }
+    if isinstance(regime, OfflineRegime):
+        draw = regime.draw
+        found["sampling"] = {"name": "uniform"} if draw is None else draw.describe()
+    return found
 
 
 def settings_that_count(recipe: Recipe) -> dict[str, Any]:

@@ -48,6 +48,7 @@ LAYERS = {
     "prefopt.reference": 3,
     "prefopt.windows": 2,
     "prefopt.regimes": 4,
+    "prefopt.draws": 4,
     "prefopt.rollouts": 4,
     "prefopt.metrics": 4,
     "prefopt.training_metrics": 4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,15 @@ from pydantic import Field, PositiveInt
 from data_pipelines.base import Dropped, Place, Result, StageSettings
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, pack_ids
-from prefopt.config.schema import EngineSection, ModelSection, NonNegativeFloat
+from prefopt.config.schema import ConditionSection, EngineSection, ModelSection, NonNegativeFloat
 from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer
     from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
+
+logger = logging.getLogger("prefopt.data")
 
 _IGNORED = {"model": ("layout", "disable_dropout"), "engine": ("max_logp_gap", "cpus")}
 """Keys of the shared sections that only training reads."""
@@ -73,6 +76,9 @@ class Sample(StageSettings):
     """Longest response in tokens (SimPO v0.2: 4096; LIONs: 512)."""
     max_prompt_tokens: PositiveInt = 2048
     """Longest prompt in tokens. With `max_new_tokens` it is the context that vLLM is started with."""
+    condition: ConditionSection | None = None
+    """Ask for a reward: for a policy of `reward_conditioned`, whose run says the template and, in `run.json`, the
+    range of rewards it has seen. The row keeps its own prompt."""
     drop_identical: bool = True
     """Drop prompts whose responses, earlier stages' included, all have the same text (SimPO v0.2). One response
     alone is kept."""
@@ -134,12 +140,14 @@ class Sample(StageSettings):
 
     def open(self, place: Place) -> SampleWorker:
         """Starts the engine. Raises: ModelError, EngineError; ConfigError if its context is too short."""
-        from eval.models import resolve_run
+        from eval.models import condition_problems, resolve_run
         from prefopt.data.render import Renderer
         from prefopt.engines.saved import saved_policy_engine
         from prefopt.models.load import load_tokenizer
 
         policy = resolve_run(self.model)
+        for problem in condition_problems(policy.path, self.condition):
+            logger.warning("stage %r: %s", place.id, problem)
         tokenizer = load_tokenizer(policy)
         engine, context = saved_policy_engine(
             self.engine,
@@ -231,7 +239,8 @@ class SampleWorker:
         from prefopt.data.rows import Refused
 
         try:
-            rendered = self.renderer.render_batch([ToRender(row["prompt"], ()) for row in rows])
+            asked = [self._asked(row["prompt"]) for row in rows]
+            rendered = self.renderer.render_batch([ToRender(prompt, ()) for prompt in asked])
         except ModelError as error:
             raise ModelError(
                 f"stage {self.place.id!r}: {self.settings.model.path!r} has no chat template, and the prompts are "
@@ -244,6 +253,14 @@ class SampleWorker:
             else self._checked(each.prompt_ids)
             for each in rendered
         ]
+
+    def _asked(self, prompt: Any) -> Any:
+        from prefopt.data.render import conditioned
+
+        condition = self.settings.condition
+        if condition is None:
+            return prompt
+        return conditioned(prompt, condition.template, condition.target)
 
     def _checked(self, ids: tuple[int, ...]) -> tuple[int, ...] | Dropped:
         if not ids:
@@ -315,7 +332,8 @@ class SampleWorker:
         ):
             return Dropped("all_identical", f"{len(responses)} responses")
         packed = pack_ids(ids)
-        if row.get("prompt_ids", packed) == packed:
+        # Ids with a reward in them are not those of the row's prompt, which is what signals score after.
+        if self.settings.condition is None and row.get("prompt_ids", packed) == packed:
             return {**row, "prompt_ids": packed, "responses": responses}
         # ids of two tokenizers in one group would be scored as if they were of one
         bare = [{k: v for k, v in each.items() if k != "ids"} for each in responses]

@@ -82,10 +82,11 @@ def _sample_columns(recipe: Recipe, key: str, source: SourceSection) -> Iterator
     """Of a source of samples, or of pairs that are read as two samples each."""
     columns, named = source.columns, source.columns.model_fields_set
     of_pairs = columns.score_chosen is not None and columns.score_rejected is not None
-    if of_pairs and Need.ADVANTAGES in objective_needs(recipe):
+    by_advantage = recipe.data.sampling.name == "advantage"
+    if of_pairs and (by_advantage or Need.ADVANTAGES in objective_needs(recipe)):
         yield Finding(
             f"{key}.columns",
-            "says that its rows are pairs with scores, and the objective needs advantages. Make samples of them "
+            "says that its rows are pairs with scores, and this run goes by advantages. Make samples of them "
             "first: the pipeline stage `advantage`",
         )
     for name in sorted(_OF_PAIRS & named) if _OF_SAMPLES & named else ():

@@ -25,11 +25,39 @@ def rewards_are_scaled_where_they_are_read(recipe: Recipe, _: Surroundings) -> I
         yield Finding(
             key, "would be ignored: the objective reads no rewards of samples. Leave it out"
         )
-    elif Need.REWARDS not in objective_needs(recipe):
+    elif Need.REWARDS not in objective_needs(recipe) and recipe.data.sampling.name != "reward":
         yield Finding(
             key,
             "would be ignored: the objective goes by advantages, which stay as the data has them. Scale the "
             "rewards before the advantages are taken, or leave it out",
+        )
+
+
+@rule("data", "stage", "regime", "objective", "train")
+def draws_are_of_samples(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
+    section, key = recipe.data.sampling, "data.sampling.name"
+    if section.name == "uniform":
+        for name in sorted({"replacement", "scale_steps"} & section.model_fields_set):
+            yield Finding(
+                f"data.sampling.{name}",
+                "would be ignored: data.sampling.name is 'uniform', which takes every row once an epoch",
+            )
+        return
+    if recipe.has_rollouts:
+        yield Finding(key, "is for a fixed data set, and rollouts are sampled. Leave it out")
+    elif not reads_samples(recipe):
+        yield Finding(
+            key, "rows of this run have no advantage or reward to be drawn by. Leave it out"
+        )
+    if not recipe.train.shuffle:
+        yield Finding(
+            "train.shuffle", f"data.sampling.name = '{section.name}' draws. Leave one of them out"
+        )
+    if recipe.train.max_steps is not None and section.scale_steps:
+        yield Finding(
+            "train.max_steps",
+            "is taken times the share of rows that can be drawn (data.sampling.scale_steps)",
+            is_note=True,
         )
 
 

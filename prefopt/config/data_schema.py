@@ -76,6 +76,22 @@ class ConditionSection(Section):
     """The reward asked for, in the units of the (normalised) rewards: standard deviations in the paper's code."""
 
 
+class SamplingSection(Section):
+    """Which rows of weighted samples a step of a fixed data set draws."""
+
+    name: Literal["uniform", "positive", "advantage", "reward"] = "uniform"
+    """`uniform`: every row once an epoch. `positive`: rows the objective learns from and whose advantage, where it
+    takes one, is above 0 (A-LoL's good_random; for `filtered_nll` rows that reach the threshold). `advantage`:
+    with probability in proportion to max(A, 0), A-LoL's priority. `reward`: to max(R, 0), as its R-LoL, wBC and
+    GOLD."""
+    replacement: bool = True
+    """`true`: every draw on its own, as A-LoL's code does (arXiv:2305.14718, LoL-RL@9f8d816, which means to draw
+    without and does not). `false`: no row twice in a step, and with `positive` in an epoch."""
+    scale_steps: bool = True
+    """An epoch is as many rows as can be drawn, and `train.max_steps` is taken times their share: A-LoL's steps
+    times the positive share. `false`: as many as there are rows."""
+
+
 class DataSection(Section):
     """Preference pairs (or SFT rows, or weighted samples) to train and evaluate on."""
 
@@ -100,6 +116,8 @@ class DataSection(Section):
     """What becomes of the rewards of sample rows before anything reads them. `sigmoid`: into (0, 1), as A-LoL
     takes a reward model's. `z_score`: minus the mean, over the standard deviation, of all rows of `train`
     (arXiv:2308.12050); `z_score_per_prompt`: of the rows of one prompt. Advantages stay as they are."""
+    sampling: SamplingSection = SamplingSection()
+    """Which sample rows a step draws."""
     condition: ConditionSection | None = None
     """How a reward is written into a prompt, for `reward_conditioned`."""
     cache_dir: PathText | None = None

@@ -9,7 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
-from prefopt.config.data_schema import ColumnMap, ConditionSection, DataSection, SourceSection
+from prefopt.config.data_schema import (
+    ColumnMap,
+    ConditionSection,
+    DataSection,
+    SamplingSection,
+    SourceSection,
+)
 from prefopt.config.section import Fraction, NonNegativeFloat, PathText, Section
 
 __all__ = [
@@ -29,6 +35,7 @@ __all__ = [
     "ReferenceSection",
     "RegimeSection",
     "RunSection",
+    "SamplingSection",
     "Section",
     "SourceSection",
     "TrainSection",

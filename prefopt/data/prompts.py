@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prefopt.config.schema import DataSection, SourceSection
+from prefopt.config.schema import ConditionSection, DataSection, SourceSection
 from prefopt.data.chunks import Limits, check
 from prefopt.data.formats import Reading, canonical, prompt_reading, prompt_row, resolve
 from prefopt.data.readers import RawRow
-from prefopt.data.render import Rendered, Renderer, Request
-from prefopt.data.rows import Refused, Reject, Row, column, has_column
+from prefopt.data.render import Rendered, Renderer, Request, conditioned
+from prefopt.data.rows import Message, Refused, Reject, Row, column, has_column
 from prefopt.data.sources import first_rows, open_source
 from prefopt.data.tokens import require_rows
 from prefopt.errors import DataError
@@ -49,6 +49,7 @@ def load_prompts(
     max_new_tokens: int,
     fields: Sequence[str] = (),
     needs_offline: bool = False,
+    condition: ConditionSection | None = None,
 ) -> PromptSet:
     """The prompts of ``sections``; each must leave ``max_new_tokens`` of room in ``data.max_length_tokens``.
 
@@ -58,6 +59,7 @@ def load_prompts(
     Args:
         fields: columns that signals read: a row without one is an error that names it.
         needs_offline: every row must have a response of its own.
+        condition: write its target reward into every prompt.
 
     Raises: DataError, ConfigError, ModelError as `load_data` does; DataError if no prompt is left.
     """
@@ -65,7 +67,9 @@ def load_prompts(
     rejects: list[dict[str, Any]] = []
     limits = Limits(data.max_length_tokens, data.max_prompt_tokens)
     for section in sections:
-        reader = _Reader(section, renderer, limits, max_new_tokens, tuple(fields), needs_offline)
+        reader = _Reader(
+            section, renderer, limits, max_new_tokens, tuple(fields), needs_offline, condition
+        )
         for result in reader.rows():
             if isinstance(result, Prompt):
                 prompts.append(result)
@@ -84,6 +88,7 @@ class _Reader:
     max_new_tokens: int
     fields: tuple[str, ...]
     needs_offline: bool
+    condition: ConditionSection | None
 
     def rows(self) -> Iterator[Prompt | dict[str, Any]]:
         """Each row as a prompt, or as the line that says why it is refused."""
@@ -114,7 +119,7 @@ class _Reader:
         self, rows: Sequence[RawRow], reading: Reading, has_response: bool
     ) -> Iterator[Prompt | dict[str, Any]]:
         read = canonical if has_response else prompt_row
-        found = [read(row, reading) for row in rows]
+        found = [self._conditioned(read(row, reading)) for row in rows]
         requests = [Request(row.prompt, row.responses) for row in found if isinstance(row, Row)]
         rendered = iter(self.renderer.render_batch(requests))
         for raw, row in zip(rows, found, strict=True):
@@ -124,6 +129,13 @@ class _Reader:
                 yield self._line(raw, reading, result)
             else:
                 yield self._prompt(raw, reading, row, result)
+
+    def _conditioned(self, row: Row | Refused) -> Row | Refused:
+        if self.condition is None or isinstance(row, Refused):
+            return row
+        condition = self.condition
+        prompt = conditioned(row.prompt, condition.template, condition.target)
+        return replace(row, prompt=prompt, source_prompt=row.prompt)
 
     def _checked(self, result: Rendered | Refused) -> Rendered | Refused:
         """``result``, or why it cannot be a prompt. Too long a response is only a missing one."""
@@ -150,7 +162,8 @@ class _Reader:
         return Prompt(
             id=raw.where if columns.id is None else str(column(raw, columns.id)),
             ids=rendered.prompt_ids,
-            content=row.prompt if isinstance(row.prompt, str) else tuple(row.prompt),
+            # What signals judge by is the prompt itself, without the reward that the policy is asked for.
+            content=_content(row.prompt if row.source_prompt is None else row.source_prompt),
             fields={k: v for k, v in raw.data.items() if k not in own or k in self.fields},
             offline_ids=rendered.responses[0] if rendered.responses else None,
         )
@@ -169,6 +182,10 @@ class _Reader:
         if result.detail is not None:
             line["detail"] = result.detail
         return line
+
+
+def _content(prompt: str | list[Message]) -> str | tuple[Message, ...]:
+    return prompt if isinstance(prompt, str) else tuple(prompt)
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:

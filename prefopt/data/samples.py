@@ -31,9 +31,14 @@ class SampleNeeds:
 
     @classmethod
     def of(cls, needs: frozenset[Need], data: DataSection) -> SampleNeeds:
-        """Of an objective with these needs, on this data."""
+        """Of an objective with these needs, on this data, drawn as it says."""
         condition = (data.condition or ConditionSection()) if Need.CONDITION in needs else None
-        return cls(Need.REWARDS in needs, Need.ADVANTAGES in needs, condition)
+        drawn_by = data.sampling.name
+        return cls(
+            Need.REWARDS in needs or drawn_by == "reward",
+            Need.ADVANTAGES in needs or drawn_by == "advantage",
+            condition,
+        )
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,16 @@ def _moments(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
+def target_problem(target: float, lowest: float, highest: float) -> str | None:
+    """What is odd about a target reward, given the range of the rewards that were trained on."""
+    if lowest <= target <= highest:
+        return None
+    return (
+        f"the target reward {target:g} is outside the rewards trained on, {lowest:g} to {highest:g}: the policy "
+        "has seen no such prompt and must extrapolate"
+    )
+
+
 def prompt_key(prompt: Any) -> str:
     """A hash of a prompt's text or messages."""
     text = json.dumps(prompt, sort_keys=True, ensure_ascii=False)
@@ -233,6 +248,6 @@ def _ended(raw: RawRow, name: str | None, row: Row) -> bool:
 
 def _missing(raw: RawRow, name: str, what: str) -> str:
     return (
-        f"{raw.where}: column {name!r} is empty: the objective weighs every sample by its {what}. Score the "
+        f"{raw.where}: column {name!r} is empty: every sample is weighed or drawn by its {what}. Score the "
         "row (`prefopt data`, stages score and advantage), or leave it out"
     )

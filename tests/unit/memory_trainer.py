@@ -50,13 +50,18 @@ def make_trainer(
     model: nn.Module | None = None,
     eval_source: GroupList | None = None,
     layout: str = "auto",
+    sampling: dict[str, Any] | None = None,
     **settings: Any,
 ) -> PreferenceTrainer:
     """A one-process trainer in ``run_dir``, wired by `prefopt.build` over groups in memory."""
     recipe = Recipe.model_validate(
         {
             "model": {"path": "in-memory", "layout": layout},
-            "data": {"train": [{"path": "in-memory"}], "cache_dir": str(run_dir / "cache")},
+            "data": {
+                "train": [{"path": "in-memory"}],
+                "cache_dir": str(run_dir / "cache"),
+                "sampling": sampling or {},
+            },
             "objective": objective,
             "train": {"learning_rate": 1e-3, "global_batch_size": 8, **settings},
             "run": {"output_dir": str(run_dir)},

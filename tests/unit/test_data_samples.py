@@ -135,7 +135,8 @@ def test_z_scores_per_prompt_compare_only_answers_to_one_prompt(tmp_path: Path) 
 
 
 def test_sigmoid_takes_rewards_between_zero_and_one(tmp_path: Path) -> None:
-    path = write(tmp_path / "s.jsonl", [sample(0), sample(1, reward=math.log(3)), sample(2, reward=-800)])  # fmt: skip
+    rewards = [0, math.log(3), -800]
+    path = write(tmp_path / "s.jsonl", [sample(i, reward=r) for i, r in enumerate(rewards)])
     train = load(path, REWARD, normalize_rewards="sigmoid").train
     assert train is not None
     np.testing.assert_allclose(train.rewards, [0.5, 0.75, 0.0], atol=1e-12)

@@ -18,8 +18,8 @@ not scaled by the share of positive advantages. Beside the paper's methods, NLL 
 reaches the mean: what a filter without a value is worth.
 
 Every arm has the learning rate that does best with 25 % bad responses on validation prompts and a seed of their
-own, of 1e-4, 3e-4 and 1e-3 (DPO, which falls apart at these: of a tenth of them). Reported: reward and accuracy of one greedy answer a test prompt; distinct-n (a digit is a word) and length of
-one answer at temperature 1.
+own, of 1e-4, 3e-4 and 1e-3 (DPO, which falls apart at these: of a tenth of them). Reported: reward and accuracy of
+one greedy answer a test prompt; distinct-n (a digit is a word) and length of one answer at temperature 1.
 
 What came out is in docs/log.md. Everything is written to runs/bench-claims-alol: results.json, claims.svg, the
 pipelines' folders. A measurement that results.json already has is not repeated, unless --fresh.

@@ -122,6 +122,7 @@ class Value(StageSettings):
         from prefopt.values.features import FrozenReference
 
         assert place.input is not None and place.folder is not None and place.reads is not None
+        self._check_rewards(place)
         policy = resolve_run(self.model)
         reference = FrozenReference(
             policy, device=self.device or default_device(), batch_tokens=self.batch_tokens
@@ -135,21 +136,25 @@ class Value(StageSettings):
         for row, became in zip(place.input.rows(), dev.became, strict=True):
             yield became if isinstance(became, Dropped) else {**row, "value": fit.values[became]}
 
+    def _check_rewards(self, place: Place) -> None:
+        """Before a model loads. Raises: DataError for rewards out of range, or none at all."""
+        assert place.input is not None
+        rewards = [(row["id"], r) for row in place.input.rows() for r in self._rewards(row, place)]
+        require_in_range(rewards, self.max_value, place.id, self.normalize_rewards)
+        if not rewards:
+            raise DataError(
+                f"stage {place.id!r}: no row has a scored response, so there is nothing to learn from. Put a "
+                "`score` stage before it, or name the score's column in `rated`"
+            )
+
     def _read(self, place: Place, reference: FrozenReference) -> _Dev:
-        """Prompts and rewards of all rows. Raises: DataError for rewards out of range, or none at all."""
+        """Prompts and rewards of all rows."""
         assert place.input is not None
         dev = _Dev([], [], [], [])
         for rows in _chunks(place.input.rows(), _RENDER_ROWS):
             found = reference.prompt_ids([row["prompt"] for row in rows], self.max_prompt_tokens)
             for row, ids in zip(rows, found, strict=True):
                 dev.add(row, ids, self._rewards(row, place))
-        if not dev.examples:
-            raise DataError(
-                f"stage {place.id!r}: no row has a scored response, so there is nothing to learn from. Put a "
-                "`score` stage before it, or name the score's column in `rated`"
-            )
-        scored = [(id_, example.reward) for id_, example in zip(dev.ids, dev.examples, strict=True)]
-        require_in_range(scored, self.max_value, place.id, self.normalize_rewards)
         return dev
 
     def _rewards(self, row: Row, place: Place) -> list[float]:

@@ -121,10 +121,13 @@ class StoredStates:
         try:
             for batch in batches:
                 self._write(batch)
-        except OSError as error:
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, OSError):
+                raise
             raise DataError(
-                f"{path}: cannot be written: {error.strerror or error}. The prompts' hidden states need "
-                f"{self._starts[-1]:,} tokens of room; make some and run the same command again"
+                f"{path}: cannot be written: {error.strerror or error}. It is to hold the hidden states of "
+                f"{len(lengths):,} prompts, {self._starts[-1]:,} tokens; make room and run the same command again"
             ) from error
 
     @property

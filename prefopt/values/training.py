@@ -89,8 +89,12 @@ class Fit:
     """Prediction for every prompt."""
 
 
-def fit_head(states: StoredStates, examples: Sequence[Example], settings: FitSettings,
-             device: torch.device) -> Fit:  # fmt: skip
+def fit_head(
+    states: StoredStates,
+    examples: Sequence[Example],
+    settings: FitSettings,
+    device: torch.device,
+) -> Fit:
     """The head of the best epoch: AdamW (β 0.9, 0.999, no decay), constant learning rate, no clipping.
 
     The official code keeps the epoch with the lowest *training* MSE and holds nothing out (``keep="train"`` keeps

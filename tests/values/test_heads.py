@@ -292,3 +292,13 @@ def test_r2_of_equal_rewards_is_undefined() -> None:
     assert errors([0.5, 0.7], [0.6, 0.6]).r2 is None
     assert errors([0.5, 0.7], [0.5, 0.7]).r2 == 1
     assert errors([0.6, 0.6], [0.5, 0.7]).r2 == pytest.approx(0.0)
+
+
+def test_states_that_cannot_be_written_leave_no_file_behind(tmp_path: Path) -> None:
+    def batches() -> Any:
+        yield StateBatch([0], torch.zeros(1, 2, WIDTH), torch.ones(1, 2, dtype=torch.bool))
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataError, match=r"No space left on device.*2 prompts, 5 tokens; make room"):
+        StoredStates(tmp_path / "s", [2, 3], batches())
+    assert not (tmp_path / "s").exists()

@@ -187,12 +187,15 @@ def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         commands,
         "show",
         _show,
-        "The first examples of a recipe as tokens, with roles, loss mask, lengths and rejects; or what a run "
-        "has sampled, scored and labelled.",
-        "prefopt show recipes/dpo/zephyr-7b-full.yaml -n 1\n  prefopt show runs/online --rollouts --step 10",
+        "The first examples of a recipe as tokens, with roles, loss mask, lengths and rejects; what a run has "
+        "sampled, scored and labelled; or how far off a value head is.",
+        "prefopt show recipes/dpo/zephyr-7b-full.yaml -n 1\n  prefopt show runs/online --rollouts --step 10\n"
+        "  prefopt show data/dev/value/head -n 5",
     )
     parser.add_argument(
-        "recipe", metavar="RECIPE_OR_RUN", help="a YAML recipe, or with --rollouts a run directory"
+        "recipe",
+        metavar="RECIPE_OR_DIR",
+        help="a YAML recipe, a value head's folder, or with --rollouts a run directory",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     parser.add_argument(
@@ -298,10 +301,8 @@ def _show(arguments: argparse.Namespace) -> None:
             f"--step {arguments.step}: is a step of a run; add --rollouts and name the run's directory"
         )
     if Path(arguments.recipe).is_dir():
-        raise ConfigError(
-            f"{arguments.recipe} is a directory. What a run sampled: prefopt show {arguments.recipe} "
-            "--rollouts. The examples of a recipe: prefopt show RECIPE.yaml"
-        )
+        _show_directory(Path(arguments.recipe), arguments)
+        return
     from prefopt.checks import examine
     from prefopt.show import show
 
@@ -309,10 +310,26 @@ def _show(arguments: argparse.Namespace) -> None:
     show(recipe, arguments.n, color=color)
 
 
+def _show_directory(directory: Path, arguments: argparse.Namespace) -> None:
+    """A value head; any other directory is asked after."""
+    from prefopt.values.saved import is_head
+
+    if not is_head(directory):
+        raise ConfigError(
+            f"{directory} is a directory, and holds no value head. What a run sampled: prefopt show {directory} "
+            "--rollouts. A value head: prefopt show OUTPUT_DIR/value/head. The examples of a recipe: prefopt "
+            "show RECIPE.yaml"
+        )
+    from prefopt.show_value import show_value
+
+    _refuse_overrides(arguments)
+    show_value(directory, arguments.n, color=not arguments.no_color)
+
+
 def _refuse_overrides(arguments: argparse.Namespace) -> None:
     if arguments.overrides:
         raise ConfigError(
-            f"{arguments.overrides[0]}: would be ignored: --rollouts shows a run as it was. Leave it out"
+            f"{arguments.overrides[0]}: would be ignored: what a directory holds is shown as it is. Leave it out"
         )
 
 

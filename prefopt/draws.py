@@ -63,8 +63,8 @@ class RowDraw:
         assert self.weights is not None
         rng = np.random.default_rng([seed, step, _STREAM])
         if self.replacement:
-            # u in [0, 1) times the total is below the last sum, so the index is never past the end.
-            places = np.searchsorted(self._sums, rng.random(size) * self._sums[-1], side="right")
+            found = np.searchsorted(self._sums, rng.random(size) * self._sums[-1], side="right")
+            places = found.clip(max=len(self.rows) - 1)  # u · total may round up to the total
         else:
             # Efraimidis and Spirakis 2006: the smallest of Exp(1) / w are draws without replacement.
             keys = rng.exponential(size=len(self.rows)) / self.weights

@@ -38,7 +38,7 @@ from prefopt.distributed import (
     gathered_state,
     process_group_options,
 )
-from prefopt.draws import build_draw, warn_of_target
+from prefopt.draws import build_draw, check_labels
 from prefopt.errors import ConfigError
 from prefopt.layouts import build_logp_model
 from prefopt.live_reference import Reference
@@ -83,6 +83,10 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     resume_from = find_checkpoint(run_dir, recipe.train.resume)
     tokenizer = load_tokenizer(recipe.model)
     data = load_run_data(recipe, tokenizer)
+    if recipe.objective is not None and data.train is not None and not recipe.has_rollouts:
+        objective = bind_objective(recipe.objective)
+        if objective.reads_samples:  # before a model is loaded in vain
+            check_labels(recipe.data, objective, data.train)
     accelerator = _accelerator(recipe)
     policy = load_policy(recipe.model, recipe.peft, seed=recipe.train.seed)
     check_vocabulary(policy.model, tokenizer)
@@ -201,7 +205,6 @@ def _wire_offline(wiring: _Wiring, engine: LogpModel) -> _Wired:
     draw = None
     if wiring.objective.reads_samples:
         draw = build_draw(recipe.data.sampling, wiring.objective, source)
-        warn_of_target(recipe.data, wiring.objective, source)
     regime = OfflineRegime(
         source,
         global_batch_size=settings.global_batch_size,

@@ -63,8 +63,8 @@ class RowDraw:
         assert self.weights is not None
         rng = np.random.default_rng([seed, step, _STREAM])
         if self.replacement:
-            # u in [0, 1) times the total is below the last sum, so the index is never past the end.
-            places = np.searchsorted(self._sums, rng.random(size) * self._sums[-1], side="right")
+            found = np.searchsorted(self._sums, rng.random(size) * self._sums[-1], side="right")
+            places = found.clip(max=len(self.rows) - 1)  # u · total may round up to the total
         else:
             # Efraimidis and Spirakis 2006: the smallest of Exp(1) / w are draws without replacement.
             keys = rng.exponential(size=len(self.rows)) / self.weights
@@ -118,9 +118,7 @@ def build_draw(
     pushes = row_gradients(objective, source)
     if not pushes.any():
         raise DataError(_nothing_learnt(objective, source))
-    draw = None if section.name == "uniform" else _drawn(section, objective, source, pushes)
-    _warn_of_pushing_down(objective, pushes if draw is None else pushes[draw.rows])
-    return draw
+    return None if section.name == "uniform" else _drawn(section, objective, source, pushes)
 
 
 def _drawn(
@@ -210,6 +208,17 @@ def label_statistics(source: GroupSource) -> dict[str, dict[str, float]]:
         known = source.advantages[~np.isnan(source.advantages)]
         found["advantages"]["negative_frac"] = float((known < 0).mean())
     return found
+
+
+def check_labels(data: DataSection, objective: BoundObjective, source: GroupSource) -> None:
+    """Whether these rows can teach anything, and what is odd about them; nothing has to be loaded for it.
+
+    Warns of negative rewards as weights, and of a target reward that no training prompt comes near.
+    Raises: DataError as `build_draw` does.
+    """
+    draw, pushes = build_draw(data.sampling, objective, source), row_gradients(objective, source)
+    _warn_of_pushing_down(objective, pushes if draw is None else pushes[draw.rows])
+    warn_of_target(data, objective, source)
 
 
 def warn_of_target(data: DataSection, objective: BoundObjective, source: GroupSource) -> None:

@@ -52,7 +52,7 @@ def a_lol(lp: ResponseLogps, *, epsilon: PositiveFloat = 0.9) -> ObjectiveOutput
             of the code do not clip (its ``ppo_clip: None``), which is a large value here.
 
     Returns: losses (P,) of zeros; ``sample_losses`` (R,); sample metrics of the weights as `weighted_output`,
-        ``ratio/mean`` and ``ratio/clipped_frac`` of ρ.
+        ``ratio/mean`` of the clipped ρ and ``ratio/clipped_frac``.
     Raises: ValueError for samples without advantages or a reference.
     Source: Baheti et al. 2023, arXiv:2305.14718, and its code.
     """
@@ -104,7 +104,7 @@ def a_lol_seq(lp: ResponseLogps, *, epsilon: PositiveFloat = 0.9) -> ObjectiveOu
     clipped = ratios.clamp(1 - epsilon, 1 + epsilon)
     weights = _positive_advantages(lp)
     metrics = {
-        "ratio/mean": token_mean(lp, ratios),
+        "ratio/mean": token_mean(lp, clipped),
         "ratio/clipped_frac": token_mean(lp, (clipped != ratios).to(ratios.dtype)),
     }
     losses = weights * -response_sums(clipped * policy, lp.mask)
@@ -214,7 +214,8 @@ def _clipped(lp: ResponseLogps, weights: Tensor, epsilon: float) -> ObjectiveOut
     ratios = importance_ratio(log_ratio.sum(-1).detach())  # (R,)
     clipped = ratios.clamp(1 - epsilon, 1 + epsilon)
     metrics = {
-        "ratio/mean": on_rows(lp, ratios, Need.SAMPLES),
+        # Clipped: of whole responses a few ratios of e^20 would be all that a mean shows.
+        "ratio/mean": on_rows(lp, clipped, Need.SAMPLES),
         "ratio/clipped_frac": (clipped != ratios).to(ratios.dtype),
     }
     return weighted_output(lp, weights * clipped, metrics=metrics)

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
@@ -212,6 +213,16 @@ def test_a_lol_presets_are_the_papers_settings() -> None:
     comet = load_recipe(ROOT / "recipes" / "a_lol" / "comet-gpt2-xl.yaml")
     assert (comet.train.learning_rate, comet.train.global_batch_size) == (2e-5, 16)
     assert (comet.train.num_epochs, comet.train.lr_scheduler) == (1, "linear")
+
+
+def test_the_quickstarts_a_lol_reads_what_its_pipeline_writes() -> None:
+    folder = ROOT / "recipes" / "quickstart"
+    pipeline = yaml.safe_load((folder / "samples.yaml").read_text())
+    recipe = load_recipe(folder / "a_lol.yaml")
+    assert (
+        recipe.data.train[0].path == f"{pipeline['output_dir']}/{pipeline['stages'][-1]['stage']}"
+    )
+    assert script_of(recipe) == "a_lol"
 
 
 @pytest.mark.parametrize("name", ["conditioned", "rwr", "filtered"])

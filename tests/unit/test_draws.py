@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from prefopt.config.schema import SamplingSection
-from prefopt.draws import RowDraw, build_draw, label_statistics, row_gradients
+from prefopt.config.schema import DataSection, SamplingSection
+from prefopt.draws import RowDraw, build_draw, check_labels, label_statistics, row_gradients
 from prefopt.errors import ConfigError, DataError
 from prefopt.metrics import read_metrics
 from prefopt.regimes import OfflineRegime
@@ -181,9 +181,9 @@ def test_negative_rewards_as_weights_are_warned_of_unless_they_are_not_drawn(
 ) -> None:
     source, wbc = samples(None, None, rewards=(1.0, -2.0)), bind_objective({"name": "wbc"})
     with caplog.at_level(logging.WARNING, "prefopt"):
-        build_draw(SamplingSection(name="reward"), wbc, source)
+        check_labels(DataSection(sampling=SamplingSection(name="reward")), wbc, source)
         assert not caplog.text
-        build_draw(SamplingSection(), wbc, source)
+        check_labels(DataSection(), wbc, source)
     assert "1 of 2 training rows have a negative reward" in caplog.text
 
 

@@ -18,9 +18,15 @@ from prefopt.errors import ConfigError, PrefoptError
 if TYPE_CHECKING:
     from prefopt.config.schema import Recipe
 
-RECIPE_SCRIPTS = ("sft", "reward_model", "dpo", "simpo")
-"""Scripts under ``recipes/`` that are named after one stage or objective; preference.py takes the rest, and
-online_dpo.py every recipe with rollouts, whatever its objective."""
+RECIPE_SCRIPTS = {
+    **{name: name for name in ("sft", "reward_model", "dpo", "simpo")},
+    **dict.fromkeys(("a_lol", "a_lol_ref_free", "a_lol_seq", "a_lol_kl"), "a_lol"),
+    **dict.fromkeys(
+        ("filtered_nll", "rwr", "reward_conditioned", "wbc", "r_gold", "r_lol"), "offline_rl"
+    ),
+}
+"""Stage or objective -> its script under ``recipes/``; preference.py takes the rest, and online_dpo.py every
+recipe with rollouts, whatever its objective."""
 
 _OVERRIDES = (
     "section.key=value, e.g. train.learning_rate=8e-7 data.train.0.path=pairs.jsonl peft=null"
@@ -295,29 +301,16 @@ def _show(arguments: argparse.Namespace) -> None:
             f"--step {arguments.step}: is a step of a run; add --rollouts and name the run's directory"
         )
     if Path(arguments.recipe).is_dir():
-        _show_directory(Path(arguments.recipe), arguments)
+        from prefopt.show_value import show_directory
+
+        _refuse_overrides(arguments)
+        show_directory(Path(arguments.recipe), arguments.n, color=color)
         return
     from prefopt.checks import examine
     from prefopt.show import show
 
     recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True)
     show(recipe, arguments.n, color=color)
-
-
-def _show_directory(directory: Path, arguments: argparse.Namespace) -> None:
-    """A value head; any other directory is asked after."""
-    from prefopt.values.saved import is_head
-
-    if not is_head(directory):
-        raise ConfigError(
-            f"{directory} is a directory, and holds no value head. What a run sampled: prefopt show {directory} "
-            "--rollouts. A value head: prefopt show OUTPUT_DIR/value/head. The examples of a recipe: prefopt "
-            "show RECIPE.yaml"
-        )
-    from prefopt.show_value import show_value
-
-    _refuse_overrides(arguments)
-    show_value(directory, arguments.n, color=not arguments.no_color)
 
 
 def _refuse_overrides(arguments: argparse.Namespace) -> None:
@@ -347,7 +340,7 @@ def script_of(recipe: Recipe) -> str:
     if recipe.has_rollouts:
         return "online_dpo"
     found = recipe.objective["name"] if recipe.objective else recipe.stage
-    return found if found in RECIPE_SCRIPTS else "preference"
+    return RECIPE_SCRIPTS.get(found, "preference")
 
 
 def _require_script(path: str, recipe: Recipe, trains: str) -> None:

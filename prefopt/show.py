@@ -145,8 +145,15 @@ def _bos(tokenizer: Any, prompt_ids: Sequence[int]) -> str:
 
 
 def _scores(responses: Sequence[Response]) -> str:
-    scores = [response.score for response in responses if response.score is not None]
-    return f"; scores {', '.join(f'{score:g}' for score in scores)}" if scores else ""
+    labels = {
+        "scores": [response.score for response in responses],
+        "advantages": [response.advantage for response in responses],
+    }
+    return "".join(
+        f"; {name} {', '.join(f'{value:g}' for value in values if value is not None)}"
+        for name, values in labels.items()
+        if any(value is not None for value in values)
+    )
 
 
 def _print_summary(console: Console, data: DataBundle) -> None:

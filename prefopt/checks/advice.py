@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prefopt.checks.rules import Finding, Surroundings, rule
+from prefopt.checks.settings import reads_samples
 from prefopt.config.schema import Recipe
 from prefopt.registry import get_objective
 
@@ -42,12 +43,12 @@ def hyper_parameters_suit_their_loss(recipe: Recipe, _: Surroundings) -> Iterato
         )
 
 
-@rule("stage", "model", "peft", "train")
+@rule("stage", "model", "peft", "train", "objective")
 def learning_rate_suits_what_is_trained(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     rate = recipe.train.learning_rate
     if recipe.stage != "preference" or recipe.peft is not None:
         return
-    if rate >= 1e-5:
+    if rate >= 1e-5 and not reads_samples(recipe):  # a weighted likelihood is trained as SFT is
         yield note(
             "train.learning_rate",
             "high for full fine-tuning on preferences: published values are 3e-7 to 1e-6, and 1e-5 "

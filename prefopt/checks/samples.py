@@ -53,12 +53,6 @@ def draws_are_of_samples(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
         yield Finding(
             "train.shuffle", f"data.sampling.name = '{section.name}' draws. Leave one of them out"
         )
-    if recipe.train.max_steps is not None and section.scale_steps:
-        yield Finding(
-            "train.max_steps",
-            "is taken times the share of rows that can be drawn (data.sampling.scale_steps)",
-            is_note=True,
-        )
 
 
 @rule("data", "stage", "regime", "objective")

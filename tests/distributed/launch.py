@@ -94,6 +94,27 @@ def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
+def write_samples(path: Path, count: int, seed: int = 0) -> Path:
+    """Samples of ragged random words, with rewards and advantages of both signs."""
+    rng = np.random.default_rng(seed)
+    words = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "sun", "moon"]
+
+    def text(longest: int) -> str:
+        return " ".join(rng.choice(words, rng.integers(1, longest)))
+
+    rows = [
+        {
+            "prompt": text(8),
+            "response": f" {text(9)} a",
+            "reward": float(rng.random()),
+            "advantage": float(rng.normal()) / 10,
+        }
+        for _ in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def write_recipe(path: Path, model: Path, pairs: Path, **sections: Any) -> Path:
     """A small recipe; ``sections`` replace or add to the defaults, key by key."""
     recipe: dict[str, Any] = {

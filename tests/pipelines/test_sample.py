@@ -316,3 +316,16 @@ def test_vllm_answers_as_hf_does(pipeline: Pipeline, policies: Path) -> None:
     for row in found:
         prompt, ids = unpack_ids(row["prompt_ids"]), unpack_ids(row["responses"][1]["ids"])
         sampled_logps(model, prompt, ids, SamplingSpec(12, temperature=1.0, top_p=0.9))
+
+
+def test_a_condition_is_asked_for_and_the_row_keeps_its_own_prompt(pipeline: Pipeline) -> None:
+    """Greedy answers are those to prompts that a user wrote the reward into."""
+    condition = {"template": "{input} <r>: {reward}\n", "target": 2.0}
+    asked = [{**row, "prompt": f"{row['prompt']} <r>: 2.00\n"} for row in PROMPTS]
+    ours = rows(build(pipeline("one", {"temperatures": [0], "condition": condition})) / "sample0")
+    by_hand = rows(build(pipeline("two", {"temperatures": [0]}, prompts=asked)) / "sample0")
+    texts = [[[r["text"] for r in row["responses"]] for row in found] for found in (ours, by_hand)]
+    assert texts[0] == texts[1]
+    assert [row["prompt"] for row in ours] == TEXTS
+    # Ids after a prompt that the row does not hold would be scored as if they came after its own.
+    assert not any("prompt_ids" in row or "ids" in row["responses"][0] for row in ours)

@@ -38,6 +38,19 @@ SIMPO_TABLE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def made_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with the folders of samples that presets read, as their headers say."""
+    monkeypatch.chdir(tmp_path)
+    for path in PRESETS:
+        for source in load_recipe(path).data.train:
+            if source.path.startswith("data/"):
+                assert re.search(rf"(in|from) {source.path}\b", path.read_text())
+                folder = tmp_path / source.path
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "00000.jsonl").touch()
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=NAMES)
 def test_every_preset_passes_the_check_without_network(path: Path) -> None:
     notes = check(path, assume_cuda=True, num_processes=4)
@@ -178,6 +191,38 @@ def test_async_tldr_is_the_authors_configuration() -> None:
     assert (train.learning_rate, recipe.objective) == (3e-6, {"name": "dpo", "beta": 0.1})
     assert train.global_batch_size == 21 * 8 * 3
     assert train.max_steps == 131_072 // (21 * 8 * 3)
+
+
+# --- weighted samples ------------------------------------------------------------------------------
+
+
+def test_a_lol_presets_are_the_papers_settings() -> None:
+    """methods: LoL-RL@9f8d816, as transcribed; steps and draws as its code has them."""
+    hh = load_recipe(ROOT / "recipes" / "a_lol" / "hh-qlora.yaml")
+    assert hh.objective == {"name": "a_lol", "epsilon": 0.9}
+    assert (hh.train.learning_rate, hh.train.global_batch_size, hh.train.max_steps) == (
+        2e-4,
+        16,
+        9000,
+    )
+    assert (hh.train.lr_scheduler, hh.train.max_grad_norm) == ("constant", 0.3)
+    assert (hh.data.max_prompt_tokens, hh.data.max_length_tokens) == (640, 640 + 128)
+    sampling = hh.data.sampling
+    assert (sampling.name, sampling.replacement, sampling.scale_steps) == ("advantage", True, True)
+    comet = load_recipe(ROOT / "recipes" / "a_lol" / "comet-gpt2-xl.yaml")
+    assert (comet.train.learning_rate, comet.train.global_batch_size) == (2e-5, 16)
+    assert (comet.train.num_epochs, comet.train.lr_scheduler) == (1, "linear")
+
+
+@pytest.mark.parametrize("name", ["conditioned", "rwr", "filtered"])
+def test_offline_rl_presets_are_the_authors_scripts(name: str) -> None:
+    """OpenRLHF@95ac56d: rate, batch, length, one epoch; z-scores over the whole file."""
+    recipe = load_recipe(ROOT / "recipes" / "offline_rl" / f"llama2-7b-{name}.yaml")
+    train = recipe.train
+    assert (train.learning_rate, train.global_batch_size, train.num_epochs) == (5e-6, 128, 1)
+    assert (recipe.data.max_length_tokens, recipe.data.normalize_rewards) == (2048, "z_score")
+    if name == "conditioned":
+        assert recipe.data.condition is not None and recipe.data.condition.target == 5.0
 
 
 # --- accelerate_configs --------------------------------------------------------------------------

@@ -33,6 +33,11 @@ SFT = ["stage=sft", "objective=null"]
 RM = ["stage=reward_model", "objective=null"]
 DPO = ["objective={name: dpo}"]
 LORA = ["peft={type: lora, r: 8}"]
+A_LOL, WBC = ["objective={name: a_lol}"], ["objective={name: wbc}"]
+CONDITIONED = ["objective={name: reward_conditioned}"]
+SCORES = "data.train.0.columns={score_chosen: a, score_rejected: b}"
+BOTH = "data.train.0.columns={chosen: c, response: r}"
+BY_ADVANTAGE = "data.sampling.name=advantage"
 
 
 @pytest.fixture
@@ -64,6 +69,31 @@ def test_a_sound_recipe_passes_offline_and_says_what_it_took_on_trust(recipe_fil
         ([*RM, *LORA, "model.quantization=4bit"], "model.quantization = '4bit'", "untrained head"),
         ([*RM, "peft={adapter: org/lora}"], "peft.adapter = 'org/lora'", "no reward head"),
         (["reference={name: initial}"], "reference", "'simpo' needs no reference"),
+        (
+            [*A_LOL, "data.normalize_rewards=sigmoid"],
+            "data.normalize_rewards",
+            "goes by advantages",
+        ),
+        ([*A_LOL, SCORES], "data.train.0.columns", "this run goes by advantages"),
+        ([*WBC, SCORES, BY_ADVANTAGE], "data.train.0.columns", "this run goes by advantages"),
+        ([*WBC, BOTH], "data.train.0.columns.chosen = 'c'", "of a pair"),
+        ([*WBC, SCORES, "data.train.0.drop_ties=true"], "data.train.0.drop_ties", "one by one"),
+        ([*WBC, "data.sampling.replacement=false"], "data.sampling.replacement", "every row once"),
+        ([*WBC, BY_ADVANTAGE, "train.shuffle=false"], "train.shuffle", "draws"),
+        ([*WBC, "data.condition={target: 1}"], "data.condition", "would be ignored"),
+        (
+            [*CONDITIONED, "data.condition={template: x}"],
+            "data.condition.template = 'x'",
+            "must hold {reward}",
+        ),
+        (
+            [*CONDITIONED, "eval.generation={}", "data.eval_frac=0.1"],
+            "eval.generation.prompts",
+            "is missing",
+        ),
+        (["data.train.0.columns.reward=r"], "data.train.0.columns.reward", "would be ignored"),
+        ([BY_ADVANTAGE], "data.sampling.name", "no advantage or reward"),
+        (["data.normalize_rewards=z_score"], "data.normalize_rewards", "no rewards of samples"),
         ([*DPO, "reference={name: none}"], "reference.name = 'none'", "against a reference"),
         ([*DPO, "reference={name: model}"], "reference.name = 'model'", "needs reference.path"),
         ([*DPO, "reference={path: org/ref}"], "reference.path = 'org/ref'", "would be ignored"),

@@ -60,6 +60,9 @@ def problems(path: Path, overrides: list[str], num_processes: int | None = None)
         ["engine={name: vllm_server, urls: ['http://a:8000']}"],
         ["signals=[{name: math}, {name: length_penalty, weight: 0.5}]"],
         ["regime.importance_cap=2.0", "regime.max_lag=1"],
+        ["objective={name: a_lol}", "reference={name: behavior}"],
+        ["objective={name: filtered_nll, threshold: 0.5}", "regime.samples_per_prompt=1"],
+        ["objective={name: direct_advantage}", "credit={name: leave_one_out}"],
     ],
 )
 def test_settings_that_go_together_pass(recipe_file: Path, overrides: list[str]) -> None:
@@ -77,6 +80,11 @@ def test_settings_that_go_together_pass(recipe_file: Path, overrides: list[str])
         (["objective={name: hypo}", "regime.offline_pairs=true"], "data.train", "is missing"),
         (["objective={name: hypo}"], "credit", "gives no pairs"),
         (["signals=[]"], "signals", "goes by scores"),
+        (["signals=[]", "objective={name: wbc}"], "signals", "weighs samples by their score"),
+        (["objective={name: a_lol}", "credit={name: best_worst}"], "credit.name", "gives no advantages"),
+        (["objective={name: reward_conditioned}"], "objective.name", "is there before its reward is"),
+        (["objective={name: wbc}", "data.normalize_rewards=z_score"], "data.normalize_rewards", "as they come"),
+        (["objective={name: a_lol}", "data.sampling.name=advantage"], "data.sampling.name", "are sampled"),
         (["credit={name: none}", "objective={name: grpo}"], "credit.name", "gives no advantages"),
         (["regime.samples_per_prompt=1"], "regime.samples_per_prompt", "use 2 or more"),
         (["objective={name: grpo}", PAIRS, "regime.offline_pairs=true"], "regime.offline_pairs", "takes no pairs"),

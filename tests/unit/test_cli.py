@@ -187,7 +187,7 @@ def test_rollouts_are_launched_by_online_dpo_whatever_the_objective(
 
 def test_every_recipe_script_exists_and_is_its_own_name() -> None:
     scripts = {path.stem: path.read_text() for path in (ROOT / "recipes").glob("*.py")}
-    for name in (*RECIPE_SCRIPTS, "preference", "online_dpo"):
+    for name in {*RECIPE_SCRIPTS.values(), "preference", "online_dpo"}:
         assert f'recipe_main("{name}")' in scripts[name]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.models import RUN_FILE, run_recipe
+from eval.models import RUN_FILE, run_condition, run_recipe
 from eval.settings import EvalSettings
 from prefopt.config.schema import ModelSection
 from prefopt.errors import ModelError
@@ -77,4 +78,7 @@ def _policy(run_dir: Path, checkpoint: Path, folder: Path) -> Path:
         from prefopt.export import export_checkpoint
 
         export_checkpoint(run_dir, checkpoint, folder)
+    if run_condition(str(run_dir)) is not None:
+        # Beside the export, as beside a run's final/: it says which reward its policy is asked for.
+        shutil.copyfile(run_dir / RUN_FILE, folder.parent / RUN_FILE)
     return folder

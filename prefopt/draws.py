@@ -101,7 +101,7 @@ class RowDraw:
             "replacement": self.weights is not None and self.replacement,
             "drawable_rows": len(self.rows),
             "drawable_frac": self.drawable_frac,
-            "scale_steps": self.scale_steps,
+            "steps_times": self.step_frac,
         }
 
 
@@ -130,9 +130,10 @@ def _drawn(
     weights = _weights(name, objective, source, pushes)
     rows = np.flatnonzero(weights > 0)
     if not len(rows):
-        what, labels = (
-            ("reward", source.rewards) if name == "reward" else ("advantage", source.advantages)
+        by_reward = name == "reward" or (
+            name == "positive" and Need.ADVANTAGES not in objective.needs
         )
+        what, labels = ("reward", source.rewards) if by_reward else ("advantage", source.advantages)
         raise DataError(
             f"data.sampling.name = '{name}': draws none of {len(source)} rows, since no {what} is above 0 "
             f"(the highest: {_highest(source, labels)})"
@@ -160,7 +161,7 @@ def _weights(
         return advantages
     if Need.ADVANTAGES in objective.needs:
         return (advantages > 0).astype(np.float64)
-    return (pushes != 0).astype(np.float64)
+    return (pushes > 0).astype(np.float64)
 
 
 def row_gradients(objective: BoundObjective, source: GroupSource) -> np.ndarray:

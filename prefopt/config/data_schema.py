@@ -80,8 +80,8 @@ class SamplingSection(Section):
     """Which rows of weighted samples a step of a fixed data set draws."""
 
     name: Literal["uniform", "positive", "advantage", "reward"] = "uniform"
-    """`uniform`: every row once an epoch. `positive`: rows the objective learns from and whose advantage, where it
-    takes one, is above 0 (A-LoL's good_random; for `filtered_nll` rows that reach the threshold). `advantage`:
+    """`uniform`: every row once an epoch. `positive`: rows whose response the objective makes likelier, by an
+    advantage above 0 (A-LoL's good_random) or a reward that reaches the threshold of `filtered_nll`. `advantage`:
     with probability in proportion to max(A, 0), A-LoL's priority. `reward`: to max(R, 0), as its R-LoL, wBC and
     GOLD."""
     replacement: bool = True

@@ -114,7 +114,7 @@ class ChunkReader:
             tokens=np.array([token for part in parts for token in part], np.int32),
             lengths=np.array([len(part) for part in parts], np.int64).reshape(-1, width),
             scores=np.array(scores, np.float64).reshape(-1, width - 1),
-            advantages=np.array(advantages, np.float64),
+            advantages=np.array(advantages if self.samples is not None else [], np.float64),
             prompt_keys=np.array(keys, np.uint64),
             rejects=rejects,
         )

@@ -76,7 +76,7 @@ class TokenStore:
             tokens=np.memmap(directory / TOKENS, np.int32, mode="r"),
             lengths=lengths,
             scores=np.fromfile(directory / SCORES, np.float64).reshape(rows, responses),
-            advantages=np.fromfile(directory / ADVANTAGES, np.float64),
+            advantages=_advantages(directory, rows),
             prompt_keys=np.fromfile(directory / PROMPTS, np.uint64),
             ids=tuple(json.loads((directory / IDS).read_text("utf-8"))),
             reject_counts=meta["rejects"],
@@ -201,8 +201,21 @@ def contents_sha256(directory: Path) -> dict[str, str]:
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:
-    """The content hash of a store from those of its files; what was refused is no part of it."""
-    return hashlib.sha256("".join(digests[name] for name in CONTENT).encode()).hexdigest()
+    """The content hash of a store from those of its files; what was refused is no part of it.
+
+    Rows that are no samples have an empty file of advantages, which is left out: pairs keep the hash they had, and
+    with it runs that were started before there were samples can go on.
+    """
+    names = [name for name in CONTENT if name != ADVANTAGES or digests[name] != _OF_NOTHING]
+    return hashlib.sha256("".join(digests[name] for name in names).encode()).hexdigest()
+
+
+_OF_NOTHING = hashlib.sha256().hexdigest()
+
+
+def _advantages(directory: Path, rows: int) -> np.ndarray:
+    found = np.fromfile(directory / ADVANTAGES, np.float64)
+    return found if len(found) else np.full(rows, np.nan)
 
 
 def _read_meta(directory: Path) -> dict[str, Any]:

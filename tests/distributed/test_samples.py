@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prefopt.cli import main
 from prefopt.metrics import read_metrics
 from tests.distributed.launch import cpu_config, launch, write_model, write_recipe, write_samples
 
@@ -34,9 +35,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(directory: Path, inputs: Path, config: str, processes: int, case: str, *more: str) -> Path:
+def recipe_of(directory: Path, inputs: Path, case: str) -> Path:
     directory.mkdir(parents=True)
-    recipe = write_recipe(
+    return write_recipe(
         directory / "recipe.yaml",
         inputs / "model",
         inputs / "samples.jsonl",
@@ -44,6 +45,10 @@ def run(directory: Path, inputs: Path, config: str, processes: int, case: str, *
         data={"sampling": CASES[case]["sampling"]},
         train={"num_epochs": 3},
     )
+
+
+def run(directory: Path, inputs: Path, config: str, processes: int, case: str, *more: str) -> Path:
+    recipe = recipe_of(directory, inputs, case)
     done = launch(cpu_config(config, processes, directory), SCRIPTS[case], recipe, *more)
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads((directory / "run" / "run.json").read_text())["processes"] == processes
@@ -52,8 +57,11 @@ def run(directory: Path, inputs: Path, config: str, processes: int, case: str, *
 
 @pytest.fixture(scope="module")
 def single(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """In this process: what is compared is the two processes' run."""
     root = tmp_path_factory.mktemp("single")
-    return {case: run(root / case, inputs, "cpu", 1, case) for case in CASES}
+    for case in CASES:
+        assert main(["train", str(recipe_of(root / case, inputs, case))]) == 0
+    return {case: root / case / "run" for case in CASES}
 
 
 def assert_same_run(got: Path, want: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.checkpoints import _policy, found_checkpoints
 from eval.engines import Generator
 from eval.models import condition_problems, run_condition
 from prefopt.build_rollouts import load_run_data
@@ -100,6 +101,9 @@ def test_an_evaluation_of_the_run_asks_for_its_target(run: Path, tmp_path: Path)
     assert conditioned.prompt_tokens("sun") == length > (plain.prompt_tokens("sun") or 0)
     # Answers are stored under what they were asked with.
     assert conditioned.chat_template_sha256 != plain.chat_template_sha256
+    ((_, checkpoint),) = found_checkpoints(run).items()
+    exported = _policy(run, checkpoint, tmp_path / "step" / "policy")
+    assert run_condition(str(exported)) == run_condition(str(run))
 
 
 def test_show_prints_the_reward_in_the_prompt_and_both_labels(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
@@ -187,3 +188,17 @@ def test_another_scaling_template_or_need_is_another_entry_of_the_cache(tmp_path
     runs += [load(path, REWARD, normalize_rewards="z_score"), load(path, ADVANTAGE)]
     assert len({run.sources[0][1].directory for run in runs}) == 5
     assert load(path, REWARD).sources[0][1].directory == runs[0].sources[0][1].directory
+
+
+def test_pairs_keep_the_content_hash_they_had_before_there_were_samples(tmp_path: Path) -> None:
+    """Over tokens, lengths, scores, prompts and ids, so that a run of pairs can be resumed by a newer version."""
+    pairs = write(tmp_path / "p.jsonl", [{"prompt": "a\n", "chosen": "b", "rejected": "c"}])
+    data = DataSection(train=[SourceSection(path=str(pairs))], cache_dir=str(tmp_path / "cache"))  # type: ignore[arg-type]
+    store = load_data(data, CHAT).sources[0][1]
+    names = ("tokens.i4", "lengths.i8", "scores.f8", "prompts.u8", "ids.txt")
+    digests = [hashlib.sha256((store.directory / name).read_bytes()).hexdigest() for name in names]
+    assert store.fingerprint == hashlib.sha256("".join(digests).encode()).hexdigest()
+    path = write(tmp_path / "s.jsonl", [sample(0)])
+    other = write(tmp_path / "t.jsonl", [sample(0, advantage=7.0)])
+    found = [load(p, ADVANTAGE, columns={"id": "reward"}).sources[0][1] for p in (path, other)]
+    assert found[0].fingerprint != found[1].fingerprint

@@ -158,8 +158,15 @@ def test_gradients_a_row_are_those_of_the_objective() -> None:
             "data.sampling.name = 'reward': draws none of 2 rows, since no reward is above 0 "
             "(the highest: -0.5, row row-1)",
         ),
+        (
+            {"name": "wbc"},
+            samples(None, None, rewards=(-1.0, -0.5)),
+            {"name": "positive"},
+            "data.sampling.name = 'positive': draws none of 2 rows, since no reward is above 0 "
+            "(the highest: -0.5, row row-1)",
+        ),
     ],
-    ids=["all negative", "threshold", "draw"],
+    ids=["all negative", "threshold", "draw", "positive"],
 )
 def test_nothing_to_learn_from_is_said_with_the_best_there_is(
     objective: dict[str, Any], source: GroupList, section: dict[str, Any], message: str

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-COLOURS = ("#b2182b", "#ef8a62", "#4393c3", "#2166ac", "#5aae61", "#762a83")
+COLOURS = ("#b2182b", "#ef8a62", "#4393c3", "#2166ac", "#5aae61", "#762a83", "#bf812d", "#666666",
+           "#1b9e77", "#e7298a")  # fmt: skip
 WIDTH, HEIGHT = 480, 320
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 32, 36
 LEGEND_ROW = 18

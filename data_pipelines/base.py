@@ -29,8 +29,8 @@ class Dropped:
     """Of the row; the runner knows it where a stage works row by row."""
 
 
-Result: TypeAlias = Row | Sequence[Row] | Dropped
-"""What became of one row: a row, several (at least one), or the reason there is none."""
+Result: TypeAlias = Row | Dropped | Sequence[Row | Dropped]
+"""What became of one row: a row, the reason there is none, or several of these (at least one)."""
 
 
 class StageSettings(Section):
@@ -60,6 +60,16 @@ class StageSettings(Section):
         """About how many rows there are to go through, for a progress bar."""
         return place.input.num_rows if place.input is not None else None
 
+    def report(self, rows: Iterator[Row], tally: Tally) -> dict[str, Any]:
+        """What a `map` stage found out about all rows; goes into its sealed record, and so into the manifest.
+
+        Args:
+            rows: the output of all its shards, in order, one shard in memory at a time; read if it is asked for.
+            tally: rows in and out, and dropped by reason.
+        """
+        del rows, tally
+        return {}
+
     def needs_fields(self) -> tuple[str, ...]:
         """Columns of the user's that this stage reads: the first stage must keep them."""
         return ()
@@ -86,6 +96,9 @@ class Place:
     """All rows that come in, for stages that need to see them twice; None before the runner is there."""
     report: dict[str, Any] = field(default_factory=dict)
     """What a `whole` stage found out about all rows; goes into its sealed record, and so into the manifest."""
+    folder: Path | None = None
+    """The stage's own, where its shards come; it may leave a directory of its own there, which readers of the
+    shards pass over, written whole or not at all: a killed stage starts over. None before the runner is there."""
 
     def rng(self, key: str) -> random.Random:
         """A generator for one row, the same in whatever shard, process or order the row comes."""

@@ -8,11 +8,13 @@ text one whose ids are those of the dialogue, which is tried for every row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.base import Dropped
+from prefopt.config.schema import ModelSection
+from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ def cut_turn(
     if renderer is None:
         raise DataError(
             f"row {row_id}: its prompt is a dialogue, and only a chat template can say how an answer that has "
-            "begun reads. Set tree.tokenizer to the directory of the model that will be trained"
+            "begun reads. Set the stage's tokenizer (tree.tokenizer, step_advantage.tokenizer) to the directory "
+            "of the model that will be trained"
         )
     turns = [*prompt, {"role": "assistant", "content": response}]
     texts = _rendered(renderer, prompt, turns)
@@ -62,6 +65,39 @@ def cut_turn(
     # Templates write a line break after a turn's end; the renderer cuts it off, where there is an end before it.
     cut = Cut(opened + shared, response[len(shared) :] + (end.rstrip() or end))
     return _same_ids(renderer, prompt, turns[-1], cut)
+
+
+def turn_renderer(tokenizer: str | None, chat_template: str | None) -> Renderer | None:
+    """What renders dialogues, where a stage names a tokenizer. Raises: ModelError if it cannot be loaded."""
+    if tokenizer is None:
+        return None
+    from prefopt.data.render import Renderer
+    from prefopt.models.load import load_tokenizer
+
+    # named twice: a folder with a tokenizer alone is no model
+    section = ModelSection(path=tokenizer, tokenizer=tokenizer, chat_template=chat_template)
+    return Renderer(load_tokenizer(section))
+
+
+def renderer_basis(tokenizer: str | None, chat_template: str | None) -> Mapping[str, Any]:
+    """What rendered rows depend on beside the settings; nothing without a tokenizer."""
+    renderer = turn_renderer(tokenizer, chat_template)
+    if renderer is None:
+        return {}
+    from prefopt.data.render import RENDERER_VERSION
+    from prefopt.data.tokenise import tokenizer_hash
+
+    return {"tokenizer": tokenizer_hash(renderer.tokenizer), "renderer": RENDERER_VERSION}
+
+
+def template_problems(
+    label: str, tokenizer: str | None, chat_template: str | None, document: Document, path: KeyPath
+) -> list[str]:
+    """A chat template without the tokenizer that it goes with."""
+    if chat_template is None or tokenizer is not None:
+        return []
+    where = document.origin((*path, "chat_template"))
+    return [f"{where}{label}.chat_template: would be ignored without {label}.tokenizer; set it"]
 
 
 def _rendered(

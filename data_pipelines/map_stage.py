@@ -30,7 +30,8 @@ def run_map(
 ) -> dict[str, Any]:
     """Makes every shard that nobody has made; returns when all are there, whoever made them.
 
-    Returns: ``shards`` and ``counts`` of the whole stage. Raises: DataError; whatever the stage raises.
+    Returns: ``shards``, ``counts`` and, where the stage gives one, its ``report``.
+    Raises: DataError; whatever the stage raises.
     """
     shards = place.input
     assert isinstance(shards, Shards)
@@ -95,7 +96,10 @@ class _Job:
     def record(self) -> dict[str, Any]:
         records = [self.records[number] for number in sorted(self.records)]
         tallies = [Tally(r["rows_in"], r["rows_out"], dict(r["dropped"])) for r in records]
-        return {"shards": records, "counts": Tally().add(tallies).record()}
+        result = {"shards": records, "counts": Tally().add(tallies).record()}
+        rows = self.folder.output(result).rows()
+        report = self.stage.settings.report(rows, Tally().add(tallies))
+        return result | ({"report": report} if report else {})
 
     def close(self) -> None:
         if self._worker is not None:
@@ -134,18 +138,18 @@ class _Job:
         kept: list[Row] = []
         dropped: list[tuple[Dropped, Row]] = []
         for row, result in zip(rows, results, strict=True):
-            if isinstance(result, Dropped):
-                dropped.append((result, row))
-                continue
-            found = [result] if isinstance(result, dict) else list(result)
+            found = [result] if isinstance(result, (dict, Dropped)) else list(result)
             if not found:
                 raise DataError(
                     f"stage {self.place.id!r}: row {row['id']} came to nothing without a reason: give "
                     "Dropped(reason)"
                 )
             for each in found:
+                if isinstance(each, Dropped):
+                    dropped.append((each, row))
+                    continue
                 require_columns(each, self.stage.gives, f"stage {self.place.id!r}, row {row['id']}")
-            kept += found
+                kept.append(each)
         return kept, dropped
 
     def _hand_in(
@@ -159,7 +163,7 @@ class _Job:
             )  # fmt: skip
             return
         path = self.folder.shards / shard_name(number, self.settings.format)
-        lines = [dropped_line(each, row["id"]) for each, row in dropped]
+        lines = [dropped_line(each, each.id or row["id"]) for each, row in dropped]
         self.folder.write_dropped(number, lines)
         shard = write_shard(path, kept)
         tally = Tally(source.rows, len(kept))

@@ -21,6 +21,7 @@ STAGES: dict[str, str] = {
     "order": "data_pipelines.stages.order",
     "advantage": "data_pipelines.stages.advantage",
     "threshold": "data_pipelines.stages.threshold",
+    "value": "data_pipelines.stages.value",
     "mix": "data_pipelines.stages.mix",
     "battle": "data_pipelines.stages.battle",
     "elo": "data_pipelines.stages.elo",
@@ -30,6 +31,7 @@ STAGES: dict[str, str] = {
     "constrain": "data_pipelines.stages.constrain",
     "accepted_rejected": "data_pipelines.stages.constrain",
     "tree": "data_pipelines.stages.tree",
+    "step_advantage": "data_pipelines.stages.step_advantage",
     "pareto": "data_pipelines.stages.pareto",
 }
 

@@ -28,13 +28,14 @@ class RowKind(enum.StrEnum):
     PAIRS = "pairs"
     """A prompt with ``chosen`` and ``rejected`` (text), as `data.train` reads it."""
     SAMPLES = "samples"
-    """A prompt with one ``response``, its ``reward`` and ``advantage``."""
+    """A prompt with one ``response``, its ``reward``, ``value`` of the prompt and ``advantage``."""
 
 
 OWN_COLUMNS = frozenset(
     {
         "id", "prompt", "prompt_ids", "responses", "chosen", "rejected", "score_chosen", "score_rejected",
-        "info_chosen", "info_rejected", "response", "reward", "advantage", "source",
+        "info_chosen", "info_rejected", "response", "reward", "value", "advantage", "ended",
+        "source",
     }
 )  # fmt: skip
 """Columns that stages write. A column of the user's with one of these names is refused, not overwritten."""
@@ -65,11 +66,14 @@ def prompt_text(row: Mapping[str, Any]) -> str:
 
 
 def responses_of(row: Mapping[str, Any], kind: RowKind) -> list[dict[str, Any]]:
-    """The responses of a group, or the two sides of a pair (chosen first), as objects with ``text``."""
+    """The responses of a group, the two sides of a pair (chosen first) or the one of a sample, as objects with
+    ``text``."""
     if kind is RowKind.GROUPS:
         return row["responses"]
     if kind is RowKind.PAIRS:
         return [_side(row, side) for side in SIDES]
+    if kind is RowKind.SAMPLES:
+        return [{"text": row["response"], "score": row["reward"]}]
     raise DataError(f"row {row.get('id')}: {kind} have no responses")
 
 

@@ -145,6 +145,7 @@ def _run(
         log_dir=pipeline.directory / "logs",
         scratch=pipeline.directory / ".scratch" / stage.id,
         input=shards,
+        folder=folder.shards,
     )
     started = time.perf_counter()
     run = run_map if stage.spec.works == "map" else run_whole

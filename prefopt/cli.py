@@ -187,12 +187,15 @@ def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         commands,
         "show",
         _show,
-        "The first examples of a recipe as tokens, with roles, loss mask, lengths and rejects; or what a run "
-        "has sampled, scored and labelled.",
-        "prefopt show recipes/dpo/zephyr-7b-full.yaml -n 1\n  prefopt show runs/online --rollouts --step 10",
+        "The first examples of a recipe as tokens, with roles, loss mask, lengths and rejects; what a run has "
+        "sampled, scored and labelled; or how far off a value head is.",
+        "prefopt show recipes/dpo/zephyr-7b-full.yaml -n 1\n  prefopt show runs/online --rollouts --step 10\n"
+        "  prefopt show data/dev/value/head -n 5",
     )
     parser.add_argument(
-        "recipe", metavar="RECIPE_OR_RUN", help="a YAML recipe, or with --rollouts a run directory"
+        "recipe",
+        metavar="RECIPE_OR_DIR",
+        help="a YAML recipe, a value head's folder, or with --rollouts a run directory",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     parser.add_argument(
@@ -298,10 +301,11 @@ def _show(arguments: argparse.Namespace) -> None:
             f"--step {arguments.step}: is a step of a run; add --rollouts and name the run's directory"
         )
     if Path(arguments.recipe).is_dir():
-        raise ConfigError(
-            f"{arguments.recipe} is a directory. What a run sampled: prefopt show {arguments.recipe} "
-            "--rollouts. The examples of a recipe: prefopt show RECIPE.yaml"
-        )
+        from prefopt.show_value import show_directory
+
+        _refuse_overrides(arguments)
+        show_directory(Path(arguments.recipe), arguments.n, color=color)
+        return
     from prefopt.checks import examine
     from prefopt.show import show
 
@@ -312,7 +316,7 @@ def _show(arguments: argparse.Namespace) -> None:
 def _refuse_overrides(arguments: argparse.Namespace) -> None:
     if arguments.overrides:
         raise ConfigError(
-            f"{arguments.overrides[0]}: would be ignored: --rollouts shows a run as it was. Leave it out"
+            f"{arguments.overrides[0]}: would be ignored: what a directory holds is shown as it is. Leave it out"
         )
 
 

@@ -43,6 +43,7 @@ LAYERS = {
     "prefopt.models": 3,
     "prefopt.engines": 3,
     "prefopt.signals": 3,
+    "prefopt.values": 3,
     "prefopt.models.peft_config": 1,  # configuration only; the check builds it as loading will
     "prefopt.reference": 3,
     "prefopt.windows": 2,
@@ -68,6 +69,7 @@ LAYERS = {
     "prefopt.export": 6,
     "prefopt.show": 6,
     "prefopt.show_rollouts": 6,
+    "prefopt.show_value": 6,
     "prefopt.help_pages": 6,
     "prefopt.cli": 6,
 }

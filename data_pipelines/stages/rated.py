@@ -72,7 +72,8 @@ class Rated(StageSettings):
         None
     )
     """Where the responses are: `{column: completions, text: response, score: overall_score}`, or a list of
-    `{text: COLUMN, score: COLUMN, model: NAME}`. Leave out for pairs."""
+    `{text: COLUMN, score: COLUMN, model: NAME}`; one alone is a weighted sample, and needs a score. Leave out for
+    pairs."""
     keep: tuple[str, ...] = Field(default=(), strict=False)
     """Columns that later stages read, e.g. `answer`; a dot descends."""
 
@@ -102,9 +103,10 @@ class Rated(StageSettings):
                     f"{document.origin((*at, 'columns', name))}rated.sources.{number}.columns.{name}: would "
                     "be ignored: `responses` says where the responses are"
                 )
-        if isinstance(self.responses, tuple) and len(self.responses) < 2 and not self._has_offline:
+        if isinstance(self.responses, tuple) and len(self.responses) < self._least:
             found.append(
-                f"{document.origin((*path, 'responses'))}rated.responses: names fewer than two responses"
+                f"{document.origin((*path, 'responses'))}rated.responses: names fewer than two responses; "
+                "one alone needs a score, or offline: true"
             )
         return found
 
@@ -125,8 +127,11 @@ class Rated(StageSettings):
                 yield make(row)
 
     @property
-    def _has_offline(self) -> bool:
-        return isinstance(self.responses, tuple) and any(each.offline for each in self.responses)
+    def _least(self) -> int:
+        """Responses that a row needs: two to compare, one to weigh or for a later `sample` to add to."""
+        found = self.responses if isinstance(self.responses, tuple) else ()
+        alone = len(found) == 1 and found[0].score is not None
+        return 1 if alone or any(each.offline for each in found) else 2
 
     def _pair(self, row: SourceRow) -> Row | Dropped:
         assert not isinstance(row.found, Refused)
@@ -144,7 +149,7 @@ class Rated(StageSettings):
         assert not isinstance(row.found, Refused)
         found = list(self._responses(row.raw))
         responses = [each for each in found if each["text"].strip()]
-        if len(responses) < (1 if self._has_offline else 2):
+        if len(responses) < self._least:
             return Dropped("fewer_than_two_responses", f"{len(responses)} with text", row.id)
         group: Row = {"id": row.id, "prompt": row.found.prompt, "responses": responses}
         if len(responses) < len(found):

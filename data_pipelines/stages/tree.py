@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, PositiveInt
 
 from data_pipelines.base import Dropped, Place, Result, RowByRow, StageSettings
-from data_pipelines.cut_turns import cut_turn
+from data_pipelines.cut_turns import cut_turn, renderer_basis, template_problems, turn_renderer
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, side_columns, user_fields
 from data_pipelines.stages.pair import is_scored
 from data_pipelines.step_tree import Node, grow, sibling_pairs, split_steps, value
-from prefopt.config.schema import ModelSection, NonNegativeFloat, PathText
+from prefopt.config.schema import NonNegativeFloat, PathText
 from prefopt.config.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
@@ -67,39 +67,17 @@ class Tree(StageSettings):
     """Jinja file that replaces the tokenizer's chat template."""
 
     def problems(self, reads: RowKind | None, document: Document, path: KeyPath) -> list[str]:
-        if self.chat_template is None or self.tokenizer is not None:
-            return []
-        where = document.origin((*path, "chat_template"))
-        return [f"{where}tree.chat_template: would be ignored without tree.tokenizer; set it"]
+        return template_problems("tree", self.tokenizer, self.chat_template, document, path)
 
     def basis(self) -> Mapping[str, Any]:
-        if self.tokenizer is None:
-            return {}
-        from prefopt.data.render import RENDERER_VERSION
-        from prefopt.data.tokenise import tokenizer_hash
-
-        return {"tokenizer": tokenizer_hash(self._tokenizer()), "renderer": RENDERER_VERSION}
+        return renderer_basis(self.tokenizer, self.chat_template)
 
     def code(self) -> tuple[Any, ...]:
         return (grow, cut_turn)
 
     def open(self, place: Place) -> RowByRow:
-        renderer = None
-        if self.tokenizer is not None:
-            from prefopt.data.render import Renderer
-
-            renderer = Renderer(self._tokenizer())
+        renderer = turn_renderer(self.tokenizer, self.chat_template)
         return RowByRow(lambda row: self._pairs(row, renderer, place))
-
-    def _tokenizer(self) -> Any:
-        from prefopt.models.load import load_tokenizer
-
-        assert self.tokenizer is not None
-        # named twice: a folder with a tokenizer alone is no model
-        section = ModelSection(
-            path=self.tokenizer, tokenizer=self.tokenizer, chat_template=self.chat_template
-        )
-        return load_tokenizer(section)
 
     def _pairs(self, row: Row, renderer: Renderer | None, place: Place) -> Result:
         responses = [each for each in row["responses"] if is_scored(each)]

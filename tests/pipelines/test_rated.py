@@ -200,6 +200,13 @@ def test_a_list_of_responses_with_scores_and_models(tmp_path: Path) -> None:
     assert counts(folder, "rated")["dropped"] == {"fewer_than_two_responses": 1}
 
 
+def test_one_response_with_a_score_is_a_weighted_sample(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "p", "answer": "a", "r": 0.5}])
+    path = rated(tmp_path, file, responses=[{"text": "answer", "score": "r"}])
+    (row,) = rows(build(path) / "rated")
+    assert row["responses"] == [{"text": "a", "score": 0.5}]
+
+
 def test_an_offline_response_is_one_side_of_sopos_pair(tmp_path: Path) -> None:
     """The data's own answer is chosen by decree, against the worst of the others, whatever they score."""
     row = {"q": "p", "gold": "g", "a": "x", "sa": 5.0, "b": "y", "sb": 3.0}

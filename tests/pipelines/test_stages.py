@@ -339,9 +339,12 @@ def test_advantages_are_scores_minus_their_groups_mean(tmp_path: Path) -> None:
 def test_advantages_against_a_value_keep_the_positive_ones(tmp_path: Path) -> None:
     """A-LoL: A = R - V(x), trained on where A > 0. Rewards 1 and 0.2 against 0.3: 0.7 and -0.1."""
     stage = Advantage(value="v", positive_only=True)
-    (found,) = process(stage, place(tmp_path, RowKind.PAIRS), pair(1.0, 0.2, v=0.3))
-    assert (found["response"], found["advantage"]) == ("good", pytest.approx(0.7))
-    assert process(stage, place(tmp_path, RowKind.PAIRS), pair(0.3, 0.2, v=0.3)) == Dropped(
-        "no_positive_advantage"
-    )
+    good, bad = process(stage, place(tmp_path, RowKind.PAIRS), pair(1.0, 0.2, v=0.3))
+    assert (good["response"], good["advantage"]) == ("good", pytest.approx(0.7))
+    assert good["value"] == 0.3
+    assert bad == Dropped("negative_advantage", "-0.1", "p#1")
+    assert process(stage, place(tmp_path, RowKind.PAIRS), pair(0.3, 0.2, v=0.3)) == [
+        Dropped("zero_advantage", "0", "p#0"),
+        Dropped("negative_advantage", "-0.1", "p#1"),
+    ]
     assert process(stage, place(tmp_path, RowKind.PAIRS), pair(0.3, 0.2)) == Dropped("no_value")

@@ -1,0 +1,249 @@
+"""A value head on disk: its weights, which model it belongs to, what it was trained on and how far off it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from prefopt.cache import atomic_directory
+from prefopt.config.schema import ModelSection
+from prefopt.data.rows import Refused
+from prefopt.errors import DataError, ModelError
+from prefopt.models.hashing import state_hash
+from prefopt.models.load import load_tokenizer
+from prefopt.models.source import resolve_source
+from prefopt.values.features import BATCH_TOKENS, FrozenReference, tokenizer_identity
+from prefopt.values.heads import make_head
+from prefopt.values.training import Fit, FitSettings
+
+HEAD_FILE = "head.json"
+WEIGHTS_FILE = "head.safetensors"
+PREDICTIONS_FILE = "predictions.jsonl"
+FORMAT = 1
+
+Normalize = Literal["none", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class ReferenceRecord:
+    """Which policy a head reads, as it was loaded."""
+
+    path: str
+    revision: str | None
+    tokenizer_path: str | None
+    chat_template: str | None
+    dtype: str
+    quantization: str | None
+    content: str
+    """Hash of its files, whatever dtype they are loaded in."""
+    weights: str
+    """Hash of the weights as loaded: dtype, quantisation and adapters included."""
+    tokenizer: str
+    """`tokenizer_identity`: what decides a prompt's token ids."""
+    description: str
+
+    @property
+    def section(self) -> ModelSection:
+        """How it is loaded again. Code from a hub repository is never run on the word of a head's file."""
+        settings: dict[str, Any] = {"dtype": self.dtype, "quantization": self.quantization}
+        return ModelSection(
+            path=self.path,
+            revision=self.revision,
+            tokenizer=self.tokenizer_path,
+            chat_template=self.chat_template,
+            **settings,
+        )
+
+
+@dataclass(frozen=True)
+class HeadRecord:
+    """Everything about a saved head but its weights: the content of ``head.json``."""
+
+    reference: ReferenceRecord
+    settings: FitSettings
+    normalize_rewards: Normalize
+    """What was done to a score before it was a reward."""
+    hidden_size: int
+    max_prompt_tokens: int
+    trained_on: Mapping[str, Any]
+    """Numbers of prompts and responses, range and mean of the rewards, hash of ids and rewards."""
+    epochs: Sequence[Mapping[str, Any]]
+    kept_epoch: int
+    validation: Mapping[str, Any]
+    """Of the held-out prompts: ``mse``, ``r2``, ``constant_mse``, ``num_prompts``."""
+    content: str
+    """Hash of the head's weights."""
+
+
+def reference_record(section: ModelSection, reference: FrozenReference) -> ReferenceRecord:
+    """The record of a reference that was loaded from ``section``."""
+    return ReferenceRecord(
+        path=section.path,
+        revision=section.revision,
+        tokenizer_path=section.tokenizer,
+        chat_template=section.chat_template,
+        dtype=reference.dtype,
+        quantization=section.quantization,
+        content=resolve_source(section.path, section.revision).content,
+        weights=reference.weights,
+        tokenizer=reference.tokenizer,
+        description=reference.description,
+    )
+
+
+def save_head(
+    directory: Path, fit: Fit, record: HeadRecord, predictions: Sequence[Mapping[str, Any]]
+) -> None:
+    """Writes head, record and predictions, whole or not at all; equal heads give equal bytes.
+
+    Raises: DataError if they cannot be written.
+    """
+    try:
+        with atomic_directory(directory) as temporary:
+            save_file(_tensors(fit.head), temporary / WEIGHTS_FILE)
+            text = json.dumps({"format": FORMAT, **dataclasses.asdict(record)}, indent=1)
+            (temporary / HEAD_FILE).write_text(text + "\n", encoding="utf-8")
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+            (temporary / PREDICTIONS_FILE).write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"{directory}: cannot be written: {error.strerror or error}. Make room and run the same command again"
+        ) from error
+
+
+def head_hash(fit: Fit) -> str:
+    """Hash of a trained head's weights."""
+    return state_hash(_tensors(fit.head))
+
+
+def is_head(directory: Path) -> bool:
+    """Whether a directory holds a value head."""
+    return (directory / HEAD_FILE).is_file()
+
+
+def read_head(directory: Path) -> HeadRecord:
+    """The record of a saved head. Raises: ModelError if there is none, or it is of another format."""
+    path = directory / HEAD_FILE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        found = raw.pop("format")
+        if found != FORMAT:
+            raise ModelError(
+                f"{path}: has format {found}, this version reads {FORMAT}; train it anew"
+            )
+        return HeadRecord(
+            **{
+                **raw,
+                "reference": ReferenceRecord(**raw["reference"]),
+                "settings": FitSettings(**raw["settings"]),
+            }
+        )
+    except OSError as error:
+        raise ModelError(
+            f"{str(directory)!r}: holds no value head ({HEAD_FILE}: {error.strerror or error}). Name the folder "
+            "`head` that a `value` stage left: OUTPUT_DIR/value/head"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: is no record of a value head ({error!r})") from error
+
+
+def require_reference(directory: Path, record: HeadRecord, section: ModelSection) -> None:
+    """Returns if ``section`` is the policy that a head was trained on, by content; nothing is loaded.
+
+    Raises: ModelError naming both hashes, of weights or of the tokenizer.
+    """
+    reference = record.reference
+    content = resolve_source(section.path, section.revision).content
+    _require(directory, reference, section.path, "weights", reference.content, content)
+    tokenizer = tokenizer_identity(load_tokenizer(section))
+    what = "tokenizer, chat template or renderer"
+    _require(directory, reference, section.path, what, reference.tokenizer, tokenizer)
+
+
+class ValueModel:
+    """A saved head on its loaded reference: prompts to values.
+
+    Args:
+        directory: of the head.
+        section: its policy; default: where it lay when the head was trained.
+        device: torch device.
+        batch_tokens: most tokens of one forward, padding included.
+
+    Raises: ModelError for a head that is damaged or belongs to another model.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        section: ModelSection | None = None,
+        *,
+        device: str,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
+        self.record = read_head(directory)
+        section = section or self.record.reference.section
+        require_reference(directory, self.record, section)
+        self._head = _load_weights(directory, self.record)
+        self._reference = FrozenReference(section, device=device, batch_tokens=batch_tokens)
+        kept = self.record.reference
+        _require(
+            directory, kept, section.path, "weights as loaded (dtype, quantisation)", kept.weights,
+            self._reference.weights,
+        )  # fmt: skip
+        self._head.to(self._reference.device)
+
+    @torch.no_grad()
+    def values(self, prompts: Sequence[Any]) -> list[float | Refused]:
+        """V(x) of each prompt (text, or chat messages), in order.
+
+        Refused: a prompt that the chat template refuses, or that is longer than those the head was trained on.
+        """
+        ids = self._reference.prompt_ids(prompts, self.record.max_prompt_tokens)
+        readable = [index for index, each in enumerate(ids) if not isinstance(each, Refused)]
+        given: list[Any] = [ids[index] for index in readable]
+        values: dict[int, float] = {}
+        for batch in self._reference.states(given):
+            found = self._head(batch.states.float(), batch.mask).tolist()
+            values |= {readable[i]: value for i, value in zip(batch.indices, found, strict=True)}
+        return [
+            each if isinstance(each, Refused) else values[index] for index, each in enumerate(ids)
+        ]
+
+
+def _load_weights(directory: Path, record: HeadRecord) -> nn.Module:
+    head = make_head(record.settings.head, record.hidden_size, record.settings.max_value, seed=0)
+    path = directory / WEIGHTS_FILE
+    try:
+        head.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(
+            f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if state_hash(head.state_dict()) != record.content:
+        raise ModelError(f"{path}: is not the head that {HEAD_FILE} describes (its hash differs)")
+    return head.eval()
+
+
+def _tensors(head: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+
+
+def _require(
+    directory: Path, reference: ReferenceRecord, path: str, what: str, was: str, now: str
+) -> None:
+    if was != now:
+        raise ModelError(
+            f"the value head {str(directory)!r} belongs to another model: it was trained on {reference.path!r} "
+            f"({what}: {was[:12]}), and {path!r} has {now[:12]}. A head reads the hidden states of the very "
+            "policy it was trained on. Name that policy under advantage.model, or train a head for this one with "
+            "a `value` stage"
+        )

@@ -326,19 +326,27 @@ def lost(final: Sequence[Result], arm: str, shares: Sequence[int]) -> float | No
 
 
 def verdict(final: Sequence[Result], share: int) -> str:
-    """The worst advantage method against the best of the others that learn from every response."""
-    means = {
-        arm.name: statistics.fmean(r.quality.reward for r in of(final, arm.name, share))
-        for arm in ARMS
-    }
-    worst = min(IS_ADVANTAGE, key=lambda name: means[name])
+    """The worst advantage method against the best of the others that learn from every response.
+
+    Decided if they are apart by more than two standard errors of the difference (over seeds).
+    """
+    rewards = {arm.name: [r.quality.reward for r in of(final, arm.name, share)] for arm in ARMS}
+    means = {name: statistics.fmean(found) for name, found in rewards.items()}
     others = means.keys() - IS_ADVANTAGE - {"filtered"}
+    worst = min(IS_ADVANTAGE, key=lambda name: means[name])
     best = max(others, key=lambda name: means[name])
-    holds = "holds" if means[worst] > means[best] else "does not hold"
+    gap, error = means[worst] - means[best], standard_error(rewards[worst], rewards[best])
+    holds = "holds" if gap > 0 else "does not hold"
+    says = f"the claim {holds}" if abs(gap) > 2 * error else "the seeds do not decide"
     return (
-        f"{share} % bad: worst by advantage {worst} {means[worst]:.3f}, best other {best} {means[best]:.3f}: the "
-        f"claim {holds}; a plain filter, reward >= mean: {means['filtered']:.3f}"
+        f"{share} % bad: worst by advantage {worst} {means[worst]:.3f}, best other {best} {means[best]:.3f}, gap "
+        f"{gap:.3f} ± {error:.3f}: {says}; a plain filter, reward >= mean: {means['filtered']:.3f}"
     )
+
+
+def standard_error(*samples: Sequence[float]) -> float:
+    """Of a sum or difference of independent means; 0 where there is one seed."""
+    return sum(statistics.variance(each) / len(each) for each in samples if len(each) > 1) ** 0.5
 
 
 def _cells(found: Sequence[Quality]) -> str:
@@ -354,7 +362,7 @@ def spread(values: Sequence[float]) -> str:
     """Mean ± standard error of the mean; the mean alone of one."""
     if len(values) < 2:
         return f"{statistics.fmean(values):.3f}"
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+    return f"{statistics.fmean(values):.3f} ± {standard_error(values):.3f}"
 
 
 def charts(size: Size, base: Quality, final: Sequence[Result]) -> list[Chart]:

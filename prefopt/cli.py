@@ -301,29 +301,16 @@ def _show(arguments: argparse.Namespace) -> None:
             f"--step {arguments.step}: is a step of a run; add --rollouts and name the run's directory"
         )
     if Path(arguments.recipe).is_dir():
-        _show_directory(Path(arguments.recipe), arguments)
+        from prefopt.show_value import show_directory
+
+        _refuse_overrides(arguments)
+        show_directory(Path(arguments.recipe), arguments.n, color=color)
         return
     from prefopt.checks import examine
     from prefopt.show import show
 
     recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True)
     show(recipe, arguments.n, color=color)
-
-
-def _show_directory(directory: Path, arguments: argparse.Namespace) -> None:
-    """A value head; any other directory is asked after."""
-    from prefopt.values.saved import is_head
-
-    if not is_head(directory):
-        raise ConfigError(
-            f"{directory} is a directory, and holds no value head. What a run sampled: prefopt show {directory} "
-            "--rollouts. A value head: prefopt show OUTPUT_DIR/value/head. The examples of a recipe: prefopt "
-            "show RECIPE.yaml"
-        )
-    from prefopt.show_value import show_value
-
-    _refuse_overrides(arguments)
-    show_value(directory, arguments.n, color=not arguments.no_color)
 
 
 def _refuse_overrides(arguments: argparse.Namespace) -> None:

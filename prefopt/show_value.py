@@ -11,12 +11,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prefopt.errors import ModelError
-from prefopt.values.saved import PREDICTIONS_FILE, HeadRecord, read_head
+from prefopt.errors import ConfigError, ModelError
+from prefopt.values.saved import PREDICTIONS_FILE, HeadRecord, is_head, read_head
 
 _BINS = 5
 _BAR = 40
 """Characters for the whole range of the reward."""
+
+
+def show_directory(directory: Path, n: int = 2, *, color: bool = True) -> None:
+    """`show_value` of a directory that a user has named. Raises: ConfigError for one that holds something else."""
+    if not is_head(directory):
+        raise ConfigError(
+            f"{directory} is a directory, and holds no value head. What a run sampled: prefopt show {directory} "
+            "--rollouts. A value head: prefopt show OUTPUT_DIR/value/head. The examples of a recipe: prefopt "
+            "show RECIPE.yaml"
+        )
+    show_value(directory, n, color=color)
 
 
 def show_value(directory: Path, n: int = 2, *, color: bool = True) -> None:

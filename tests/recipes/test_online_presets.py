@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(
     path
     for path in (ROOT / "recipes").rglob("*.yaml")
-    if not {"quickstart", "iterative_dpo"} & set(path.parts)
+    if not {"quickstart", "iterative_dpo", "rest"} & set(path.parts)
     and "name: rollouts" in path.read_text()
 )
 SHRUNK = {"max_new_tokens", "samples_per_prompt", "prompts_per_step", "max_failed_frac"}

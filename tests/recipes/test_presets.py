@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(
     path
     for path in (ROOT / "recipes").rglob("*.yaml")
-    if not {"quickstart", "iterative_dpo"} & set(path.parts)
+    if not {"quickstart", "iterative_dpo", "rest"} & set(path.parts)
 )
 NAMES = [str(path.relative_to(ROOT)) for path in PRESETS]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

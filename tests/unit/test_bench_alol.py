@@ -70,8 +70,19 @@ def test_the_claim_holds_only_if_every_advantage_method_beats_every_other() -> N
     values = {arm.name: 0.9 if arm.name.startswith("a_lol") else 0.8 for arm in ARMS}
     final = [result(name, 50, value) for name, value in {**values, "filtered": 0.95}.items()]
     assert "the claim holds; a plain filter, reward >= mean: 0.950" in verdict(final, 50)
-    final = [result(name, 50, value) for name, value in {**values, "a_lol_kl": 0.8}.items()]
+    final = [result(name, 50, value) for name, value in {**values, "a_lol_kl": 0.7}.items()]
     assert "the claim does not hold" in verdict(final, 50)
+
+
+def test_a_gap_within_two_standard_errors_decides_nothing() -> None:
+    """Seeds 0.1 apart around each mean, two of them: an error of 0.05 a mean, 0.0707 of a difference."""
+    values = {arm.name: 0.9 if arm.name.startswith("a_lol") else 0.8 for arm in ARMS}
+    final = [
+        result(name, 50, value + off, seed=seed)
+        for name, value in values.items()
+        for seed, off in ((1, -0.05), (2, 0.05))
+    ]
+    assert "gap 0.100 ± 0.071: the seeds do not decide" in verdict(final, 50)
 
 
 def test_what_is_lost_is_clean_less_dirty_and_nothing_without_clean() -> None:

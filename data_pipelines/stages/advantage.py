@@ -217,6 +217,8 @@ class Advantage(StageSettings):
                 continue
             sample = {"id": id_, "prompt": row["prompt"], "response": response["text"]}
             sample |= {"reward": rewards[number]} | ({} if value is None else {"value": value})
+            if "ended" in response:  # a cut response must not be trained to end: `columns.ended`
+                sample["ended"] = response["ended"]
             found.append({**sample, "advantage": advantage, **user_fields(row)})
         return found
 

@@ -336,6 +336,13 @@ def test_advantages_are_scores_minus_their_groups_mean(tmp_path: Path) -> None:
     assert process(Advantage(), place(tmp_path, RowKind.GROUPS), group(1.0, 1.0)) == Dropped("tie")
 
 
+def test_a_sample_says_whether_its_response_ended_where_that_is_known(tmp_path: Path) -> None:
+    row = group(1.0, 0.0)
+    row["responses"][0]["ended"] = False
+    cut, other = process(Advantage(), place(tmp_path, RowKind.GROUPS), row)
+    assert cut["ended"] is False and "ended" not in other
+
+
 def test_advantages_against_a_value_keep_the_positive_ones(tmp_path: Path) -> None:
     """A-LoL: A = R - V(x), trained on where A > 0. Rewards 1 and 0.2 against 0.3: 0.7 and -0.1."""
     stage = Advantage(value="v", positive_only=True)

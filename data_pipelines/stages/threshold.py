@@ -171,6 +171,8 @@ def _samples(place: Place) -> Iterator[Row | Dropped]:
                 continue
             sample: Row = {"id": id_, "prompt": row["prompt"], "response": response["text"]}
             sample["reward"] = float(response["score"])
+            if "ended" in response:  # as `advantage`
+                sample["ended"] = response["ended"]
             sample["source"] = (
                 "data" if response.get("offline") else response.get("model", "policy")
             )

@@ -140,7 +140,10 @@ def test_rollouts_are_shown_without_the_tokenizer_of_the_run(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["RUN"], "--rollouts. A value head: prefopt show OUTPUT_DIR/value/head. The examples of a"),
+        (
+            ["RUN"],
+            "--rollouts. A value head: prefopt show OUTPUT_DIR/value/head. The examples of a",
+        ),
         (["RUN", "--rollouts", "--step", "7"], "has rollouts of steps 1 to 2"),
         (["RUN/model", "--rollouts"], "has no rollouts/: give the run.output_dir of a run with"),
         (["RUN/nowhere", "--rollouts"], "no such directory: give the run.output_dir"),

@@ -120,7 +120,7 @@ def test_run_killed_at_random_steps_ends_bit_for_bit_as_the_undisturbed_one(
     assert code == 0, output
     assert "resumed from" in output
     assert_same_run(run_dir, undisturbed)
-    assert checkpoints(run_dir) == checkpoints(undisturbed) == [16, 18]
+    assert checkpoints(run_dir) == checkpoints(undisturbed) == [NUM_STEPS - 2, NUM_STEPS]
     assert not list(run_dir.glob("checkpoints/tmp-*"))
 
 

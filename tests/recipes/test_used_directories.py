@@ -40,8 +40,8 @@ def test_never_resuming_into_a_used_directory_is_refused(
         ("peft.target_modules=[q_proj]", "holds other weights than this recipe trains"),
         ("peft=null", "holds other weights than this recipe trains"),
         ("data.train.0.max_rows=4", "was made with other data"),
-        ("train.seed=7", "another data.seed/train.seed"),
-        ("train.shuffle=false", "another data.seed/train.seed/train.shuffle"),
+        ("train.seed=7", "another data.seed, data.sampling, train.seed or"),
+        ("train.shuffle=false", "train.seed or train.shuffle, or another"),
         ("train.global_batch_size=4", "another train.global_batch_size"),
     ],
 )

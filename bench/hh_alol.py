@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 FILES = ("lol_helpful_base_with_rewards.jsonl.gz", "lol_sampled_dev_with_rewards.jsonl.gz")
-NUM_HELD_OUT = 200
+NUM_HELD_OUT, NUM_ASKED = 200, 60
 BY_ADVANTAGE = {"a_lol": {}, "a_lol_ref_free": {}, "a_lol_seq": {}, "a_lol_kl": {"beta": 0.05}}
 BY_REWARD = {"wbc": {}, "r_lol": {}, "filtered_nll": {"threshold": -1e9}}
 """The last one keeps everything: NLL."""
@@ -160,7 +160,7 @@ class Bench:
             f"tasks.signals.signals={json.dumps(signals)}",
             *(f"tasks.diversity.data={held_out}", "tasks.diversity.format=chat"),
             "tasks.diversity.samples=2",
-            *("decoding.max_new_tokens=64", "decoding.temperature=1.0"),
+            *("decoding.max_new_tokens=48", "decoding.temperature=1.0", f"limit={NUM_ASKED}"),
         )  # fmt: skip
         tasks = json.loads((output / "results.json").read_text())["tasks"]
         metrics = tasks["diversity"]["metrics"] | tasks["signals"]["metrics"]

@@ -89,8 +89,12 @@ def command_of(recipe: Path) -> tuple[str, ...]:
 
 
 def computed(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl without what a clock or the system measured."""
-    measured = ("time/", "memory/", "tokens/per_s")
+    """Rows of metrics.jsonl without what a clock or the system measured.
+
+    Nor what a push measured: killed between a push and the first batch of its version, a resumed run loads those
+    weights from disk when the trainer holds later ones, and has nothing to probe them against.
+    """
+    measured = ("time/", "memory/", "tokens/per_s", "rollout/probe_gap")
     return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in rows(run_dir)]
 
 

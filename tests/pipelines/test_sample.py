@@ -305,6 +305,7 @@ def test_settings_that_cannot_be_meant_are_refused(
     assert said in refused(capsys, pipeline("p", keys))
 
 
+@pytest.mark.slow  # starts vLLM, which `make quickstart-prompts` samples with in CI
 def test_vllm_answers_as_hf_does(pipeline: Pipeline, policies: Path) -> None:
     """Greedy, fp32: the hf engine's very ids. Sampled: every token in what top-p leaves of a plain forward."""
     vllm = {"name": "vllm", "enforce_eager": True, "options": {"max_num_seqs": 16}}

@@ -68,7 +68,11 @@ class RowDraw:
         else:
             # Efraimidis and Spirakis 2006: the smallest of Exp(1) / w are draws without replacement.
             keys = rng.exponential(size=len(self.rows)) / self.weights
-            places = np.argsort(keys, kind="stable")[:size]
+            # A step draws few of many rows: only those few are sorted.
+            few = (
+                np.argpartition(keys, size - 1)[:size] if size < len(keys) else np.arange(len(keys))
+            )
+            places = few[np.argsort(keys[few], kind="stable")]
         return self.rows[places].tolist()
 
     @cached_property
@@ -115,16 +119,17 @@ def build_draw(
 
     Raises: DataError if the objective learns from no row, or no row can be drawn; both say the best label.
     """
-    pushes = row_gradients(objective, source)
+    return _draw(section, objective, source, row_gradients(objective, source))
+
+
+def _draw(
+    section: SamplingSection, objective: BoundObjective, source: GroupSource, pushes: np.ndarray
+) -> RowDraw | None:
     if not pushes.any():
         raise DataError(_nothing_learnt(objective, source))
-    return None if section.name == "uniform" else _drawn(section, objective, source, pushes)
-
-
-def _drawn(
-    section: SamplingSection, objective: BoundObjective, source: GroupSource, pushes: np.ndarray
-) -> RowDraw:
     name = section.name
+    if name == "uniform":
+        return None
     weights = _weights(name, objective, source, pushes)
     rows = np.flatnonzero(weights > 0)
     if not len(rows):
@@ -216,7 +221,8 @@ def check_labels(data: DataSection, objective: BoundObjective, source: GroupSour
     Warns of negative rewards as weights, and of a target reward that no training prompt comes near.
     Raises: DataError as `build_draw` does.
     """
-    draw, pushes = build_draw(data.sampling, objective, source), row_gradients(objective, source)
+    pushes = row_gradients(objective, source)
+    draw = _draw(data.sampling, objective, source, pushes)
     _warn_of_pushing_down(objective, pushes if draw is None else pushes[draw.rows])
     warn_of_target(data, objective, source)
 

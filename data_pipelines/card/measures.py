@@ -239,11 +239,12 @@ class Duplicates:
         self.oriented.add(hash64(prompt, first, second) & ~1 | (chosen == first))
 
     def section(self) -> Section:
-        total = len(self.prompts.sorted())
+        prompts = self.prompts.sorted()
+        total = len(prompts)
         distinct = self.oriented.num_distinct()
         names = np.unique(self.oriented.sorted())
         contradictions = int((np.diff(names >> np.uint64(1)) == 0).sum()) if len(names) > 1 else 0
-        counts = np.unique(self.prompts.sorted(), return_counts=True)[1]
+        counts = np.unique(prompts, return_counts=True)[1]
         checks = (
             share_check(
                 "equal sides", self.same_sides, total + self.refused, look=0.0, stop=0.01,

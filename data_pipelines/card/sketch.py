@@ -63,7 +63,3 @@ class BottomSample(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._heap)
-
-    @property
-    def is_all(self) -> bool:
-        return self._count == len(self._heap)

@@ -38,6 +38,8 @@ class Markers:
     def __init__(self, tokens: Iterable[str] = ()) -> None:
         names = sorted({*MARKERS, *(t for t in tokens if len(t) > 2)}, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, names)))
+        # Most texts hold none of these, and a search for all names is slow.
+        self._initials = sorted({name[0] for name in names})
         self.num_pairs = self.num_marked = 0
         self.found: Counter[tuple[str, str]] = Counter()
 
@@ -46,9 +48,7 @@ class Markers:
         texts = (("prompt", pair.prompt_text), ("chosen", pair.chosen), ("rejected", pair.rejected))
         marked = False
         for where, text in texts:
-            if (
-                "<" in text or "[" in text
-            ):  # most texts have neither, and a search for all names is slow
+            if any(initial in text for initial in self._initials):
                 for name in set(self._pattern.findall(text)):
                     self.found[(name, where)] += 1
                     marked = True

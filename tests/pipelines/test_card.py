@@ -13,8 +13,9 @@ import pytest
 from data_pipelines.card.build import CardSettings, held_out_set, make_card
 from data_pipelines.card.findings import Card, Check, Section
 from data_pipelines.card.ngrams import log_odds
-from data_pipelines.card.pairs import PairSource
+from data_pipelines.card.pairs import PairSource, PairView
 from data_pipelines.card.sketch import BottomSample
+from data_pipelines.card.texts import Markers
 from prefopt.cli import main
 from prefopt.errors import ConfigError, DataError
 from tests.pipelines.pipelines import build, write_pipeline
@@ -235,6 +236,13 @@ def test_signals_and_judges_are_compared_with_the_label(pairs: Pairs) -> None:
     assert check(found, "signals against the label").value.startswith("b ranks 0.0%")
 
 
+def test_a_tokenizers_own_tokens_are_markup_whatever_they_begin_with() -> None:
+    markers = Markers(["▁EOT▁"])
+    markers.add(PairView("i", "q", "q", "Done.▁EOT▁", "No."))
+    markers.add(PairView("j", "q", "q", "Done.", "No [INST]."))
+    assert dict(markers.found) == {("▁EOT▁", "chosen"): 1, ("[INST]", "rejected"): 1}
+
+
 # -- rendered ------------------------------------------------------------------------------------------------
 
 
@@ -371,10 +379,12 @@ def test_fail_on_ends_with_the_verdict(pairs: Pairs, capsys: pytest.CaptureFixtu
 def test_what_is_no_pair_set_says_so(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     text: str,
     arguments: Sequence[str],
     message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where a card without --output would go
     (tmp_path / "bad.jsonl").write_text(text)
     code, _, err = run(capsys, tmp_path / "bad.jsonl", *arguments)
     assert code in (1, 2) and message in err

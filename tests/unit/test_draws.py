@@ -251,3 +251,12 @@ def test_micro_batches_and_layouts_of_samples_give_one_step(tmp_path: Path) -> N
         losses.append([(row["loss/total"], row["train/grad_norm"]) for row in rows])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 50])
+def test_the_few_of_a_step_are_the_first_of_a_whole_sort(size: int) -> None:
+    """Efraimidis and Spirakis' keys, all sorted: the same rows in the same order as taking out the few first."""
+    weights = np.random.default_rng(3).random(50) + 0.01
+    draw = RowDraw("advantage", np.arange(50) * 2, 100, weights, replacement=False)
+    keys = np.random.default_rng([5, 9, 0x5A]).exponential(size=50) / weights
+    assert draw.draw(5, 9, size) == (np.argsort(keys)[:size] * 2).tolist()

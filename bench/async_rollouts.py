@@ -124,7 +124,7 @@ def train_once(
     arguments: argparse.Namespace, directory: Path, splits: Any, name: str, seed: int
 ) -> Run:
     """Trains one seed in a process bound to the trainer's core."""
-    from prefopt.metrics import read_metrics
+    from prefopt.training.metrics import read_metrics
 
     run_dir = directory / f"{name}-{seed}"
     shutil.rmtree(run_dir, ignore_errors=True)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefopt.attention import PackedMasks, packed_attention, visible
-from prefopt.collate import pack
+from prefopt.model.attention.reference import PackedMasks, packed_attention, visible
+from prefopt.model.collate import pack
 from prefopt.types import Group, Response
 
 

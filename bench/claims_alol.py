@@ -11,7 +11,7 @@ The policy is the quickstart's, which sorts digits after half careless demonstra
 prompt, right ones and, with probability 0, 25 or 50 %, careless ones; the reward is graded (1 less an eighth a
 wrong digit), so that a careless answer still earns about 0.7. V(x) is learnt from the policy's own greedy answers
 to dev prompts by the pipelines of docs/offline_rl.md; advantages are what that head says. All arms are one recipe
-(bench/claims_alol.yaml) through `prefopt.build.train`: as many steps of as many responses (DPO: half as many
+(bench/claims_alol.yaml) through `prefopt.wiring.train`: as many steps of as many responses (DPO: half as many
 pairs, of prompts whose two responses differ; without bad responses there are none). Rows are drawn as the paper's
 code draws them: by advantage (A-LoL), by reward (R-LoL, wBC), evenly (NLL); unlike there the number of steps is
 not scaled by the share of positive advantages. Beside the paper's methods, NLL on the responses whose reward
@@ -235,7 +235,7 @@ def train_and_measure(
     steps: int, arm: Arm, share: int, rate: float, seed: int, prompts: Sequence[str]
 ) -> Result:
     """One run in a directory of its own, which goes when it has been measured."""
-    from prefopt.build import train
+    from prefopt.wiring import train
 
     run_dir = RUN_DIR / "run"
     shutil.rmtree(run_dir, ignore_errors=True)

@@ -184,7 +184,7 @@ def in_this_process(arguments: Sequence[str], step: str) -> None:
 
 def online(arm: str, rate: float, seed: int, prompts: Sequence[str]) -> dict[str, Measure]:
     """Trains on rollouts; the final policy, under ``online``."""
-    from prefopt.build import train
+    from prefopt.wiring import train
 
     folder = RUN_DIR / "runs" / f"{arm}-{rate:g}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)

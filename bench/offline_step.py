@@ -80,12 +80,12 @@ def run_ours(args: argparse.Namespace, directory: Path, *, precomputed: bool) ->
     """Times `PreferenceTrainer` on the rows; the reference forward of the timed rows is added."""
     from accelerate import Accelerator
 
-    from prefopt.build import build_trainer
-    from prefopt.config import Recipe
-    from prefopt.metrics import read_metrics
-    from prefopt.models.load import LoadedPolicy
+    from prefopt.model.load import LoadedPolicy
+    from prefopt.model.windows import GroupList
+    from prefopt.recipe import Recipe
+    from prefopt.training.metrics import read_metrics
     from prefopt.types import Group, Response
-    from prefopt.windows import GroupList
+    from prefopt.wiring import build_trainer
 
     groups = [
         Group(str(i), tuple(row["prompt_ids"]),

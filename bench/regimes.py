@@ -6,7 +6,7 @@
 The claim (arXiv:2506.21495, verifiable tasks): offline DPO is clearly worse; pushing the policy to the sampler
 every 10 or 100 steps is as good as every step; GRPO is no better than online DPO. Here the policy is the
 quickstart's, which sorts digits after half careless demonstrations. All arms are the same recipe
-(bench/regimes.yaml) through `prefopt.build.train`; they differ in ``regime.sync_every`` or the objective, and
+(bench/regimes.yaml) through `prefopt.wiring.train`; they differ in ``regime.sync_every`` or the objective, and
 take as many optimizer steps and samples.
 
 Accuracy is that of one answer a prompt at temperature 1, the expected reward that all arms train (the paper,
@@ -213,8 +213,8 @@ def train_and_measure(
     size: Size, arm: Arm, learning_rate: float, seed: int, prompts: Sequence[str]
 ) -> Result:
     """One run in its own directory, then greedy and sampled accuracy, and the curve from its checkpoints."""
-    from prefopt.build import train
-    from prefopt.metrics import read_metrics
+    from prefopt.training.metrics import read_metrics
+    from prefopt.wiring import train
 
     run_dir = RUN_DIR / "runs" / f"{arm.name}-{learning_rate:g}-{seed}"
     shutil.rmtree(run_dir, ignore_errors=True)

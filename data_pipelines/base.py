@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from data_pipelines.rows import Row, RowKind
-from prefopt.config.schema import Section
-from prefopt.config.yaml_file import Document, KeyPath
+from prefopt.recipe.schema import Section
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def _round(argv: Sequence[str]) -> None:
     parser.add_argument("--keys", action="store_true", help="print the file's keys, and stop")
     if "--keys" in argv:
         from data_pipelines.round_settings import RoundsSettings
-        from prefopt.help_pages import schema_page
+        from prefopt.recipe.help_pages import schema_page
 
         print(schema_page(RoundsSettings))
         return
@@ -246,7 +246,7 @@ def _rest(argv: Sequence[str]) -> None:
     parser.add_argument("--check", action="store_true", help="say what is wrong with it, and stop")
     if "--keys" in argv:
         from data_pipelines.rest_settings import RestSettings
-        from prefopt.help_pages import schema_page
+        from prefopt.recipe.help_pages import schema_page
 
         print(schema_page(RestSettings))
         return
@@ -298,6 +298,6 @@ def _keys(argv: Sequence[str]) -> None:
     )
     parser.parse_args(argv)
     from data_pipelines.pipeline import PipelineSettings
-    from prefopt.help_pages import schema_page
+    from prefopt.recipe.help_pages import schema_page
 
     print(schema_page(PipelineSettings))

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveInt
 
 from data_pipelines.near_duplicates import ngrams, words
-from prefopt.config.schema import PathText, Section, SourceSection
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.errors import ConfigError, suggest
+from prefopt.recipe.schema import PathText, Section, SourceSection
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 _TEMPLATE_FRAC = 0.1
 """A run of words that so many examples of a set share is its template (an instruction), not a question."""

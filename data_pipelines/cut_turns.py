@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.base import Dropped
-from prefopt.config.schema import ModelSection
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.errors import DataError
+from prefopt.recipe.schema import ModelSection
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer
@@ -72,7 +72,7 @@ def turn_renderer(tokenizer: str | None, chat_template: str | None) -> Renderer 
     if tokenizer is None:
         return None
     from prefopt.data.render import Renderer
-    from prefopt.models.load import load_tokenizer
+    from prefopt.model.load import load_tokenizer
 
     # named twice: a folder with a tokenizer alone is no model
     section = ModelSection(path=tokenizer, tokenizer=tokenizer, chat_template=chat_template)

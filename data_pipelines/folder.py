@@ -12,8 +12,8 @@ from typing import Any
 from data_pipelines.base import Dropped
 from data_pipelines.manifest import read_record, write_record
 from data_pipelines.shards import ShardFile, Shards
-from prefopt.cache import atomic_write
 from prefopt.errors import DataError
+from prefopt.storage.cache import atomic_write
 
 MANIFEST = "manifest.json"
 _RECORDS = "manifest"

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.cache import atomic_write
 from prefopt.errors import ConfigError, DataError
+from prefopt.storage.cache import atomic_write
 
 SEAL = "seal"
 

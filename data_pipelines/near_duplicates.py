@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from prefopt.config.schema import Section
 from prefopt.errors import ConfigError
+from prefopt.recipe.schema import Section
 
 _BATCH = 2_000
 _WORD = re.compile(r"\w+")

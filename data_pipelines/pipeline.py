@@ -12,11 +12,11 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationErr
 from data_pipelines.base import StageSettings
 from data_pipelines.registry import StageSpec, get_stage, stage_names
 from data_pipelines.rows import RowKind
-from prefopt.config.explain import explain
-from prefopt.config.load import plugin_problems
-from prefopt.config.schema import PathText, Section
-from prefopt.config.yaml_file import Document, KeyPath, apply_overrides, read_yaml
 from prefopt.errors import ConfigError, suggest
+from prefopt.recipe.explain import explain
+from prefopt.recipe.load import plugin_problems
+from prefopt.recipe.schema import PathText, Section
+from prefopt.recipe.yaml_file import Document, KeyPath, apply_overrides, read_yaml
 
 
 class PipelineSettings(Section):

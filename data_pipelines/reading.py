@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipelines.rows import OWN_COLUMNS, Row
-from prefopt.config.schema import SourceSection
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.data.formats import Reading, canonical, prompt_reading, prompt_row, resolve
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, column
 from prefopt.data.rows import Row as Canonical
 from prefopt.data.sources import first_rows, open_source
 from prefopt.errors import DataError
+from prefopt.recipe.schema import SourceSection
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from data_pipelines.folder import StageFolder
 from data_pipelines.rest_plan import ImproveStep, check_rest, plan_grow, validation_pipeline
 from data_pipelines.rest_settings import RestFile, ValidationSection
 from data_pipelines.steps import refuse_changes, run_prefopt, train, write_files
-from prefopt.cache import atomic_write
 from prefopt.errors import DataError
+from prefopt.storage.cache import atomic_write
 
 logger = logging.getLogger("prefopt.data")
 RESULT = "rest.json"

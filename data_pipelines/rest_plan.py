@@ -12,14 +12,14 @@ from data_pipelines.pipeline import Pipeline, parse_pipeline
 from data_pipelines.rest_settings import RestFile, part
 from data_pipelines.rows import RowKind
 from data_pipelines.steps import Files
-from prefopt.checks.rules import Surroundings, apply_rules
-from prefopt.checks.settings import objective_needs, reads_samples
 from prefopt.cli import RECIPE_SCRIPTS, script_of
-from prefopt.config.load import draft_document
-from prefopt.config.schema import Recipe
-from prefopt.config.yaml_file import Document
 from prefopt.errors import ConfigError
-from prefopt.registry import Need
+from prefopt.recipe.checks.rules import Surroundings, apply_rules
+from prefopt.recipe.checks.settings import objective_needs, reads_samples
+from prefopt.recipe.load import draft_document
+from prefopt.recipe.registry import Need
+from prefopt.recipe.schema import Recipe
+from prefopt.recipe.yaml_file import Document
 
 
 @dataclass(frozen=True)

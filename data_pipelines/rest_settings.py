@@ -13,10 +13,10 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationEr
 
 from data_pipelines.pipeline import override_numbers
 from data_pipelines.stages.threshold import RULES
-from prefopt.config.explain import explain
-from prefopt.config.schema import NonNegativeFloat, PathText, Section, SourceSection
-from prefopt.config.yaml_file import Document, KeyPath, apply_overrides, read_yaml
 from prefopt.errors import ConfigError
+from prefopt.recipe.explain import explain
+from prefopt.recipe.schema import NonNegativeFloat, PathText, Section, SourceSection
+from prefopt.recipe.yaml_file import Document, KeyPath, apply_overrides, read_yaml
 
 _Percent = Annotated[float, Field(ge=0, le=100)]
 _Gamma = Annotated[float, Field(ge=0, le=1)]

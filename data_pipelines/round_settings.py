@@ -14,11 +14,11 @@ from data_pipelines.filling import filled, final_policy, set_to_train, with_plug
 from data_pipelines.pipeline import Pipeline, parse_pipeline
 from data_pipelines.rows import RowKind
 from data_pipelines.steps import Files
-from prefopt.config.explain import explain
-from prefopt.config.load import draft_document
-from prefopt.config.schema import PathText, Section
-from prefopt.config.yaml_file import Document, apply_overrides, read_yaml
 from prefopt.errors import ConfigError
+from prefopt.recipe.explain import explain
+from prefopt.recipe.load import draft_document
+from prefopt.recipe.schema import PathText, Section
+from prefopt.recipe.yaml_file import Document, apply_overrides, read_yaml
 
 
 class RoundEval(Section):

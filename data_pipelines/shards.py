@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipelines.rows import Row
-from prefopt.cache import atomic_write
 from prefopt.errors import DataError
+from prefopt.storage.cache import atomic_write
 
 Format = Literal["jsonl", "parquet"]
 _ENCODE = json.JSONEncoder(

@@ -15,7 +15,7 @@ from data_pipelines.registry import StageSpec, get_stage, stage_names
 from data_pipelines.rows import RowKind
 from data_pipelines.runner import status
 from prefopt.errors import ConfigError, suggest
-from prefopt.help_pages import schema_page
+from prefopt.recipe.help_pages import schema_page
 
 
 def stages_page() -> str:

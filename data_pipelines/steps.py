@@ -20,9 +20,9 @@ import yaml
 
 from data_pipelines.filling import dump
 from data_pipelines.manifest import changes
-from prefopt.cache import atomic_write
 from prefopt.engines.child import GuardedProcess, describe_exit
 from prefopt.errors import ConfigError, TrainingError
+from prefopt.storage.cache import atomic_write
 
 logger = logging.getLogger("prefopt.data")
 _POLL_S = 0.2

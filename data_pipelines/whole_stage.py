@@ -13,7 +13,7 @@ from data_pipelines.leases import Leases
 from data_pipelines.pipeline import BoundStage, PipelineSettings
 from data_pipelines.rows import Row, require_columns
 from data_pipelines.shards import in_shards, shard_name, write_shard
-from prefopt.cache import atomic_write
+from prefopt.storage.cache import atomic_write
 
 logger = logging.getLogger("prefopt.data")
 _POLL_S = 0.5

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from eval.models import RUN_FILE, run_condition, run_recipe
 from eval.settings import EvalSettings
-from prefopt.config.schema import ModelSection
 from prefopt.errors import ModelError
+from prefopt.recipe.schema import ModelSection
 
 logger = logging.getLogger("prefopt.eval")
 
@@ -75,7 +75,7 @@ def _policy(run_dir: Path, checkpoint: Path, folder: Path) -> Path:
     if (checkpoint / "config.json").is_file() or (checkpoint / "adapter_config.json").is_file():
         return checkpoint
     if not folder.is_dir():
-        from prefopt.export import export_checkpoint
+        from prefopt.commands.export import export_checkpoint
 
         export_checkpoint(run_dir, checkpoint, folder)
     if run_condition(str(run_dir)) is not None:

@@ -14,12 +14,12 @@ import numpy as np
 
 from eval.base import Answer, Decoding, Message
 from eval.models import run_condition
-from prefopt.config.schema import EngineSection, ModelSection
 from prefopt.data.render import Renderer, conditioned
 from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
 from prefopt.engines.saved import saved_policy_engine
 from prefopt.errors import DataError, ModelError
-from prefopt.models.load import load_tokenizer
+from prefopt.model.load import load_tokenizer
+from prefopt.recipe.schema import EngineSection, ModelSection
 
 logger = logging.getLogger("prefopt.eval")
 

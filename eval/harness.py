@@ -24,11 +24,11 @@ from eval.harness_rows import HarnessResult, harness_entries
 from eval.models import Models
 from eval.provenance import digest, task_folder
 from eval.results import metrics_json
-from prefopt.cache import atomic_write
-from prefopt.config.explain import explain
-from prefopt.config.schema import PathText, Section
-from prefopt.config.yaml_file import Document
 from prefopt.errors import ConfigError
+from prefopt.recipe.explain import explain
+from prefopt.recipe.schema import PathText, Section
+from prefopt.recipe.yaml_file import Document
+from prefopt.storage.cache import atomic_write
 
 PREFIX = "lm_eval:"
 _BOOTSTRAP = 1000
@@ -131,7 +131,7 @@ def _language_model(models: Models, options: HarnessOptions) -> Any:
     """The policy, in the class that lm-evaluation-harness asks."""
     from lm_eval.models.huggingface import HFLM
 
-    from prefopt.models.load import check_vocabulary, load_policy, load_tokenizer
+    from prefopt.model.load import check_vocabulary, load_policy, load_tokenizer
 
     tokenizer = load_tokenizer(models.policy)
     if options.apply_chat_template and tokenizer.chat_template is None:

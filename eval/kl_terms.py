@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eval.logps import Policies
 from prefopt.errors import ModelError
-from prefopt.sweep import layout_fn
+from prefopt.model.sweep import layout_fn
 from prefopt.types import Group
 
 

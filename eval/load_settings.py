@@ -10,9 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from eval.options import has_option
 from eval.settings import EvalSettings
-from prefopt.config.explain import explain
-from prefopt.config.yaml_file import Document, apply_overrides, read_yaml
 from prefopt.errors import ConfigError
+from prefopt.recipe.explain import explain
+from prefopt.recipe.yaml_file import Document, apply_overrides, read_yaml
 
 
 def load_settings(

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from eval.models import Models
-from prefopt.config.schema import ModelSection
 from prefopt.data.render import Renderer
 from prefopt.errors import ConfigError, ModelError
-from prefopt.layouts import build_logp_model
-from prefopt.logps import LogpModel
-from prefopt.models.load import check_vocabulary, load_policy, load_tokenizer
-from prefopt.models.source import resolve_source
-from prefopt.sweep import layout_fn, split_rows
+from prefopt.model.layouts import build_logp_model
+from prefopt.model.load import check_vocabulary, load_policy, load_tokenizer
+from prefopt.model.logps import LogpModel
+from prefopt.model.source import resolve_source
+from prefopt.model.sweep import layout_fn, split_rows
+from prefopt.model.windows import GroupList, SplitLimits, split_micro_batches
+from prefopt.recipe.schema import ModelSection
 from prefopt.types import Group
-from prefopt.windows import GroupList, SplitLimits, split_micro_batches
 
 logger = logging.getLogger("prefopt.eval")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.settings import EvalSettings, JudgeSection
-from prefopt.config.schema import ConditionSection, EngineSection, ModelSection
 from prefopt.errors import ModelError
+from prefopt.recipe.schema import ConditionSection, EngineSection, ModelSection
 
 RUN_FILE = "run.json"
 

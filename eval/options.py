@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError, create_model
 
 from eval.registry import TaskSpec, get_task
-from prefopt.config.explain import explain
-from prefopt.config.yaml_file import Document
 from prefopt.errors import ConfigError
+from prefopt.recipe.explain import explain
+from prefopt.recipe.yaml_file import Document
 
 
 def make_task(

@@ -7,8 +7,8 @@ import textwrap
 
 from eval.registry import get_task, task_names
 from eval.settings import EvalSettings
-from prefopt.config.explain import show_value
-from prefopt.help_pages import schema_page
+from prefopt.recipe.explain import show_value
+from prefopt.recipe.help_pages import schema_page
 
 
 def tasks_page() -> str:

@@ -14,13 +14,13 @@ from pydantic import ValidationError
 
 from eval.base import Example, Message
 from eval.sources import file_rows, keyed, text_key
-from prefopt.config.schema import ColumnMap, SourceSection
 from prefopt.data.formats import canonical, prompt_reading, prompt_row, resolve
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, Row, has_column
 from prefopt.data.rows import column as column_value
 from prefopt.data.sources import first_rows, open_source
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.schema import ColumnMap, SourceSection
 
 Format = Literal["auto", "text", "chat", "hh", "sharegpt"]
 Response = str | Message

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.base import Decoding, Example, Template
-from prefopt.config.schema import EngineSection, ModelSection
+from prefopt.recipe.schema import EngineSection, ModelSection
 
 _PACKAGES = (
     "prefopt",
@@ -28,7 +28,7 @@ _PACKAGES = (
 
 def describe_model(section: ModelSection) -> dict[str, Any]:
     """Path, revision, adapters and the hash of what the files hold. Raises: ModelError if it is not there."""
-    from prefopt.models.source import resolve_source
+    from prefopt.model.source import resolve_source
 
     source = resolve_source(section.path, section.revision)
     return {

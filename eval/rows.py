@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from eval.base import Conversation, Example, Row
 from eval.store import Store
-from prefopt.cache import atomic_write
+from prefopt.storage.cache import atomic_write
 
 _ROWS_A_WRITE = 64
 

@@ -26,8 +26,8 @@ from eval.provenance import (
 )
 from eval.registry import TaskSpec, get_task
 from eval.settings import EvalSettings
-from prefopt.cache import atomic_write
 from prefopt.errors import ConfigError, DataError
+from prefopt.storage.cache import atomic_write
 
 logger = logging.getLogger("prefopt.eval")
 

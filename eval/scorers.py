@@ -12,9 +12,9 @@ from typing import Any, Literal, Protocol
 from eval.base import Example, Row
 from eval.models import Models
 from eval.preference_data import response_text
-from prefopt.config.schema import ModelSection
 from prefopt.errors import ConfigError, suggest
-from prefopt.registry import get_signal
+from prefopt.recipe.registry import get_signal
+from prefopt.recipe.schema import ModelSection
 from prefopt.signals.base import Candidates, Prompt, Reporting, Signal
 
 logger = logging.getLogger("prefopt.eval")
@@ -106,7 +106,7 @@ def resolve_by(models: Models, by: By) -> str:
 
 def is_reward_model(section: ModelSection) -> bool:
     """Is it saved as a sequence classifier, or as an adapter of one?"""
-    from prefopt.models.source import resolve_source
+    from prefopt.model.source import resolve_source
 
     source = resolve_source(section.path, section.revision)
     if source.adapters:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from prefopt.config.schema import EngineSection, ModelSection, NonNegativeFloat, PathText, Section
+from prefopt.recipe.schema import EngineSection, ModelSection, NonNegativeFloat, PathText, Section
 
 
 class JudgeSection(Section):

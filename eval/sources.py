@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from prefopt.config.schema import SourceSection
 from prefopt.data.readers import RawRow, data_suffix, read_rows
 from prefopt.data.sources import file_sha256, open_source
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.schema import SourceSection
 
 
 def benchmark_rows(

@@ -11,19 +11,19 @@ from typing import Any
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
-    "load_recipe": "prefopt.config.load",
-    "check": "prefopt.checks",
-    "train": "prefopt.build",
-    "objective": "prefopt.registry",
-    "Need": "prefopt.registry",
+    "load_recipe": "prefopt.recipe.load",
+    "check": "prefopt.recipe.checks",
+    "train": "prefopt.wiring",
+    "objective": "prefopt.recipe.registry",
+    "Need": "prefopt.recipe.registry",
     "Group": "prefopt.types",
     "Response": "prefopt.types",
     "ResponseLogps": "prefopt.types",
     "ObjectiveOutput": "prefopt.types",
-    "PreferenceTrainer": "prefopt.trainer",
+    "PreferenceTrainer": "prefopt.training.trainer",
     "Engine": "prefopt.engines.base",
     "Signal": "prefopt.signals.base",
-    "signal": "prefopt.registry",
+    "signal": "prefopt.recipe.registry",
     "per_response": "prefopt.signals.base",
 }
 

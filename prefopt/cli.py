@@ -16,7 +16,7 @@ from prefopt import __version__
 from prefopt.errors import ConfigError, PrefoptError
 
 if TYPE_CHECKING:
-    from prefopt.config.schema import Recipe
+    from prefopt.recipe.schema import Recipe
 
 RECIPE_SCRIPTS = {
     **{name: name for name in ("sft", "reward_model", "dpo", "simpo")},
@@ -275,7 +275,7 @@ def _add_registries(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from prefopt.checks import check
+    from prefopt.recipe.checks import check
 
     notes = check(
         arguments.recipe,
@@ -291,7 +291,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     color = not arguments.no_color
     if arguments.rollouts:
-        from prefopt.show_rollouts import show_rollouts
+        from prefopt.commands.show_rollouts import show_rollouts
 
         _refuse_overrides(arguments)
         show_rollouts(Path(arguments.recipe), arguments.step, arguments.n, color=color)
@@ -301,13 +301,13 @@ def _show(arguments: argparse.Namespace) -> None:
             f"--step {arguments.step}: is a step of a run; add --rollouts and name the run's directory"
         )
     if Path(arguments.recipe).is_dir():
-        from prefopt.show_value import show_directory
+        from prefopt.commands.show_value import show_directory
 
         _refuse_overrides(arguments)
         show_directory(Path(arguments.recipe), arguments.n, color=color)
         return
-    from prefopt.checks import examine
-    from prefopt.show import show
+    from prefopt.commands.show import show
+    from prefopt.recipe.checks import examine
 
     recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True)
     show(recipe, arguments.n, color=color)
@@ -321,7 +321,7 @@ def _refuse_overrides(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace, trains: str | None = None) -> None:
-    from prefopt.checks import examine
+    from prefopt.recipe.checks import examine
 
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     recipe, notes = examine(arguments.recipe, arguments.overrides, num_processes=num_processes)
@@ -330,7 +330,7 @@ def _train(arguments: argparse.Namespace, trains: str | None = None) -> None:
     if os.environ.get("RANK", "0") == "0":
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
-    from prefopt.build import train
+    from prefopt.wiring import train
 
     train(recipe)
 
@@ -358,20 +358,20 @@ def _require_script(path: str, recipe: Recipe, trains: str) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from prefopt.models.adapters import merge_adapter
+    from prefopt.model.adapters import merge_adapter
 
     merge_adapter(arguments.source, arguments.output)
     print(f"wrote {arguments.output}")
 
 
 def _keys(arguments: argparse.Namespace) -> None:
-    from prefopt.help_pages import keys_page
+    from prefopt.recipe.help_pages import keys_page
 
     print(keys_page(arguments.section))
 
 
 def _registry(arguments: argparse.Namespace) -> None:
-    from prefopt.help_pages import registry_page
+    from prefopt.recipe.help_pages import registry_page
 
     print(registry_page(arguments.section, arguments.name))
 

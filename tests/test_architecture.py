@@ -25,52 +25,52 @@ LAYERS = {
     "prefopt": 0,
     "prefopt.errors": 0,
     "prefopt.types": 0,
-    "prefopt.registry": 0,
-    "prefopt.cache": 0,
-    "prefopt.config": 1,
-    "prefopt.checks": 1,
-    "prefopt.logps": 2,
-    "prefopt.layouts": 2,
-    "prefopt.attention": 2,
-    "prefopt.collate": 2,
+    "prefopt.recipe.registry": 0,
+    "prefopt.storage.cache": 0,
+    "prefopt.recipe": 1,
+    "prefopt.recipe.checks": 1,
+    "prefopt.model.logps": 2,
+    "prefopt.model.layouts": 2,
+    "prefopt.model.attention.reference": 2,
+    "prefopt.model.collate": 2,
     "prefopt.objectives": 2,
     "prefopt.credit": 2,
     "prefopt.signals.base": 2,
     "prefopt.engines.base": 2,
-    "prefopt.optim": 2,
-    "prefopt.importance": 2,
+    "prefopt.training.optimizer": 2,
+    "prefopt.training.importance": 2,
     "prefopt.data": 3,
-    "prefopt.models": 3,
+    "prefopt.model": 3,
     "prefopt.engines": 3,
     "prefopt.signals": 3,
     "prefopt.values": 3,
-    "prefopt.models.peft_config": 1,  # configuration only; the check builds it as loading will
-    "prefopt.reference": 3,
-    "prefopt.windows": 2,
-    "prefopt.regimes": 4,
-    "prefopt.draws": 4,
+    "prefopt.recipe.peft_config": 1,  # configuration only; the check builds it as loading will
+    "prefopt.reference.store": 3,
+    "prefopt.model.windows": 2,
+    "prefopt.training.regimes": 4,
+    "prefopt.training.draws": 4,
     "prefopt.rollouts": 4,
-    "prefopt.metrics": 4,
-    "prefopt.training_metrics": 4,
-    "prefopt.distributed": 4,
-    "prefopt.checkpoint": 4,
-    "prefopt.sweep": 4,
-    "prefopt.live_reference": 4,
-    "prefopt.reduction": 4,
-    "prefopt.reference_pass": 4,
-    "prefopt.generation_probe": 4,
-    "prefopt.trainer": 5,
+    "prefopt.training.metrics": 4,
+    "prefopt.training.batch_metrics": 4,
+    "prefopt.model.distributed": 4,
+    "prefopt.training.checkpoint": 4,
+    "prefopt.model.sweep": 4,
+    "prefopt.reference.live": 4,
+    "prefopt.training.reduction": 4,
+    "prefopt.reference.stored": 4,
+    "prefopt.training.generation_probe": 4,
+    "prefopt.training.trainer": 5,
     "prefopt.stages": 5,
-    "prefopt.run_record": 5,
-    "prefopt.build_rollouts": 6,
-    "prefopt.build_probe": 6,
-    "prefopt.build_reference": 6,
-    "prefopt.build": 6,
-    "prefopt.export": 6,
-    "prefopt.show": 6,
-    "prefopt.show_rollouts": 6,
-    "prefopt.show_value": 6,
-    "prefopt.help_pages": 6,
+    "prefopt.training.run_record": 5,
+    "prefopt.rollouts.setup": 6,
+    "prefopt.training.probe_setup": 6,
+    "prefopt.reference.choose": 6,
+    "prefopt.wiring": 6,
+    "prefopt.commands.export": 6,
+    "prefopt.commands.show": 6,
+    "prefopt.commands.show_rollouts": 6,
+    "prefopt.commands.show_value": 6,
+    "prefopt.recipe.help_pages": 6,
     "prefopt.cli": 6,
 }
 
@@ -78,7 +78,7 @@ LAYERS = {
 SEAMS = {"trl": "prefopt.stages", "vllm": "prefopt.engines.vllm"}
 
 # The registry's table names modules as strings and imports them by name; nothing else may do that.
-LATE_IMPORTERS = {"prefopt", "prefopt.registry", "prefopt.config.load", "prefopt.data"}
+LATE_IMPORTERS = {"prefopt", "prefopt.recipe.registry", "prefopt.recipe.load", "prefopt.data"}
 
 
 def modules() -> dict[str, Path]:
@@ -106,7 +106,7 @@ def layer(module: str) -> int:
 def imports(tree: ast.AST) -> Iterator[tuple[str, int, bool]]:
     """``(module, line, at module level)`` of every import, those inside functions included.
 
-    ``from prefopt.models import load`` counts as both prefopt.models and prefopt.models.load.
+    ``from prefopt.model import load`` counts as both prefopt.model and prefopt.model.load.
     """
     for node, top in _walk(tree, True):
         if isinstance(node, ast.Import):
@@ -208,8 +208,8 @@ def test_evaluation_imports_no_pipelines(file: str) -> None:
     "command",
     [
         "import prefopt",
-        "import prefopt.config.load",
-        "import prefopt.checks",
+        "import prefopt.recipe.load",
+        "import prefopt.recipe.checks",
         "import prefopt.cli; prefopt.cli._parser().format_help()",
         "import prefopt.stages.requirements"
         if "prefopt.stages.requirements" in MODULES

@@ -137,8 +137,8 @@ class _Pass:
 def _tokenizer(settings: CardSettings) -> Any:
     if settings.tokenizer is None:
         return None
-    from prefopt.config.schema import ModelSection
-    from prefopt.models.load import load_tokenizer
+    from prefopt.model.load import load_tokenizer
+    from prefopt.recipe.schema import ModelSection
 
     section = ModelSection(
         path=settings.tokenizer, tokenizer=settings.tokenizer, chat_template=settings.chat_template

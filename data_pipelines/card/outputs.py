@@ -11,8 +11,8 @@ from rich.table import Table
 from data_pipelines.card.findings import Card, Verdict
 from data_pipelines.card.page import page
 from data_pipelines.card.pairs import PairSource
-from prefopt.cache import atomic_write
 from prefopt.errors import ConfigError, DataError
+from prefopt.storage.cache import atomic_write
 
 JSON_FILE, PAGE_FILE = "card.json", "card.html"
 _COLOURS: dict[Verdict, str] = {"ok": "green", "look": "yellow", "stop": "bold red", "none": "dim"}

@@ -10,14 +10,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from data_pipelines.rows import prompt_text
-from prefopt.config.explain import explain
-from prefopt.config.schema import SourceSection
-from prefopt.config.yaml_file import Document, apply_overrides
 from prefopt.data.formats import Reading, canonical, resolve
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, Reject, column, has_column, score
 from prefopt.data.sources import first_rows, open_source
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.explain import explain
+from prefopt.recipe.schema import SourceSection
+from prefopt.recipe.yaml_file import Document, apply_overrides
 
 _OWN = ("id", "prompt", "chosen", "rejected")
 _SCORES = ("score_chosen", "score_rejected")

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from pydantic import PositiveInt
 
 from prefopt.errors import SignalError
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Prompt, Signal
 
 _HEADER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"

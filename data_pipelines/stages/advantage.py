@@ -20,11 +20,11 @@ from data_pipelines.value_rows import (
     require_in_range,
     reward_of,
 )
-from prefopt.config.load import entry_problems
-from prefopt.config.schema import ModelSection, PathText
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.credit.base import GroupScores
-from prefopt.registry import Need, get_credit
+from prefopt.recipe.load import entry_problems
+from prefopt.recipe.registry import Need, get_credit
+from prefopt.recipe.schema import ModelSection, PathText
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
     from prefopt.values.saved import HeadRecord, ValueModel

@@ -15,7 +15,7 @@ from data_pipelines.rows import Row, RowKind
 from data_pipelines.templates import read_template, template_basis
 from eval.judging import open_judge
 from eval.settings import JudgeSection
-from prefopt.config.schema import NonNegativeFloat, PathText
+from prefopt.recipe.schema import NonNegativeFloat, PathText
 from prefopt.signals.base import Prompt
 from prefopt.signals.chat_client import Messages
 from prefopt.signals.judge import Asker, conversation, fill

@@ -13,9 +13,9 @@ from data_pipelines.checker_votes import Case, Proposal, cross_check, read_propo
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, prompt_text, user_fields
 from data_pipelines.templates import read_template, template_basis, with_prompt_text
-from prefopt.config.schema import Fraction, PathText
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.errors import DataError
+from prefopt.recipe.schema import Fraction, PathText
+from prefopt.recipe.yaml_file import Document, KeyPath
 from prefopt.signals.checkers import CheckerLimits, Vote, run_checker, run_checkers
 from prefopt.signals.judge import fill
 

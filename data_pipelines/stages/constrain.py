@@ -14,11 +14,11 @@ from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, prompt_text
 from data_pipelines.stages.pair import is_scored, pair_rows
 from data_pipelines.templates import read_template, template_basis, with_prompt_text
-from prefopt.config.schema import Fraction, PathText, SourceSection
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.data.rows import column
 from prefopt.data.sources import open_source
 from prefopt.errors import DataError
+from prefopt.recipe.schema import Fraction, PathText, SourceSection
+from prefopt.recipe.yaml_file import Document, KeyPath
 from prefopt.signals.judge import fill
 
 CONSTRAIN_TEMPLATE = """\

@@ -10,9 +10,9 @@ from pydantic import Field, PositiveInt
 from data_pipelines.base import Dropped, Place, Result, RowByRow, StageSettings
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, prompt_text, responses_of
-from prefopt.config.schema import Fraction, NonNegativeFloat
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.errors import DataError
+from prefopt.recipe.schema import Fraction, NonNegativeFloat
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 _Band = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 _PAIR_KEYS = (

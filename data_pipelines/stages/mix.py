@@ -13,10 +13,10 @@ from data_pipelines.base import Dropped, Place, StageSettings
 from data_pipelines.external_order import reordered
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, require_columns
-from prefopt.config.schema import PathText, Section, SourceSection
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.data.sources import LocalFiles, open_source
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.schema import PathText, Section, SourceSection
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 
 class MixSource(Section):

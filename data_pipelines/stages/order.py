@@ -15,7 +15,7 @@ from data_pipelines.external_order import ranks_of, reordered
 from data_pipelines.registry import stage
 from data_pipelines.rows import SIDES, Row, RowKind, responses_of
 from data_pipelines.stages.filter import margin_of, number_at
-from prefopt.config.yaml_file import Document, KeyPath
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 _NAMED = ("margin", "length_gap", "accuracy", "random")
 

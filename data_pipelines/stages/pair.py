@@ -11,10 +11,10 @@ from pydantic import Field
 from data_pipelines.base import Dropped, Place, Result, RowByRow, StageSettings
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, side_columns, user_fields
-from prefopt.config.load import entry_problems
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.credit.base import GroupScores
-from prefopt.registry import Need, get_credit
+from prefopt.recipe.load import entry_problems
+from prefopt.recipe.registry import Need, get_credit
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 
 @stage(

@@ -26,10 +26,10 @@ from data_pipelines.reading import (
 )
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, prompt_text
-from prefopt.config.schema import ModelSection, PathText, Section, SourceSection
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.data.rows import Refused
 from prefopt.errors import DataError
+from prefopt.recipe.schema import ModelSection, PathText, Section, SourceSection
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer
@@ -115,7 +115,7 @@ class Prompts(StageSettings):
             found["decontaminate"] = Contamination(self.decontaminate).hashes
         if self.tokenizer is not None:
             from prefopt.data.tokenise import tokenizer_hash
-            from prefopt.models.load import load_tokenizer
+            from prefopt.model.load import load_tokenizer
 
             found["tokenizer"] = tokenizer_hash(load_tokenizer(ModelSection(path=self.tokenizer)))
         return found
@@ -262,7 +262,7 @@ class _Judge:
 
 def _renderer(path: str) -> Renderer:
     from prefopt.data.render import Renderer
-    from prefopt.models.load import load_tokenizer
+    from prefopt.model.load import load_tokenizer
 
     return Renderer(load_tokenizer(ModelSection(path=path)))
 

@@ -19,11 +19,11 @@ from data_pipelines.reading import (
 )
 from data_pipelines.registry import stage
 from data_pipelines.rows import SIDES, Row, RowKind
-from prefopt.config.schema import Section, SourceSection
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, column
 from prefopt.errors import DataError
+from prefopt.recipe.schema import Section, SourceSection
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 
 class ResponseList(Section):

@@ -13,9 +13,9 @@ from pydantic import Field, PositiveInt
 from data_pipelines.base import Dropped, Place, Result, StageSettings
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, pack_ids
-from prefopt.config.schema import ConditionSection, EngineSection, ModelSection, NonNegativeFloat
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.errors import ConfigError, ModelError
+from prefopt.recipe.schema import ConditionSection, EngineSection, ModelSection, NonNegativeFloat
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer
@@ -122,8 +122,8 @@ class Sample(StageSettings):
         from eval.models import resolve_run
         from prefopt.data.render import RENDERER_VERSION
         from prefopt.data.tokenise import tokenizer_hash
-        from prefopt.models.load import load_tokenizer
-        from prefopt.models.source import resolve_source
+        from prefopt.model.load import load_tokenizer
+        from prefopt.model.source import resolve_source
 
         policy = resolve_run(self.model)
         source = resolve_source(policy.path, policy.revision)
@@ -143,7 +143,7 @@ class Sample(StageSettings):
         from eval.models import condition_problems, resolve_run
         from prefopt.data.render import Renderer
         from prefopt.engines.saved import saved_policy_engine
-        from prefopt.models.load import load_tokenizer
+        from prefopt.model.load import load_tokenizer
 
         policy = resolve_run(self.model)
         for problem in condition_problems(policy.path, self.condition):

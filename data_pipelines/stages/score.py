@@ -14,11 +14,11 @@ from data_pipelines.base import Dropped, Place, Result, StageSettings
 from data_pipelines.candidates import READS_IDS, candidates
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, responses_of, with_responses
-from prefopt.config.load import entry_problems
-from prefopt.config.schema import Fraction, ModelSection, PathText
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.errors import DataError, SignalError
-from prefopt.registry import REGISTRIES, get_signal
+from prefopt.recipe.load import entry_problems
+from prefopt.recipe.registry import REGISTRIES, get_signal
+from prefopt.recipe.schema import Fraction, ModelSection, PathText
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer
@@ -162,7 +162,7 @@ class Score(StageSettings):
 
     def _load_tokenizer(self) -> Any:
         from eval.models import resolve_run
-        from prefopt.models.load import load_tokenizer
+        from prefopt.model.load import load_tokenizer
 
         assert self.tokenizer is not None
         section = ModelSection(path=self.tokenizer, chat_template=self.chat_template)
@@ -247,7 +247,7 @@ class ScoreWorker:
 def _contents(entry: Mapping[str, Any]) -> dict[str, str]:
     """Hashes of the models and files that a signal's keys name, by key."""
     from prefopt.errors import ModelError
-    from prefopt.models.source import resolve_source
+    from prefopt.model.source import resolve_source
 
     found: dict[str, str] = {}
     for key, value in entry.items():

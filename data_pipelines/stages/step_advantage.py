@@ -13,8 +13,8 @@ from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, user_fields
 from data_pipelines.stages.pair import is_scored
 from data_pipelines.step_tree import Node, State, grow, split_steps, step_advantages
-from prefopt.config.schema import NonNegativeFloat, PathText
-from prefopt.config.yaml_file import Document, KeyPath
+from prefopt.recipe.schema import NonNegativeFloat, PathText
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer

@@ -17,8 +17,8 @@ from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, user_fields
 from data_pipelines.stages.pair import is_scored
 from data_pipelines.thresholds import Array, ThresholdRule, by_prompt, thresholds
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.errors import DataError
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 RULES = ("above", "percentile", "gamma")
 """Keys of which a threshold has one."""

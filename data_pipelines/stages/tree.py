@@ -14,8 +14,8 @@ from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, side_columns, user_fields
 from data_pipelines.stages.pair import is_scored
 from data_pipelines.step_tree import Node, grow, sibling_pairs, split_steps, value
-from prefopt.config.schema import NonNegativeFloat, PathText
-from prefopt.config.yaml_file import Document, KeyPath
+from prefopt.recipe.schema import NonNegativeFloat, PathText
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer

@@ -18,9 +18,9 @@ from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, prompt_text, responses_of
 from data_pipelines.stages.pair import is_scored
 from data_pipelines.value_rows import default_device, model_problems, require_in_range, reward_of
-from prefopt.config.schema import ModelSection
-from prefopt.config.yaml_file import Document, KeyPath
 from prefopt.errors import DataError
+from prefopt.recipe.schema import ModelSection
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
     from prefopt.values.features import FrozenReference, StoredStates
@@ -97,8 +97,8 @@ class Value(StageSettings):
 
     def basis(self) -> Mapping[str, Any]:
         from eval.models import resolve_run
-        from prefopt.models.load import load_tokenizer
-        from prefopt.models.source import resolve_source
+        from prefopt.model.load import load_tokenizer
+        from prefopt.model.source import resolve_source
         from prefopt.values.features import tokenizer_identity
 
         policy = resolve_run(self.model)

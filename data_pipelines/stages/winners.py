@@ -11,8 +11,8 @@ from data_pipelines.battles import ORDERS_AGREE, Battle, read_battles
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, user_fields
 from data_pipelines.stages.pair import pair_rows
-from prefopt.config.schema import NonNegativeFloat
-from prefopt.config.yaml_file import Document, KeyPath
+from prefopt.recipe.schema import NonNegativeFloat
+from prefopt.recipe.yaml_file import Document, KeyPath
 
 
 @stage(

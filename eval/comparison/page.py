@@ -16,8 +16,8 @@ from eval.comparison.plots import Mark, PlotRow, Spot, dot_plot, scatter
 from eval.comparison.plots import Path as Line
 from eval.comparison.tree import Comparison, TaskComparison
 from eval.comparison.wording import FORCED, PERCENT, metric_text, p_text, spread_text
-from prefopt.cache import atomic_write
 from prefopt.errors import DataError
+from prefopt.storage.cache import atomic_write
 
 # Nothing may be fetched or run, whatever an answer holds: escaping is the first wall, this is the second.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"

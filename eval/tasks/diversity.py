@@ -21,9 +21,9 @@ from eval.preference_data import (
 from eval.registry import task
 from eval.sources import file_rows, text_key
 from eval.statistics import mean_metric, problem_counts, values_of
-from prefopt.config.schema import SourceSection
 from prefopt.data.readers import RawRow
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.schema import SourceSection
 
 _ORDERS = (1, 2, 3)
 _RESPONSE_COLUMNS = ("responses", "samples", "response", "output", "completion", "answer")

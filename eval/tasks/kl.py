@@ -24,8 +24,8 @@ from eval.preference_data import (
 )
 from eval.registry import task
 from eval.statistics import mean_metric, problem_counts, values_of
-from prefopt.config.schema import SourceSection
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.schema import SourceSection
 
 _PER_RESPONSE = ("kl", "kl_k3", "kl_rao_blackwell", "length")
 

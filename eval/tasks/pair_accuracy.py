@@ -29,8 +29,8 @@ from eval.preference_data import (
 from eval.registry import task
 from eval.scorers import By, ColumnScorer, PairScorer, Scoring, open_scorer, pair_row
 from eval.statistics import mean_metric, problem_counts, values_of
-from prefopt.config.schema import ColumnMap, SourceSection
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.schema import ColumnMap, SourceSection
 
 _NOT_PROBABLE = ("judge",)  # points and ratings: σ of their difference is no probability
 _LENGTH_RATIOS = (0.5, 0.8, 1.25, 2.0)

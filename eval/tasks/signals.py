@@ -14,16 +14,16 @@ from eval.base import Answer, Conversation, Decoding, Example, Judgment, Metric,
 from eval.registry import task
 from eval.sources import keyed, text_key
 from eval.statistics import mean_metric, problem_counts, values_of
-from prefopt.config.explain import explain
-from prefopt.config.load import import_plugin
-from prefopt.config.schema import ColumnMap, SourceSection
-from prefopt.config.yaml_file import Document
 from prefopt.data.formats import Reading, prompt_reading, prompt_row
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, column
 from prefopt.data.sources import open_source
 from prefopt.errors import ConfigError, DataError, SignalError
-from prefopt.registry import get_signal
+from prefopt.recipe.explain import explain
+from prefopt.recipe.load import import_plugin
+from prefopt.recipe.registry import get_signal
+from prefopt.recipe.schema import ColumnMap, SourceSection
+from prefopt.recipe.yaml_file import Document
 from prefopt.signals.base import Candidates, Prompt
 from prefopt.signals.combine import WeightedSignals, build_signals
 

@@ -12,7 +12,7 @@ import math
 from pydantic import NonNegativeFloat
 
 from prefopt.credit.base import GroupScores, Labels
-from prefopt.registry import Need, credit
+from prefopt.recipe.registry import Need, credit
 
 _ADVANTAGES = frozenset({Need.ADVANTAGES})
 

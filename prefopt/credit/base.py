@@ -1,4 +1,4 @@
-"""What a credit rule sees and says. Rules are pure and torch-free; `prefopt.registry.credit` names them."""
+"""What a credit rule sees and says. Rules are pure and torch-free; `prefopt.recipe.registry.credit` names them."""
 
 from __future__ import annotations
 

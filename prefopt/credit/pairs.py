@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pydantic import NonNegativeFloat, PositiveInt
 
 from prefopt.credit.base import GroupScores, Labels
-from prefopt.registry import Need, credit
+from prefopt.recipe.registry import Need, credit
 
 _PAIRS = frozenset({Need.PAIRS})
 

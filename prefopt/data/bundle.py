@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.cache import atomic_write
-from prefopt.config.schema import DataSection, SourceSection
 from prefopt.data.prompts import PromptSet
 from prefopt.data.samples import SampleNeeds, Scaling, scaling_of
 from prefopt.data.tokenise import tokenise_source
 from prefopt.data.tokens import TokenSet, TokenStore, count_rejects
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.schema import DataSection, SourceSection
+from prefopt.storage.cache import atomic_write
 
 log = logging.getLogger(__name__)
 

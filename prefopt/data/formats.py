@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prefopt.config.schema import ColumnMap, SourceSection
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Labels, Message, Refused, Reject, Row, column, has_column, score
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.schema import ColumnMap, SourceSection
 
 ROLES = {
     "human": "user",

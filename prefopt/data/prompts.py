@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prefopt.config.schema import ConditionSection, DataSection, SourceSection
 from prefopt.data.chunks import Limits, check
 from prefopt.data.formats import Reading, canonical, prompt_reading, prompt_row, resolve
 from prefopt.data.readers import RawRow
@@ -18,6 +17,7 @@ from prefopt.data.rows import Message, Refused, Reject, Row, column, has_column
 from prefopt.data.sources import first_rows, open_source
 from prefopt.data.tokens import require_rows
 from prefopt.errors import DataError
+from prefopt.recipe.schema import ConditionSection, DataSection, SourceSection
 from prefopt.signals.base import Prompt
 
 _BATCH_ROWS = 1024

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
-from prefopt.config.schema import ConditionSection, DataSection, SourceSection
 from prefopt.data.formats import Reading, canonical, resolve
 from prefopt.data.readers import RawRow
 from prefopt.data.render import conditioned
 from prefopt.data.rows import Labels, Refused, Row, column, has_column, score
 from prefopt.data.sources import first_rows, open_source
 from prefopt.errors import ConfigError, DataError
-from prefopt.registry import Need
+from prefopt.recipe.registry import Need
+from prefopt.recipe.schema import ConditionSection, DataSection, SourceSection
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from prefopt.config.schema import SourceSection
 from prefopt.data.readers import READERS, RawRow, count_rows, data_suffix, read_rows
 from prefopt.errors import ConfigError, DataError, suggest
+from prefopt.recipe.schema import SourceSection
 
 _HUB_ROWS = 512
 

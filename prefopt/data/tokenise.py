@@ -19,8 +19,6 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.cache import atomic_directory, cache_root
-from prefopt.config.schema import DataSection, SourceSection
 from prefopt.data.chunks import Chunk, ChunkReader, Limits, parallel_chunks
 from prefopt.data.formats import Reading, resolve
 from prefopt.data.readers import RawRow
@@ -42,6 +40,8 @@ from prefopt.data.tokens import (
     require_rows,
 )
 from prefopt.errors import DataError
+from prefopt.recipe.schema import DataSection, SourceSection
+from prefopt.storage.cache import atomic_directory, cache_root
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
 
-from prefopt.config.schema import ModelSection, PeftSection
 from prefopt.engines.base import Completion, PolicyFiles, Request, SamplingSpec
 from prefopt.engines.checks import check_requests, check_sequences
 from prefopt.engines.policy_copy import (
@@ -30,8 +29,9 @@ from prefopt.engines.policy_copy import (
 )
 from prefopt.engines.sampling import SeededSampler
 from prefopt.errors import EngineError
-from prefopt.logps import unwrap_causal_lm
-from prefopt.models.load import load_policy
+from prefopt.model.load import load_policy
+from prefopt.model.logps import unwrap_causal_lm
+from prefopt.recipe.schema import ModelSection, PeftSection
 
 # Logits of a scored batch are materialised: (rows, length, V) fp32.
 _SCORE_ROWS = 8
@@ -125,7 +125,7 @@ class HFEngine:
         Args:
             seed: ``train.seed``; a new adapter starts from the same values.
 
-        Raises: ModelError, ConfigError as `prefopt.models.load.load_policy`.
+        Raises: ModelError, ConfigError as `prefopt.model.load.load_policy`.
         """
         loaded = load_policy(model, peft, seed=seed)
         policy: Any = loaded.model.to(torch.device(device))  # type: ignore[arg-type]

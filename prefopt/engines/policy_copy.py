@@ -16,13 +16,13 @@ from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from prefopt.attention import PACKED_ATTENTION
-from prefopt.config.schema import ModelSection
 from prefopt.errors import EngineError, ModelError
-from prefopt.logps import unwrap_causal_lm
-from prefopt.models.adapters import check_loaded_adapter, load_saved_adapter, saved_tensors
-from prefopt.models.load import load_base
-from prefopt.models.source import resolve_source
+from prefopt.model.adapters import check_loaded_adapter, load_saved_adapter, saved_tensors
+from prefopt.model.attention.reference import PACKED_ATTENTION
+from prefopt.model.load import load_base
+from prefopt.model.logps import unwrap_causal_lm
+from prefopt.model.source import resolve_source
+from prefopt.recipe.schema import ModelSection
 
 
 def generation_copy(policy: nn.Module, *, share_trainable: bool) -> Any:

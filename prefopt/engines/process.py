@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt import errors
-from prefopt.config.schema import ModelSection, PeftSection
 from prefopt.engines.base import Completion, PolicyFiles, Request, SamplingSpec
 from prefopt.engines.child import clean_environment, describe_exit, kill_group, log_tail
 from prefopt.errors import EngineError
+from prefopt.recipe.schema import ModelSection, PeftSection
 
 if TYPE_CHECKING:
     from prefopt.engines.hf import HFEngine

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from prefopt.config.schema import EngineSection, ModelSection
 from prefopt.engines.base import Engine, PolicyFiles
-from prefopt.engines.build import start_vllm
 from prefopt.engines.hf import HFEngine
+from prefopt.engines.start import start_vllm
 from prefopt.engines.vllm.settings import ServedModel
 from prefopt.errors import ConfigError, EngineError, ModelError
-from prefopt.models.adapters import ADAPTER_CONFIG
-from prefopt.models.source import LOAD_ERRORS, Source, first_line, resolve_source
+from prefopt.model.adapters import ADAPTER_CONFIG
+from prefopt.model.source import LOAD_ERRORS, Source, first_line, resolve_source
+from prefopt.recipe.schema import EngineSection, ModelSection
 
 
 def saved_policy_engine(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefopt.objectives._terms import response_means, response_sums
-from prefopt.registry import Need
+from prefopt.recipe.registry import Need
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 # exp of this is 5e8. Sampled tokens come near it only where policy and sampler have nothing in common;

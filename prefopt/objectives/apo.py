@@ -3,7 +3,7 @@
 from pydantic import NonNegativeFloat, PositiveFloat
 
 from prefopt.objectives._terms import log_ratio_sums, pair_output
-from prefopt.registry import Need, objective
+from prefopt.recipe.registry import Need, objective
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 NEEDS = frozenset({Need.PAIRS, Need.REFERENCE})

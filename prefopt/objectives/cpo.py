@@ -9,7 +9,7 @@ from prefopt.objectives._terms import (
     pair_output,
     response_sums,
 )
-from prefopt.registry import Need, objective
+from prefopt.recipe.registry import Need, objective
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 

@@ -3,7 +3,7 @@
 from pydantic import PositiveFloat
 
 from prefopt.objectives._samples import on_rows, on_tokens, sample_output
-from prefopt.registry import Need, objective
+from prefopt.recipe.registry import Need, objective
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 

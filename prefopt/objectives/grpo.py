@@ -15,7 +15,7 @@ from prefopt.objectives._samples import (
     token_mean,
 )
 from prefopt.objectives._terms import response_sums
-from prefopt.registry import Need, objective
+from prefopt.recipe.registry import Need, objective
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 _NEEDS = frozenset({Need.SAMPLES, Need.ADVANTAGES, Need.BEHAVIOR})

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat
 
 from prefopt.objectives._terms import log_ratio_sums, pair_margin, pair_output
-from prefopt.registry import Need, objective
+from prefopt.recipe.registry import Need, objective
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 

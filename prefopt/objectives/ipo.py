@@ -4,7 +4,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from prefopt.objectives._terms import log_ratio_sums, pair_margin, pair_output, response_means
-from prefopt.registry import Need, objective
+from prefopt.recipe.registry import Need, objective
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 NEEDS = frozenset({Need.PAIRS, Need.REFERENCE})

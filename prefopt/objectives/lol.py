@@ -29,7 +29,7 @@ from prefopt.objectives._samples import (
     weighted_output,
 )
 from prefopt.objectives._terms import response_sums
-from prefopt.registry import Need, objective
+from prefopt.recipe.registry import Need, objective
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 Probability = Annotated[float, Field(ge=0, le=1)]

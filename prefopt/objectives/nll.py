@@ -1,7 +1,7 @@
 """NLL of the chosen responses: SFT on the pairs' better side, as a baseline in the same trainer."""
 
 from prefopt.objectives._terms import chosen_nll, per_chosen_token
-from prefopt.registry import Need, objective
+from prefopt.recipe.registry import Need, objective
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 

@@ -6,7 +6,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from prefopt.objectives._terms import pair_margin, pair_output, response_means
-from prefopt.registry import Need, objective
+from prefopt.recipe.registry import Need, objective
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 

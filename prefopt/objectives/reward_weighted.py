@@ -9,7 +9,7 @@ import math
 from pydantic import PositiveFloat
 
 from prefopt.objectives._samples import on_rows, sample_nll, sample_output, weighted_output
-from prefopt.registry import Need, objective
+from prefopt.recipe.registry import Need, objective
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 

@@ -11,7 +11,7 @@ from prefopt.objectives._samples import (
     on_tokens,
     sample_output,
 )
-from prefopt.registry import Need, objective
+from prefopt.recipe.registry import Need, objective
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 

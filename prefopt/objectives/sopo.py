@@ -4,7 +4,7 @@ import torch
 from pydantic import PositiveFloat
 
 from prefopt.objectives._terms import log_ratio_sums, logistic_loss, pair_margin, pair_output
-from prefopt.registry import Need, objective
+from prefopt.recipe.registry import Need, objective
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 

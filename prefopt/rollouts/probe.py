@@ -16,9 +16,9 @@ from accelerate import Accelerator
 
 from prefopt.engines.base import Engine
 from prefopt.engines.probe import Gap, check_gap, compare_logps
-from prefopt.logps import LogpModel
+from prefopt.model.logps import LogpModel
+from prefopt.model.sweep import LayoutFn
 from prefopt.signals.base import Prompt
-from prefopt.sweep import LayoutFn
 from prefopt.types import Group, Response
 
 logger = logging.getLogger(__name__)

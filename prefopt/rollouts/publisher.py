@@ -11,12 +11,12 @@ from typing import Any, cast
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from prefopt.checkpoint import writing
-from prefopt.distributed import gathered_state
 from prefopt.engines.base import PolicyFiles
-from prefopt.logps import LogpModel
-from prefopt.models.adapters import save_adapter, save_final
-from prefopt.models.load import LoadedPolicy
+from prefopt.model.adapters import save_adapter, save_final
+from prefopt.model.distributed import gathered_state
+from prefopt.model.load import LoadedPolicy
+from prefopt.model.logps import LogpModel
+from prefopt.training.checkpoint import writing
 
 DIRECTORY = "policies"
 _NAME = re.compile(r"step-(\d+)-[0-9a-f]+")

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 
 from prefopt.engines.base import PolicyFiles
 from prefopt.errors import ConfigError, EngineError, PrefoptError, SignalError, TrainingError
-from prefopt.regimes import OfflineRegime
+from prefopt.model.windows import GroupList, SplitLimits, Window, forward_tokens, make_window
 from prefopt.rollouts.batch import RolloutBatch, merge
 from prefopt.rollouts.experience import ExperienceLog
 from prefopt.rollouts.plan import PromptPlan, Schedule
@@ -29,8 +29,8 @@ from prefopt.rollouts.publisher import PolicyPublisher
 from prefopt.rollouts.sampler import Sampler
 from prefopt.rollouts.statistics import rollout_metrics
 from prefopt.rollouts.worker import Worker, wait
+from prefopt.training.regimes import OfflineRegime
 from prefopt.types import Group
-from prefopt.windows import GroupList, SplitLimits, Window, forward_tokens, make_window
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefopt.credit.base import GroupScores, Labels
 from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
-from prefopt.registry import CreditSpec
+from prefopt.recipe.registry import CreditSpec
 from prefopt.rollouts.batch import RolloutBatch, RolloutGroup
 from prefopt.rollouts.plan import PromptPlan, Start
 from prefopt.signals.base import Candidates, Prompt

@@ -23,8 +23,8 @@ from typing import Any
 
 import httpx2
 
-from prefopt.cache import atomic_write
 from prefopt.errors import SignalError
+from prefopt.storage.cache import atomic_write
 
 logger = logging.getLogger(__name__)
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request, thousands a step

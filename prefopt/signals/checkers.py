@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import PositiveFloat, PositiveInt
 
 from prefopt.errors import DataError
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Candidates, Signal, column
 from prefopt.signals.sandbox import Limits, run_program
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefopt.errors import SignalError
-from prefopt.registry import get_signal
+from prefopt.recipe.registry import get_signal
 from prefopt.signals.base import Candidates, Replacing, Reporting, Signal
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from prefopt.errors import ConfigError, DataError, SignalError
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Prompt, Signal, column, per_response
 from prefopt.signals.instructions import Instruction, instruction
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import PositiveFloat, PositiveInt
 
 from prefopt.errors import SignalError
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Candidates, Signal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prefopt.logps import LogpModel
+    from prefopt.model.logps import LogpModel
     from prefopt.types import Group
 
 
@@ -48,9 +48,9 @@ def implicit_reward(
     """
     import torch
 
-    from prefopt.config.schema import ModelSection
-    from prefopt.layouts import build_logp_model
-    from prefopt.models.load import load_policy, load_tokenizer
+    from prefopt.model.layouts import build_logp_model
+    from prefopt.model.load import load_policy, load_tokenizer
+    from prefopt.recipe.schema import ModelSection
 
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -133,7 +133,7 @@ class ImplicitReward:
         return (self.beta * ratio).tolist()
 
     def _sums(self, model: LogpModel, groups: list[Group]) -> Tensor:
-        from prefopt.collate import pack, pad
+        from prefopt.model.collate import pack, pad
 
         layout = (pack if model.packed else pad)(groups)
         device = next(model.parameters()).device
@@ -154,7 +154,7 @@ class ImplicitReward:
 
 
 def _base_of(path: str) -> str:
-    from prefopt.models.source import resolve_source
+    from prefopt.model.source import resolve_source
 
     source = resolve_source(path)
     if len(source.adapters) != 1:

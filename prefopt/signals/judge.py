@@ -12,9 +12,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from prefopt.cache import cache_root
 from prefopt.errors import DataError, SignalError
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Candidates, Prompt, Signal
 from prefopt.signals.chat_client import ChatClient, Endpoint, Messages, Reply, ReplyCache
 from prefopt.signals.verdicts import (
@@ -26,6 +25,7 @@ from prefopt.signals.verdicts import (
     parse_verdict,
     win_fractions,
 )
+from prefopt.storage.cache import cache_root
 
 logger = logging.getLogger(__name__)
 

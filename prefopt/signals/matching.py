@@ -8,7 +8,7 @@ from typing import Annotated
 import regex as regex_lib
 from pydantic import AfterValidator, Field, PositiveFloat
 
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Prompt, Signal, column, per_response
 
 REGEX_TIMEOUT_S = 1.0

@@ -8,7 +8,7 @@ from decimal import Decimal, InvalidOperation
 
 from pydantic import PositiveFloat, PositiveInt
 
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Candidates, Prompt, Signal, column, per_response
 from prefopt.signals.line_workers import LineWorkers, WorkerDied, WorkerTimeout
 

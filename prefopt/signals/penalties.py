@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Candidates, Signal
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pydantic import PositiveFloat, PositiveInt
 
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Candidates, Signal, column
 from prefopt.signals.sandbox import Limits, run_program
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import PositiveInt
 
 from prefopt.errors import SignalError
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Candidates, Prompt, Signal
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def reward_model(
 
     Raises: SignalError for a model without exactly one trained output; ModelError if it cannot be loaded.
     """
-    from prefopt.config.schema import ModelSection
-    from prefopt.models.load import load_tokenizer
+    from prefopt.model.load import load_tokenizer
+    from prefopt.recipe.schema import ModelSection
 
     section = ModelSection(
         path=path,
@@ -208,8 +208,8 @@ def _load(section: Any, tokenizer: Any) -> tuple[Any, int | None]:
     """The model, and the pad id its head was trained with, if it has one."""
     from transformers import AutoModelForSequenceClassification
 
-    from prefopt.models.adapters import load_saved_adapter
-    from prefopt.models.source import LOAD_ERRORS, first_line, resolve_source
+    from prefopt.model.adapters import load_saved_adapter
+    from prefopt.model.source import LOAD_ERRORS, first_line, resolve_source
 
     source = resolve_source(section.path, section.revision)
     if len(source.adapters) > 1:
@@ -241,7 +241,7 @@ def _load(section: Any, tokenizer: Any) -> tuple[Any, int | None]:
 def _freeze(model: Any, device: str | None) -> None:
     import torch
 
-    from prefopt.models.load import disable_dropout
+    from prefopt.model.load import disable_dropout
 
     disable_dropout(model)
     model.requires_grad_(False)

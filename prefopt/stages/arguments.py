@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from prefopt.config.schema import DEFAULT_MICRO_BATCH_TOKENS, Recipe, TrainSection
 from prefopt.errors import ConfigError
+from prefopt.recipe.schema import DEFAULT_MICRO_BATCH_TOKENS, Recipe, TrainSection
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 OPTIMIZERS = {"adamw": "adamw_torch", "rmsprop": "rmsprop"}

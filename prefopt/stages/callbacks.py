@@ -8,9 +8,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from prefopt.distributed import Interrupts
 from prefopt.errors import TrainingError
-from prefopt.metrics import MetricsLog, peak_memory_gib
+from prefopt.model.distributed import Interrupts
+from prefopt.training.metrics import MetricsLog, peak_memory_gib
 
 # Names of TRL and transformers -> the names of this project's metrics table.
 METRIC_NAMES = {

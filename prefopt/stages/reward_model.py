@@ -9,9 +9,9 @@ from peft import PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from prefopt.config.schema import ModelSection, PeftSection
 from prefopt.errors import ConfigError, ModelError
-from prefopt.models.load import disable_dropout, peft_config, resolve_source
+from prefopt.model.load import disable_dropout, peft_config, resolve_source
+from prefopt.recipe.schema import ModelSection, PeftSection
 
 # What may be missing from a language model's files: the head this stage trains from scratch.
 _HEADS = ("score.", "classifier.", "classification_head.")

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from prefopt.model.windows import GroupSource
 from prefopt.types import Group
-from prefopt.windows import GroupSource
 
 IGNORED = -100
 """Label of a token that carries no loss."""

@@ -19,14 +19,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.sft_config import SFTConfig
 
-from prefopt.config.schema import Recipe
 from prefopt.data import DataBundle, load_data
-from prefopt.distributed import Interrupts, gathered_state
 from prefopt.errors import ConfigError, TrainingError
-from prefopt.metrics import MetricsLog
-from prefopt.models.adapters import save_final
-from prefopt.models.load import check_vocabulary, load_policy, load_tokenizer
-from prefopt.run_record import git_commit, versions, warn_about_changes
+from prefopt.model.adapters import save_final
+from prefopt.model.distributed import Interrupts, gathered_state
+from prefopt.model.load import check_vocabulary, load_policy, load_tokenizer
+from prefopt.recipe.schema import Recipe
 from prefopt.stages.arguments import BatchPlan, plan_batches, training_arguments
 from prefopt.stages.callbacks import MetricsCallback, QuietProgress, RunCallback
 from prefopt.stages.reward_model import load_reward_model
@@ -38,6 +36,8 @@ from prefopt.stages.rows import (
     with_rows,
 )
 from prefopt.stages.trainers import StageRewardTrainer, StageSFTTrainer
+from prefopt.training.metrics import MetricsLog
+from prefopt.training.run_record import git_commit, versions, warn_about_changes
 from prefopt.types import Group
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def run_stage(recipe: Recipe) -> Path:
     SFT minimises the mean NLL over the response tokens of the global batch; a reward model
     -log σ(r(chosen) - r(rejected)), a mean over pairs. Rows are tokenised by our data layer, before any
     process group starts, and handed to TRL as they are. Called on every process of a launch, with a
-    recipe that has passed `prefopt.checks.check`.
+    recipe that has passed `prefopt.recipe.checks.check`.
 
     Raises: ConfigError, DataError, ModelError before training; TrainingError during it;
         KeyboardInterrupt after an interrupted run has saved.

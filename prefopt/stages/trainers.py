@@ -10,7 +10,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from prefopt.errors import TrainingError
-from prefopt.windows import GroupSource
+from prefopt.model.windows import GroupSource
 
 
 class _FiniteLoss:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefopt.config.schema import ModelSection
 from prefopt.data.render import RENDERER_VERSION, Renderer, Request
 from prefopt.data.rows import Refused, Reject
 from prefopt.data.tokenise import tokenizer_hash
 from prefopt.errors import DataError
-from prefopt.logps import unwrap_causal_lm
-from prefopt.models.load import load_policy, load_tokenizer
+from prefopt.model.load import load_policy, load_tokenizer
+from prefopt.model.logps import unwrap_causal_lm
+from prefopt.recipe.schema import ModelSection
 
 BATCH_TOKENS = 16384
 """Most tokens of one forward, padding included; a longer prompt goes alone."""

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from prefopt.cache import atomic_directory
-from prefopt.config.schema import ModelSection
 from prefopt.data.rows import Refused
 from prefopt.errors import DataError, ModelError
-from prefopt.models.hashing import state_hash
-from prefopt.models.load import load_tokenizer
-from prefopt.models.source import resolve_source
+from prefopt.model.hashing import state_hash
+from prefopt.model.load import load_tokenizer
+from prefopt.model.source import resolve_source
+from prefopt.recipe.schema import ModelSection
+from prefopt.storage.cache import atomic_directory
 from prefopt.values.features import BATCH_TOKENS, FrozenReference, tokenizer_identity
 from prefopt.values.heads import make_head
 from prefopt.values.training import Fit, FitSettings

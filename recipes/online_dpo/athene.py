@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 from pydantic import PositiveInt
 
 from prefopt.errors import SignalError
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Prompt, Signal
 
 

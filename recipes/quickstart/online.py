@@ -80,8 +80,8 @@ def measure(splits: Any, when: str, *, adapter: Path | None = None) -> Any:
 
 def report(before: Any, after: Any, seconds: Mapping[str, float]) -> int:
     """Prints accuracy, reward curve and where things are; returns 1 if accuracy did not improve, else 0."""
-    from prefopt.metrics import read_metrics
-    from prefopt.run_record import versions
+    from prefopt.training.metrics import read_metrics
+    from prefopt.training.run_record import versions
     from recipes.quickstart.evaluate import Change
 
     change, run_dir = Change(before, after), RUN_DIR / TRAINING

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Signal, per_response
 
 # `recipes` is not an installed package, and a recipe may be run from any working directory.

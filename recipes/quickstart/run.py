@@ -98,8 +98,8 @@ def make_policy(seed: int, clock: Clock, *, num_phases: int) -> Any:
 
 def has_policy(seed: int) -> bool:
     """Did a finished SFT phase leave a policy of today's recipe and this seed?"""
-    from prefopt.config.load import load_recipe
-    from prefopt.run_record import RUN_FILE
+    from prefopt.recipe.load import load_recipe
+    from prefopt.training.run_record import RUN_FILE
 
     directory = RUN_DIR / "sft"
     if not (directory / "final" / "config.json").is_file():
@@ -146,7 +146,7 @@ def load_policy(adapter: Path | None = None) -> tuple[Any, Any]:
 
 def report(before: Any, after: Any, seconds: dict[str, float], *, num_pairs: int) -> int:
     """Prints the table, writes summary.json, and returns the exit status: 1 if a number did not improve."""
-    from prefopt.run_record import versions
+    from prefopt.training.run_record import versions
     from recipes.quickstart.evaluate import Change
 
     changes = {

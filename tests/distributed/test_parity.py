@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prefopt.export import export_checkpoint
-from prefopt.metrics import read_metrics
+from prefopt.commands.export import export_checkpoint
+from prefopt.training.metrics import read_metrics
 from tests.distributed.launch import cpu_config, launch, write_model, write_pairs, write_recipe
 
 TUNINGS = {"lora": {}, "full": {"peft": None}}

@@ -12,12 +12,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from prefopt.metrics import read_metrics
 from prefopt.rollouts.experience import read_log
+from prefopt.training.metrics import read_metrics
 from tests.distributed.launch import cpu_config, launch, write_model, write_pairs
 
 PLUGIN = """
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import per_response
 
 @signal("vowels", source="tests")

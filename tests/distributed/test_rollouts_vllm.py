@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from prefopt.engines.vllm.hosts import StartedHost
-from prefopt.metrics import read_metrics
 from prefopt.rollouts.experience import read_log
+from prefopt.training.metrics import read_metrics
 from tests.distributed.launch import write_pairs
 from tests.distributed.test_rollouts import PLUGIN, started, write_rollout_recipe
 from tests.recipes.commands import Command, prefopt, run

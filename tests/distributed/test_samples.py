@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from prefopt.cli import main
-from prefopt.metrics import read_metrics
+from prefopt.training.metrics import read_metrics
 from tests.distributed.launch import cpu_config, launch, write_model, write_recipe, write_samples
 
 # Drawn by advantage, so that a step holds some rows twice, and its ratio needs a reference; and a mean over the

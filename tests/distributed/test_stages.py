@@ -10,7 +10,7 @@ import pytest
 import yaml
 from torch.testing import assert_close
 
-from prefopt.metrics import read_metrics
+from prefopt.training.metrics import read_metrics
 from tests.distributed.launch import cpu_config, launch
 from tests.unit.tiny_models import tiny_model
 from tests.unit.tiny_tokenizers import make_tokenizer

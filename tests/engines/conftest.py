@@ -12,9 +12,9 @@ import psutil
 import pytest
 from torch import nn
 
-from prefopt.config.schema import EngineSection, ModelSection
-from prefopt.engines.build import build_engine
-from prefopt.models.load import load_policy
+from prefopt.engines.start import build_engine
+from prefopt.model.load import load_policy
+from prefopt.recipe.schema import EngineSection, ModelSection
 from tests.engines.policies import CONTEXT, Policies, write_policies
 from tests.engines.processes import descendants, is_gone, wait_until
 

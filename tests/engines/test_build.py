@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from prefopt.config.schema import EngineSection, ModelSection
-from prefopt.engines.build import build_engine
 from prefopt.engines.probe import Gap, check_gap, compare_logps
+from prefopt.engines.start import build_engine
 from prefopt.engines.vllm.settings import (
     LORA_RANKS,
     ServedModel,
@@ -22,7 +21,8 @@ from prefopt.engines.vllm.settings import (
     engine_arguments,
 )
 from prefopt.errors import ConfigError, EngineError
-from prefopt.models.load import LoadedPolicy
+from prefopt.model.load import LoadedPolicy
+from prefopt.recipe.schema import EngineSection, ModelSection
 from tests.engines.policies import Policies
 from tests.unit.tiny_models import tiny_model
 

@@ -14,11 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
-from prefopt.config.schema import ModelSection
 from prefopt.engines.base import Request, SamplingSpec
 from prefopt.engines.child import GuardedProcess, Watchdog, clean_environment
 from prefopt.engines.process import HFSource, ProcessEngine
 from prefopt.errors import EngineError, ModelError
+from prefopt.recipe.schema import ModelSection
 from tests.engines.policies import Policies
 from tests.engines.processes import is_gone, wait_until
 
@@ -125,7 +125,7 @@ def test_the_child_ends_when_its_parent_is_killed(policies: Policies, tmp_path: 
     script = f"""
 import os, signal
 from pathlib import Path
-from prefopt.config.schema import ModelSection
+from prefopt.recipe.schema import ModelSection
 from prefopt.engines.process import HFSource, ProcessEngine
 engine = ProcessEngine(HFSource(ModelSection(path={str(policies.base)!r}), 0), log_dir=Path({str(tmp_path)!r}))
 engine.start()

@@ -10,12 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from prefopt.attention import PACKED_ATTENTION
 from prefopt.engines.base import PolicyFiles, Request, SamplingSpec
 from prefopt.engines.hf import HFEngine
 from prefopt.engines.sampling import draw_uniforms, inverse_cdf, tempered_logps
 from prefopt.errors import EngineError
-from prefopt.logps import LogpModel
+from prefopt.model.attention.reference import PACKED_ATTENTION
+from prefopt.model.logps import LogpModel
 from tests.unit.tiny_models import ARCHITECTURES, tiny_model
 
 SPEC = SamplingSpec(12, stop_token_ids=(5, 9))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.config.schema import ModelSection
 from prefopt.engines.base import Request, SamplingSpec
 from prefopt.engines.saved import saved_policy_engine
 from prefopt.errors import ConfigError
+from prefopt.recipe.schema import ModelSection
 from tests.engines.conftest import engine_section
 from tests.engines.policies import CONTEXT, Policies, sampled_logps
 

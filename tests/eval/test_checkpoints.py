@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from eval.checkpoints import found_checkpoints, start_of
 from eval.models import resolve_run
 from prefopt.cli import main
-from prefopt.config.schema import ModelSection
+from prefopt.commands.export import export_checkpoint
 from prefopt.errors import ModelError
-from prefopt.export import export_checkpoint
-from prefopt.models.source import resolve_source
+from prefopt.model.source import resolve_source
+from prefopt.recipe.schema import ModelSection
 from tests.distributed.launch import write_model, write_pairs, write_recipe
 from tests.eval.runs import problems, write_jsonl
 

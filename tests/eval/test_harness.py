@@ -13,8 +13,8 @@ import torch
 from eval.harness import harness_problems, harness_results
 from eval.models import Models
 from eval.provenance import task_folder
-from prefopt.config.schema import EngineSection, ModelSection
 from prefopt.errors import ConfigError
+from prefopt.recipe.schema import EngineSection, ModelSection
 from tests.eval.runs import read_jsonl, write_chat_model, write_jsonl
 
 pytest.importorskip("lm_eval")

@@ -18,8 +18,8 @@ from eval.base import Row
 from eval.models import open_models
 from eval.options import make_task
 from eval.settings import EvalSettings
-from prefopt.config.schema import ModelSection
 from prefopt.errors import ConfigError, ModelError
+from prefopt.recipe.schema import ModelSection
 from tests.eval.runs import write_jsonl
 from tests.unit.tiny_models import tiny_model
 

@@ -28,9 +28,9 @@ from eval.models import open_models
 from eval.options import make_task
 from eval.score import score_file
 from eval.settings import EvalSettings, JudgeSection
-from prefopt.config.schema import ModelSection
 from prefopt.errors import ConfigError, DataError, ModelError
-from prefopt.registry import get_signal
+from prefopt.recipe.registry import get_signal
+from prefopt.recipe.schema import ModelSection
 from tests.eval.runs import write_chat_model, write_jsonl
 from tests.signals.cases import candidates
 from tests.signals.chat_server import Answer, chat_server

@@ -15,8 +15,8 @@ from eval.options import make_task
 from eval.score import score_file
 from eval.settings import EvalSettings
 from eval.tasks.reward_bench import NUM_EXAMPLES, SECTIONS
-from prefopt.config.schema import ModelSection
 from prefopt.errors import DataError
+from prefopt.recipe.schema import ModelSection
 from tests.eval.runs import write_chat_model, write_jsonl
 
 

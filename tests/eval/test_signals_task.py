@@ -103,7 +103,7 @@ def test_signal_that_reads_the_prompts_ids_is_refused_at_once(tmp_path: Path) ->
 
 def test_plugin_that_reads_the_prompts_ids_is_refused_when_it_does(tmp_path: Path) -> None:
     (tmp_path / "prompt_length.py").write_text(
-        "from prefopt.registry import signal\n"
+        "from prefopt.recipe.registry import signal\n"
         "class _Length:\n"
         "    def score(self, groups):\n"
         "        return [[float(len(g.prompt.ids)) for _ in g.texts] for g in groups]\n"

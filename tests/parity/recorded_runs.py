@@ -25,11 +25,11 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from prefopt.collate import TokenLayout
-from prefopt.metrics import read_metrics
-from prefopt.trainer import PreferenceTrainer
+from prefopt.model.collate import TokenLayout
+from prefopt.model.windows import GroupList
+from prefopt.training.metrics import read_metrics
+from prefopt.training.trainer import PreferenceTrainer
 from prefopt.types import Group, ObjectiveOutput, Response, ResponseLogps
-from prefopt.windows import GroupList
 from tests.unit.memory_trainer import VOCABULARY, make_trainer, random_pairs
 from tests.unit.tiny_models import tiny_model
 

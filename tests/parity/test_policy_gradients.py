@@ -21,10 +21,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from prefopt.collate import make_batch, pack, response_mask
 from prefopt.credit.base import GroupScores
-from prefopt.logps import LogpModel
-from prefopt.registry import get_credit
+from prefopt.model.collate import make_batch, pack, response_mask
+from prefopt.model.logps import LogpModel
+from prefopt.recipe.registry import get_credit
 from prefopt.types import Group, ObjectiveOutput, Response, ResponseLogps
 from tests.parity.recorded_runs import BOS, EOS, SEED, Ids, as_words, word_tokenizer
 from tests.unit.memory_trainer import VOCABULARY

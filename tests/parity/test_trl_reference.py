@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prefopt.reference import ReferenceStore
+from prefopt.reference.store import ReferenceStore
 from prefopt.types import Group
 from tests.parity.recorded_runs import (
     PAIRS_A_STEP,

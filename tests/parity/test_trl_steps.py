@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prefopt.metrics import read_metrics
+from prefopt.training.metrics import read_metrics
 from tests.parity.recorded_runs import (
     ListeningCPO,
     ListeningDPO,

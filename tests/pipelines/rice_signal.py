@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Prompt, Signal, per_response
 
 

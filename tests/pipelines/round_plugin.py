@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from data_pipelines.base import Dropped, Place, StageSettings
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import Signal, per_response
 
 

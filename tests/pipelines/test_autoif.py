@@ -14,7 +14,7 @@ import pytest
 import data_pipelines
 from data_pipelines.checker_votes import Proposal, cross_check, read_proposal, without_fetching
 from data_pipelines.pipeline import load_pipeline
-from prefopt.registry import get_signal
+from prefopt.recipe.registry import get_signal
 from prefopt.signals.checkers import CheckerLimits, accuracy, run_checker
 from tests.pipelines.pipelines import build, counts, refused, rows, write_pipeline
 from tests.signals.cases import candidates

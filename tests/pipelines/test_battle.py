@@ -195,10 +195,10 @@ def test_sft_samples_are_the_best_winners_answers_where_the_target_lost(pipeline
 
 
 def test_samples_train_as_sft_rows(pipeline: Pipeline) -> None:
-    from prefopt.config.schema import ColumnMap, SourceSection
     from prefopt.data.formats import canonical, resolve
     from prefopt.data.rows import Row
     from prefopt.data.sources import open_source
+    from prefopt.recipe.schema import ColumnMap, SourceSection
 
     winners = {"stage": "winners", "gives": "sft", "min_gap": 3.0, "target": "ours"}
     folder = build(pipeline(BATTLED, {}, winners))

@@ -11,7 +11,7 @@ from data_pipelines.candidates import READS_IDS, candidates
 from data_pipelines.rows import Row, RowKind, pack_ids
 from prefopt.data.render import Renderer
 from prefopt.errors import DataError, SignalError
-from prefopt.registry import get_signal
+from prefopt.recipe.registry import get_signal
 from prefopt.signals.base import Candidates
 from tests.unit.tiny_tokenizers import TokenizerFactory
 

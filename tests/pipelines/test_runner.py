@@ -78,8 +78,8 @@ def test_a_finished_pipeline_runs_nothing_again(pipeline: Path, tmp_path: Path) 
 
 
 def test_the_folder_of_a_stage_is_a_data_source(pipeline: Path) -> None:
-    from prefopt.config.schema import SourceSection
     from prefopt.data.sources import open_source
+    from prefopt.recipe.schema import SourceSection
 
     folder = build(pipeline) / "pair"
     found = [raw.data for raw in open_source(SourceSection(path=str(folder))).rows()]

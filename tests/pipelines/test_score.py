@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prefopt.config.load import import_plugin
 from prefopt.errors import SignalError
-from prefopt.registry import get_signal
+from prefopt.recipe.load import import_plugin
+from prefopt.recipe.registry import get_signal
 from prefopt.signals.base import Signal
 from tests.pipelines.pipelines import build, counts, refused, rows, write_pipeline
 from tests.signals.cases import candidates

@@ -140,9 +140,9 @@ def test_steps_train_as_they_stand_and_only_the_last_ends(
     tmp_path: Path, tiny_tokenizer: TokenizerFactory
 ) -> None:
     """Read by a recipe's data section: the advantage of each row, no end token behind a step that goes on."""
-    from prefopt.config.schema import ColumnMap, DataSection, SourceSection
     from prefopt.data import load_data
     from prefopt.data.samples import SampleNeeds
+    from prefopt.recipe.schema import ColumnMap, DataSection, SourceSection
 
     folder = build(pipeline(tmp_path, [group()])) / "step_advantage"
     source = SourceSection(

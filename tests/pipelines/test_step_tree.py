@@ -223,9 +223,9 @@ def test_dialogues_need_the_tokenizer_and_then_train_as_text(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from prefopt.config.schema import SourceSection
     from prefopt.data.formats import canonical, resolve
     from prefopt.data.sources import open_source
+    from prefopt.recipe.schema import SourceSection
 
     given = [group(prompt=CHAT)]
     told = refused(capsys, pipeline(given, {"stage": "tree"}), code=1)

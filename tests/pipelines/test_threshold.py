@@ -13,8 +13,8 @@ from data_pipelines.base import Dropped, Place
 from data_pipelines.rows import Row, RowKind
 from data_pipelines.stages.threshold import Threshold
 from data_pipelines.thresholds import ThresholdRule, thresholds
-from prefopt.config.yaml_file import Document
 from prefopt.errors import DataError
+from prefopt.recipe.yaml_file import Document
 from tests.pipelines.pipelines import build, refused, rows, write_pipeline
 from tests.pipelines.test_stages import group, place
 

@@ -281,8 +281,8 @@ def test_advantages_killed_halfway_are_those_of_a_calm_run(tmp_path: Path, head:
 
 def test_weighed_rows_train_as_they_stand(tmp_path: Path, head: Path, policies: Path) -> None:
     """Two steps of A-LoL on the stage's folder; its metrics are those of the rows' advantages."""
-    from prefopt.build import train
-    from prefopt.metrics import read_metrics
+    from prefopt.training.metrics import read_metrics
+    from prefopt.wiring import train
 
     folder = build(weigh(tmp_path, mixed(), head=str(head))) / "advantage"
     recipe = {
@@ -317,7 +317,7 @@ def test_a_head_of_another_model_is_refused_with_both_hashes_before_anything_loa
     other = {"path": str(policies / "second")}
     path = weigh(tmp_path, mixed(), head=str(head), model=other)
     said = refused(capsys, path, code=1)
-    from prefopt.models.source import resolve_source
+    from prefopt.model.source import resolve_source
 
     hashes = [resolve_source(str(policies / name)).content[:12] for name in ("first", "second")]
     assert "belongs to another model" in said and all(each in said for each in hashes)

@@ -21,7 +21,12 @@ from prefopt.cli import main
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["prefopt.cli", "prefopt.checks", "prefopt.build", "transformers.models.llama.modeling_llama"]
+    [
+        "prefopt.cli",
+        "prefopt.recipe.checks",
+        "prefopt.wiring",
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from prefopt.distributed import Interrupts
+from prefopt.model.distributed import Interrupts
 from tests.distributed.launch import write_model, write_pairs, write_recipe
 from tests.recipes.commands import prefopt, run
 

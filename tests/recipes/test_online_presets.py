@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prefopt.build import train
-from prefopt.config.load import load_recipe
-from prefopt.config.schema import Recipe
 from prefopt.errors import SignalError
-from prefopt.metrics import read_metrics
-from prefopt.registry import get_signal
+from prefopt.recipe.load import load_recipe
+from prefopt.recipe.registry import get_signal
+from prefopt.recipe.schema import Recipe
 from prefopt.rollouts.experience import read_log
 from prefopt.rollouts.plan import Schedule
 from prefopt.signals.base import Candidates, Prompt
+from prefopt.training.metrics import read_metrics
+from prefopt.wiring import train
 from tests.unit.tiny_models import tiny_model
 from tests.unit.tiny_tokenizers import make_tokenizer
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from prefopt.checks import check
 from prefopt.data import Renderer
+from prefopt.recipe.checks import check
 from recipes.quickstart import run
 from recipes.quickstart.evaluate import (
     Accuracy,

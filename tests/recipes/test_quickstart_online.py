@@ -12,13 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from prefopt.build import train
-from prefopt.checks import check
-from prefopt.config.load import load_recipe
-from prefopt.metrics import read_metrics
-from prefopt.registry import get_signal
+from prefopt.recipe.checks import check
+from prefopt.recipe.load import load_recipe
+from prefopt.recipe.registry import get_signal
 from prefopt.rollouts.experience import read_log
 from prefopt.signals.base import Candidates, Prompt
+from prefopt.training.metrics import read_metrics
+from prefopt.wiring import train
 from recipes.quickstart import online, run
 from recipes.quickstart.evaluate import Accuracy
 from recipes.quickstart.prepare import EOS, make_model, make_tokenizer

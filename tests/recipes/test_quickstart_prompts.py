@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.checks import check
 from prefopt.cli import main
+from prefopt.recipe.checks import check
 from recipes.quickstart import from_prompts, run
 from recipes.quickstart.task import make_splits, score_group
 from tests.recipes.test_quickstart_online import half_right_policy

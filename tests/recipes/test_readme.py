@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prefopt.build import train
-from prefopt.config import Recipe
-from prefopt.metrics import read_metrics
-from prefopt.registry import OBJECTIVES
+from prefopt.recipe import Recipe
+from prefopt.recipe.registry import OBJECTIVES
+from prefopt.training.metrics import read_metrics
+from prefopt.wiring import train
 from tests.distributed.launch import write_model, write_pairs, write_recipe
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")

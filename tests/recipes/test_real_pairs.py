@@ -42,7 +42,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefopt.cli import main
-from prefopt.metrics import read_metrics
+from prefopt.training.metrics import read_metrics
 from tests.unit.tiny_tokenizers import CHATML
 
 OBJECTIVES = {

@@ -18,13 +18,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt.build_rollouts import load_run_data
 from prefopt.cli import main
-from prefopt.collate import make_batch, response_mask
-from prefopt.config.load import load_recipe
-from prefopt.metrics import read_metrics
-from prefopt.models.load import load_tokenizer
-from prefopt.registry import bind_objective
+from prefopt.model.collate import make_batch, response_mask
+from prefopt.model.load import load_tokenizer
+from prefopt.recipe.load import load_recipe
+from prefopt.recipe.registry import bind_objective
+from prefopt.rollouts.setup import load_run_data
+from prefopt.training.metrics import read_metrics
 from prefopt.types import ResponseLogps
 from tests.recipes.test_real_pairs import raw_rows, write_policy
 

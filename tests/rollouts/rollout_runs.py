@@ -11,17 +11,17 @@ import numpy as np
 from accelerate import Accelerator
 from torch import nn
 
-from prefopt import build_rollouts
-from prefopt.build import build_trainer
-from prefopt.config.schema import Recipe
 from prefopt.data import PromptSet
 from prefopt.engines.base import Engine
-from prefopt.engines.build import build_engine
-from prefopt.models.load import LoadedPolicy
-from prefopt.registry import signal
+from prefopt.engines.start import build_engine
+from prefopt.model.load import LoadedPolicy
+from prefopt.model.windows import GroupSource
+from prefopt.recipe.registry import signal
+from prefopt.recipe.schema import Recipe
+from prefopt.rollouts import setup as build_rollouts
 from prefopt.signals.base import Candidates, Prompt, Signal
-from prefopt.trainer import PreferenceTrainer
-from prefopt.windows import GroupSource
+from prefopt.training.trainer import PreferenceTrainer
+from prefopt.wiring import build_trainer
 from tests.unit.memory_trainer import VOCABULARY, lora_llama
 from tests.unit.tiny_tokenizers import make_tokenizer
 
@@ -78,7 +78,7 @@ def make_rollout_trainer(
     reference: dict[str, Any] | None = None,
     **settings: Any,
 ) -> PreferenceTrainer:
-    """A one-process trainer fed by rollouts of the HF engine, wired by `prefopt.build`."""
+    """A one-process trainer fed by rollouts of the HF engine, wired by `prefopt.wiring`."""
     recipe = Recipe.model_validate(
         {
             "model": {"path": "in-memory"},

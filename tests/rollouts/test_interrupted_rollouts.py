@@ -21,7 +21,7 @@ from tests.recipes.test_interrupted_runs import checkpoints, logged, rows
 
 NUM_STEPS = 14
 PLUGIN = """
-from prefopt.registry import signal
+from prefopt.recipe.registry import signal
 from prefopt.signals.base import per_response
 
 @signal("vowels", source="tests")

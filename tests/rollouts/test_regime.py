@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from prefopt.errors import SignalError, TrainingError
-from prefopt.metrics import read_metrics
-from prefopt.registry import OBJECTIVES
+from prefopt.model.windows import GroupList
+from prefopt.recipe.registry import OBJECTIVES
 from prefopt.rollouts import regime as regime_module
 from prefopt.rollouts.experience import ExperienceLog, read_log
 from prefopt.rollouts.worker import Worker
-from prefopt.trainer import PreferenceTrainer
+from prefopt.training.metrics import read_metrics
+from prefopt.training.trainer import PreferenceTrainer
 from prefopt.types import Group
-from prefopt.windows import GroupList
 from tests.rollouts.rollout_runs import make_rollout_trainer, random_prompts
 from tests.unit.memory_trainer import VOCABULARY, make_trainer, random_pairs, trained_weights
 from tests.unit.objective_cases import REQUIRED

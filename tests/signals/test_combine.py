@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prefopt.errors import ConfigError, SignalError
-from prefopt.registry import get_signal, signal
+from prefopt.recipe.registry import get_signal, signal
 from prefopt.signals.base import Candidates, Prompt, Signal, per_response
 from prefopt.signals.combine import Part, WeightedSignals, build_signals
 from tests.signals.cases import candidates

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prefopt.errors import ConfigError, DataError, SignalError
-from prefopt.registry import get_signal
+from prefopt.recipe.registry import get_signal
 from prefopt.signals.constraint_checks import CHECKS
 from prefopt.signals.instructions import instruction, loose_variants
 from prefopt.signals.language import detect_language, detector_factory

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from prefopt.errors import SignalError
-from prefopt.registry import get_signal
+from prefopt.recipe.registry import get_signal
 from prefopt.signals.base import Candidates
 from tests.signals.cases import candidates
 from tests.unit.tiny_models import tiny_model

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from prefopt.errors import DataError, SignalError
-from prefopt.registry import get_signal
+from prefopt.recipe.registry import get_signal
 from prefopt.signals.base import Signal
 from prefopt.signals.judge import conversation, fill
 from prefopt.signals.verdicts import (

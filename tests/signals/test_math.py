@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.errors import SignalError
-from prefopt.registry import get_signal
+from prefopt.recipe.registry import get_signal
 from prefopt.signals.base import Signal
 from prefopt.signals.line_workers import LineWorkers, WorkerDied, WorkerTimeout
 from prefopt.signals.math import extract_number

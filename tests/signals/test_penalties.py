@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefopt.registry import get_signal
+from prefopt.recipe.registry import get_signal
 from prefopt.signals.penalties import repeated_frac
 from tests.signals.cases import candidates
 

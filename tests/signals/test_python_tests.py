@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prefopt.registry import get_signal
+from prefopt.recipe.registry import get_signal
 from prefopt.signals.python_tests import extract_code
 from prefopt.signals.sandbox import Limits, Outcome, run_program
 from tests.signals.cases import candidates, scores

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ConfigDict, create_model
 
-from prefopt.registry import SIGNALS, get_signal
+from prefopt.recipe.registry import SIGNALS, get_signal
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "signals.md"
 
@@ -40,7 +40,7 @@ def test_signal_and_each_of_its_keys_is_on_the_page(name: str) -> None:
 
 def test_looking_signals_up_imports_no_torch() -> None:
     script = (
-        "import sys\nfrom prefopt.registry import SIGNALS, get_signal\n"
+        "import sys\nfrom prefopt.recipe.registry import SIGNALS, get_signal\n"
         "for name in SIGNALS: get_signal(name)\nimport prefopt.signals.combine\nprint(*sys.modules)"
     )
     found = subprocess.run(

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
 from prefopt.errors import SignalError
-from prefopt.registry import get_signal
+from prefopt.recipe.registry import get_signal
 from prefopt.signals.base import Candidates
 from tests.signals.cases import candidates
 from tests.unit.tiny_models import tiny_config, tiny_model

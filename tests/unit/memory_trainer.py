@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from prefopt.build import build_trainer
-from prefopt.config.schema import Recipe
-from prefopt.models.load import LoadedPolicy
-from prefopt.trainer import PreferenceTrainer
+from prefopt.model.load import LoadedPolicy
+from prefopt.model.windows import GroupList
+from prefopt.recipe.schema import Recipe
+from prefopt.training.trainer import PreferenceTrainer
 from prefopt.types import Group, Response
-from prefopt.windows import GroupList
+from prefopt.wiring import build_trainer
 from tests.unit.tiny_models import tiny_model
 
 VOCABULARY = 97
@@ -53,7 +53,7 @@ def make_trainer(
     sampling: dict[str, Any] | None = None,
     **settings: Any,
 ) -> PreferenceTrainer:
-    """A one-process trainer in ``run_dir``, wired by `prefopt.build` over groups in memory."""
+    """A one-process trainer in ``run_dir``, wired by `prefopt.wiring` over groups in memory."""
     recipe = Recipe.model_validate(
         {
             "model": {"path": "in-memory", "layout": layout},

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefopt.config.load import objective_schema
-from prefopt.registry import OBJECTIVES, Need, get_objective, reads_samples
+from prefopt.recipe.load import objective_schema
+from prefopt.recipe.registry import OBJECTIVES, Need, get_objective, reads_samples
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 NAMES = sorted(OBJECTIVES)

@@ -10,7 +10,7 @@ import pytest
 from bench import _alol_data
 from bench._sorting_rewards import bad_answer, edit_distance, pair_rows, reward, train_rows
 from bench.claims_alol import ARMS, FULL, RECIPE, Quality, Result, best_rate, lost, verdict
-from prefopt.config.load import load_recipe
+from prefopt.recipe.load import load_recipe
 from recipes.quickstart.task import Problem, score_group
 
 ROOT = Path(__file__).resolve().parents[2]

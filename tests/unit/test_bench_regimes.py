@@ -9,7 +9,7 @@ import pytest
 
 from bench._svg import Chart, Line, Point, write_svg
 from bench.regimes import FULL, RECIPE, Result, best_rate, last_line, shared_rate
-from prefopt.config.load import load_recipe
+from prefopt.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 

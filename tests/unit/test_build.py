@@ -12,15 +12,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from prefopt.build import train
-from prefopt.collate import pack
-from prefopt.config import load_recipe
 from prefopt.data import load_data
 from prefopt.errors import ConfigError
-from prefopt.logps import LogpModel
-from prefopt.metrics import read_metrics
-from prefopt.models.load import load_policy, load_tokenizer
-from prefopt.reference import ReferenceStore
+from prefopt.model.collate import pack
+from prefopt.model.load import load_policy, load_tokenizer
+from prefopt.model.logps import LogpModel
+from prefopt.recipe import load_recipe
+from prefopt.reference.store import ReferenceStore
+from prefopt.training.metrics import read_metrics
+from prefopt.wiring import train
 from tests.distributed.launch import write_model, write_pairs, write_recipe
 
 
@@ -192,6 +192,6 @@ def test_policy_loads_the_same_twice(inputs: Path) -> None:
 
 
 def load_recipe_section(inputs: Path) -> tuple:
-    from prefopt.config.schema import ModelSection, PeftSection
+    from prefopt.recipe.schema import ModelSection, PeftSection
 
     return ModelSection(path=str(inputs / "model")), PeftSection(type="lora", r=4)

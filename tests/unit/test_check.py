@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.checks import check, examine
-from prefopt.checks.rules import _RULES
-from prefopt.config.load import load_recipe
 from prefopt.errors import ConfigError
+from prefopt.recipe.checks import check, examine
+from prefopt.recipe.checks.rules import _RULES
+from prefopt.recipe.load import load_recipe
 
 RECIPE = """\
 model:
@@ -417,8 +417,8 @@ def test_examine_returns_the_recipe_it_checked(recipe_file: Path) -> None:
 
 def test_rules_read_only_the_sections_they_declare(recipe_file: Path) -> None:
     """A rule that reads an undeclared section would fail on a recipe where that section is broken."""
-    from prefopt.checks.rules import Surroundings
-    from prefopt.config.schema import Recipe
+    from prefopt.recipe.checks.rules import Surroundings
+    from prefopt.recipe.schema import Recipe
 
     rich = ["reference={name: initial}", "data.eval_frac=0.1", "model.dtype=bfloat16"]
     recipe = load_recipe(recipe_file, [*DPO, *LORA, *rich, "run.trackers=[wandb]"])
@@ -434,7 +434,7 @@ def test_rules_read_only_the_sections_they_declare(recipe_file: Path) -> None:
 def test_without_torch_rules_about_it_become_notes(recipe_file: Path) -> None:
     script = (
         "import sys; sys.modules['torch'] = None\n"
-        "from prefopt.checks import check\n"
+        "from prefopt.recipe.checks import check\n"
         "print(*check(sys.argv[1], ['train.max_steps=3']), sep='\\n')\n"
     )
     output = subprocess.run(

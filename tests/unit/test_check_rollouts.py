@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.checks import check
 from prefopt.errors import ConfigError
+from prefopt.recipe.checks import check
 
 RECIPE = """\
 model: {path: org/model}

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from prefopt.cli import RECIPE_SCRIPTS, guarded, main, recipe_main
-from prefopt.config.explain import sections
-from prefopt.config.schema import Recipe
 from prefopt.errors import ConfigError, TrainingError
-from prefopt.registry import SIGNALS, get_objective, get_signal, objective_names
+from prefopt.recipe.explain import sections
+from prefopt.recipe.registry import SIGNALS, get_objective, get_signal, objective_names
+from prefopt.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +37,7 @@ def recipe_file(tmp_path: Path) -> str:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """Recipes that reach the trainer, which is not run."""
     recipes: list[Recipe] = []
-    monkeypatch.setattr("prefopt.build.train", recipes.append)
+    monkeypatch.setattr("prefopt.wiring.train", recipes.append)
     return recipes
 
 

@@ -11,16 +11,16 @@ import pytest
 from eval.checkpoints import _policy, found_checkpoints
 from eval.engines import Generator
 from eval.models import condition_problems, run_condition
-from prefopt.build_rollouts import load_run_data
 from prefopt.cli import main
-from prefopt.config.load import load_recipe
-from prefopt.config.schema import ConditionSection, DataSection, EngineSection, ModelSection
-from prefopt.config.schema import SourceSection as Source
 from prefopt.data import Renderer, load_prompts
-from prefopt.draws import warn_of_target
-from prefopt.metrics import read_metrics
-from prefopt.models.load import load_tokenizer
-from prefopt.registry import bind_objective
+from prefopt.model.load import load_tokenizer
+from prefopt.recipe.load import load_recipe
+from prefopt.recipe.registry import bind_objective
+from prefopt.recipe.schema import ConditionSection, DataSection, EngineSection, ModelSection
+from prefopt.recipe.schema import SourceSection as Source
+from prefopt.rollouts.setup import load_run_data
+from prefopt.training.draws import warn_of_target
+from prefopt.training.metrics import read_metrics
 from tests.distributed.launch import write_model, write_recipe, write_samples
 from tests.unit.tiny_tokenizers import make_tokenizer
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.config.explain import RENAMED, sections
-from prefopt.config.load import draft_recipe, load_recipe
-from prefopt.config.schema import Recipe
 from prefopt.errors import ConfigError
+from prefopt.recipe.explain import RENAMED, sections
+from prefopt.recipe.load import draft_recipe, load_recipe
+from prefopt.recipe.schema import Recipe
 
 RECIPE = """\
 model:
@@ -312,7 +312,7 @@ def test_error_text_has_the_file_once_and_one_line_a_problem(recipe_file: Path) 
 # --- plugins -------------------------------------------------------------------------------------
 
 PLUGIN = """\
-from prefopt.registry import objective
+from prefopt.recipe.registry import objective
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 @objective("config_test_margin", source="this test")
@@ -345,7 +345,7 @@ def test_a_plugin_that_fails_is_named_with_its_error(recipe_file: Path) -> None:
 def test_structural_errors_need_no_torch(recipe_file: Path) -> None:
     script = (
         "import sys; sys.modules['torch'] = None\n"
-        "from prefopt.config.load import load_recipe\n"
+        "from prefopt.recipe.load import load_recipe\n"
         "from prefopt.errors import ConfigError\n"
         "try:\n    load_recipe(sys.argv[1], ['train.lerning_rate=1', 'objective.name=simop'])\n"
         "except ConfigError as error:\n    print(error)\n"

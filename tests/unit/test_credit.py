@@ -13,7 +13,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 from prefopt.credit.advantages import group_mean, group_mean_std, leave_one_out, none
 from prefopt.credit.base import GroupScores, Labels
 from prefopt.credit.pairs import all_pairs, best_random, best_worst, first_right_wrong, sopo
-from prefopt.registry import CREDITS, Need, get_credit
+from prefopt.recipe.registry import CREDITS, Need, get_credit
 
 NAMES = sorted(CREDITS)
 ADVANTAGES = [name for name in NAMES if get_credit(name).gives == {Need.ADVANTAGES}]

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from prefopt.config.schema import ColumnMap, SourceSection
 from prefopt.data.formats import canonical, resolve
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, Reject, Row
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.schema import ColumnMap, SourceSection
 
 
 def msg(role: str, content: str) -> dict[str, str]:

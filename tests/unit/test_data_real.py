@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefopt.config.schema import ColumnMap, DataSection, SourceSection
 from prefopt.data import DataBundle, load_data
+from prefopt.recipe.schema import ColumnMap, DataSection, SourceSection
 from tests.unit.tiny_tokenizers import make_tokenizer
 
 TOKENIZER = make_tokenizer("llama3", add_bos=True)

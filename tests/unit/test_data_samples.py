@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefopt.config.schema import ColumnMap, ConditionSection, DataSection, SourceSection
 from prefopt.data import DataBundle, load_data
 from prefopt.data.render import conditioned
 from prefopt.data.samples import SampleNeeds
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.schema import ColumnMap, ConditionSection, DataSection, SourceSection
 from tests.unit.tiny_tokenizers import make_tokenizer
 
 CHAT = make_tokenizer("llama3", add_bos=True)

@@ -12,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from prefopt.config.schema import SourceSection
 from prefopt.data.sources import HubRows, open_source
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.schema import SourceSection
 
 ROWS = [
     {"prompt": "p1", "chosen": 'line one\nline two, "quoted"', "rejected": "ñ\u2028é"},

@@ -12,14 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from prefopt.config.schema import DataSection, SamplingSection
-from prefopt.draws import RowDraw, build_draw, check_labels, label_statistics, row_gradients
 from prefopt.errors import ConfigError, DataError
-from prefopt.metrics import read_metrics
-from prefopt.regimes import OfflineRegime
-from prefopt.registry import bind_objective
+from prefopt.model.windows import GroupList, SplitLimits
+from prefopt.recipe.registry import bind_objective
+from prefopt.recipe.schema import DataSection, SamplingSection
+from prefopt.training.draws import (
+    RowDraw,
+    build_draw,
+    check_labels,
+    label_statistics,
+    row_gradients,
+)
+from prefopt.training.metrics import read_metrics
+from prefopt.training.regimes import OfflineRegime
 from prefopt.types import Group, Response
-from prefopt.windows import GroupList, SplitLimits
 from tests.unit.memory_trainer import make_trainer, random_pairs, trained_weights
 
 A_LOL = bind_objective({"name": "a_lol_ref_free"})

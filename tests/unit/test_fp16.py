@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from prefopt.errors import TrainingError
-from prefopt.metrics import read_metrics
-from prefopt.trainer import PreferenceTrainer
-from prefopt.windows import GroupList
+from prefopt.model.windows import GroupList
+from prefopt.training.metrics import read_metrics
+from prefopt.training.trainer import PreferenceTrainer
 from tests.unit import memory_trainer
 from tests.unit.memory_trainer import make_trainer, random_pairs, trained_weights
 

@@ -12,14 +12,14 @@ import pytest
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from prefopt.checks import check
 from prefopt.cli import main
 from prefopt.engines.base import Completion, Request, SamplingSpec
 from prefopt.errors import ConfigError
-from prefopt.generation_probe import GenerationProbe, ProbeParts
-from prefopt.metrics import read_metrics
+from prefopt.recipe.checks import check
 from prefopt.signals.base import Prompt, per_response
 from prefopt.signals.combine import Part, WeightedSignals
+from prefopt.training.generation_probe import GenerationProbe, ProbeParts
+from prefopt.training.metrics import read_metrics
 from tests.distributed.launch import write_model, write_pairs, write_recipe
 
 P = "eval/generation"

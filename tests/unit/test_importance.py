@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from prefopt.importance import log_importance, weighted
 from prefopt.objectives.dpo import dpo
+from prefopt.training.importance import log_importance, weighted
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 

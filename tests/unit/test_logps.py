@@ -7,12 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
-import prefopt.logps
-from prefopt.attention import visible
-from prefopt.collate import GroupSpan, make_batch, pack, pad, response_mask
+import prefopt.model.logps
 from prefopt.errors import ModelError
-from prefopt.layouts import build_logp_model
-from prefopt.logps import LogpModel
+from prefopt.model.attention.reference import visible
+from prefopt.model.collate import GroupSpan, make_batch, pack, pad, response_mask
+from prefopt.model.layouts import build_logp_model
+from prefopt.model.logps import LogpModel
 from prefopt.types import Group, Response
 from tests.unit.tiny_models import ARCHITECTURES, tiny_model
 
@@ -130,7 +130,9 @@ def test_chunk_size_does_not_matter(arch: str, monkeypatch: pytest.MonkeyPatch) 
     model = with_lora(tiny_model(arch, vocab_size=VOCABULARY))
     whole = LogpModel(model)(pack(groups))
     want = weighted_gradients(model, whole)
-    monkeypatch.setattr(prefopt.logps, "_CHUNK_ELEMENTS_CPU", 1)  # the floor of 64 tokens a chunk
+    monkeypatch.setattr(
+        prefopt.model.logps, "_CHUNK_ELEMENTS_CPU", 1
+    )  # the floor of 64 tokens a chunk
     chunked = LogpModel(model)(pack(groups))
     assert len(pack(groups).targets) > 2 * 64
     torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-6)
@@ -203,7 +205,9 @@ def test_packed_is_refused_where_it_cannot_be_right() -> None:
 def test_a_head_we_do_not_know_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """An architecture that scales its logits in a way the engine does not know must not train."""
     model = tiny_model("gemma2", vocab_size=VOCABULARY)
-    monkeypatch.setattr(prefopt.logps.LogitTransform, "of", classmethod(lambda cls, config: cls()))
+    monkeypatch.setattr(
+        prefopt.model.logps.LogitTransform, "of", classmethod(lambda cls, config: cls())
+    )
     with pytest.raises(ModelError, match="differ from the model's own forward"):
         build_logp_model(model)
 

@@ -17,17 +17,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from prefopt.config.schema import ModelSection, PeftSection
 from prefopt.errors import ConfigError, ModelError, TrainingError
-from prefopt.models import hashing
-from prefopt.models.adapters import merge_adapter, save_adapter, save_final, verify_saved
-from prefopt.models.load import (
+from prefopt.model import hashing
+from prefopt.model.adapters import merge_adapter, save_adapter, save_final, verify_saved
+from prefopt.model.load import (
     check_vocabulary,
     disable_dropout,
     enable_gradient_checkpointing,
     load_policy,
     load_tokenizer,
 )
+from prefopt.recipe.schema import ModelSection, PeftSection
 from tests.unit.tiny_models import ARCHITECTURES, tiny_model
 
 VOCABULARY = 97

@@ -17,8 +17,8 @@ import torch
 from pydantic import ValidationError
 from torch.testing import assert_close
 
-from prefopt.config.load import objective_schema
-from prefopt.registry import OBJECTIVES, get_objective
+from prefopt.recipe.load import objective_schema
+from prefopt.recipe.registry import OBJECTIVES, get_objective
 from tests.unit.objective_cases import (
     NAMES,
     ON_SAMPLES,

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefopt import reference
 from prefopt.errors import TrainingError
-from prefopt.reference import ReferenceStore, response_key
+from prefopt.reference.store import ReferenceStore, response_key
+from prefopt.reference.store import store as reference
 from prefopt.types import Group, Response
 
 WEIGHTS = "a" * 64

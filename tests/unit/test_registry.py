@@ -10,10 +10,10 @@ from typing import Annotated
 import pytest
 from pydantic import Field, PositiveFloat, ValidationError
 
-from prefopt.config.load import objective_schema
 from prefopt.credit.base import GroupScores, Labels
 from prefopt.errors import ConfigError
-from prefopt.registry import (
+from prefopt.recipe.load import objective_schema
+from prefopt.recipe.registry import (
     CREDITS,
     OBJECTIVES,
     REGISTRIES,
@@ -162,7 +162,7 @@ def test_credits_and_signals_of_your_own_are_known_by_name() -> None:
 def test_names_are_known_without_torch() -> None:
     """`prefopt --help` and a misspelt name must not wait for torch to load."""
     program = (
-        "import sys; from prefopt.registry import objective_names; "
+        "import sys; from prefopt.recipe.registry import objective_names; "
         "assert 'dpo' in objective_names(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

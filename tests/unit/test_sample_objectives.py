@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from prefopt.credit.base import GroupScores
-from prefopt.registry import get_credit, get_objective
+from prefopt.recipe.registry import get_credit, get_objective
 from prefopt.types import ResponseLogps
 from tests.unit.objective_cases import ON_SAMPLES, WEIGHTED, call, gradient, random_batch
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from prefopt.cli import main
-from prefopt.show import HEAD_TOKENS, SEPARATOR, TAIL_TOKENS, token_text
+from prefopt.commands.show import HEAD_TOKENS, SEPARATOR, TAIL_TOKENS, token_text
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}"

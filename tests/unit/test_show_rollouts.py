@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from prefopt.cli import main
+from prefopt.commands.show_rollouts import MOST_CHARS, find_batch, summary
 from prefopt.engines.base import Completion
 from prefopt.rollouts.batch import RolloutBatch, RolloutGroup
 from prefopt.rollouts.experience import DIRECTORY, ExperienceLog
 from prefopt.rollouts.plan import Start
-from prefopt.show_rollouts import MOST_CHARS, find_batch, summary
 from tests.unit.test_show import byte_tokenizer
 
 LONG = "x" * (MOST_CHARS + 50)

@@ -18,16 +18,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
-from prefopt.checks import check
-from prefopt.config.schema import Recipe, TrainSection
 from prefopt.errors import ConfigError, ModelError, TrainingError
-from prefopt.metrics import read_metrics
+from prefopt.recipe.checks import check
+from prefopt.recipe.schema import Recipe, TrainSection
 from prefopt.stages import run_stage
 from prefopt.stages.arguments import plan_batches, training_arguments
 from prefopt.stages.callbacks import MetricsCallback, project_names
 from prefopt.stages.reward_model import load_reward_model
 from prefopt.stages.run import find_stage_checkpoint
 from prefopt.stages.trainers import StageRewardTrainer, StageSFTTrainer
+from prefopt.training.metrics import read_metrics
 from tests.unit.tiny_models import tiny_model
 from tests.unit.tiny_tokenizers import make_tokenizer
 

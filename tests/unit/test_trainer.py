@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prefopt.checkpoint import find_checkpoint
 from prefopt.errors import ConfigError, TrainingError
-from prefopt.metrics import read_metrics
-from prefopt.optim import learning_rate
-from prefopt.sweep import layout_fn
+from prefopt.model.sweep import layout_fn
+from prefopt.model.windows import GroupList, SplitLimits, split_micro_batches
+from prefopt.training.checkpoint import find_checkpoint
+from prefopt.training.metrics import read_metrics
+from prefopt.training.optimizer import learning_rate
 from prefopt.types import Group, Response
-from prefopt.windows import GroupList, SplitLimits, split_micro_batches
 from tests.unit.memory_trainer import (
     lora_llama,
     make_trainer,
@@ -260,8 +260,8 @@ def test_sigterm_saves_and_stops_after_the_step(tmp_path: Path) -> None:
 def test_impossible_splits_are_refused(
     tmp_path: Path, settings: dict[str, int], message: str
 ) -> None:
-    from prefopt.regimes import OfflineRegime
-    from prefopt.windows import SplitLimits
+    from prefopt.model.windows import SplitLimits
+    from prefopt.training.regimes import OfflineRegime
 
     limits = SplitLimits(settings.pop("micro_batch_tokens", 4096))
     with pytest.raises(ConfigError, match=message):
@@ -271,8 +271,8 @@ def test_impossible_splits_are_refused(
 
 
 def test_without_shuffling_every_epoch_takes_the_rows_as_they_are() -> None:
-    from prefopt.regimes import OfflineRegime
-    from prefopt.windows import SplitLimits
+    from prefopt.model.windows import SplitLimits
+    from prefopt.training.regimes import OfflineRegime
 
     source = GroupList(random_pairs(20))
     regime = OfflineRegime(
@@ -287,8 +287,8 @@ def test_without_shuffling_every_epoch_takes_the_rows_as_they_are() -> None:
 
 
 def test_ranks_share_a_window_evenly_and_lose_no_row() -> None:
-    from prefopt.regimes import OfflineRegime
-    from prefopt.windows import SplitLimits
+    from prefopt.model.windows import SplitLimits
+    from prefopt.training.regimes import OfflineRegime
 
     source = GroupList(random_pairs(22))
     regimes = [
@@ -322,7 +322,7 @@ def test_micro_batches_hold_every_row_once_within_their_limits(packed: bool) -> 
 def test_learning_rates_are_those_of_transformers() -> None:
     from transformers import get_scheduler
 
-    from prefopt.config.schema import TrainSection
+    from prefopt.recipe.schema import TrainSection
 
     for name in ("cosine", "linear", "constant"):
         train = TrainSection(learning_rate=1e-3, lr_scheduler=name, warmup_frac=0.1)

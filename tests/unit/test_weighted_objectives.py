@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from prefopt.credit.base import GroupScores
-from prefopt.reduction import reduced
-from prefopt.registry import Need, get_credit, get_objective
+from prefopt.model.windows import Window
+from prefopt.recipe.registry import Need, get_credit, get_objective
+from prefopt.training.reduction import reduced
 from prefopt.types import ResponseLogps
-from prefopt.windows import Window
 from tests.unit.objective_cases import (
     WEIGHTED,
     call,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prefopt.config.schema import ModelSection
 from prefopt.data.rows import Refused
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.schema import ModelSection
 from prefopt.values.features import FrozenReference, StateBatch, StoredStates
 from prefopt.values.heads import DROPOUT, HEADS, NUM_HEADS, make_head
 from prefopt.values.training import Example, FitSettings, errors, fit_head

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.config.schema import EngineSection
 from prefopt.errors import ConfigError
+from prefopt.recipe.schema import EngineSection
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The sizes `max_lora_rank` may have (vLLM 0.32; a test compares)."""

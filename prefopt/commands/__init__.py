@@ -1,0 +1,1 @@
+"""What `prefopt` commands show and write, beyond training."""

@@ -1,0 +1,80 @@
+"""The policy of a checkpoint, as a model or adapter that anything can load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from prefopt.errors import ModelError, TrainingError
+from prefopt.model.adapters import save_final
+from prefopt.model.load import load_policy, load_tokenizer
+from prefopt.recipe.schema import Recipe
+from prefopt.training.checkpoint import trainable_state
+from prefopt.training.run_record import RUN_FILE
+
+_PREFIX = "model."
+"""The policy's place in `prefopt.model.logps.LogpModel`, which is what checkpoints are of."""
+
+
+def export_checkpoint(run_dir: Path, checkpoint: Path, output: Path) -> None:
+    """Writes the weights of ``checkpoint`` to ``output``: an adapter where the run trained one, else the model.
+
+    Args:
+        run_dir: the run, with its ``run.json``.
+        checkpoint: one of its ``checkpoints/step-N``, of one process, DDP or DeepSpeed.
+        output: appears when it is complete and checked.
+
+    Raises: ModelError for a checkpoint that is not of this run's recipe, or of a kind that only its own
+        launcher reads (FSDP); TrainingError if it cannot be written.
+    """
+    recipe = _recipe(run_dir)
+    policy = load_policy(recipe.model, recipe.peft, seed=recipe.train.seed)
+    saved = _tensors(checkpoint)
+    wanted = trainable_state(policy.model)
+    odd = sorted(saved.keys() ^ wanted.keys())
+    if odd:
+        raise ModelError(
+            f"{checkpoint}: holds other weights than {run_dir / RUN_FILE} trains ({len(odd)} differ, e.g. "
+            f"{odd[0]!r}): one of them was moved or edited"
+        )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(saved[name])
+    try:
+        save_final(policy.model, load_tokenizer(recipe.model), output)
+    except OSError as error:
+        raise TrainingError(f"{output}: cannot be written: {error}") from error
+
+
+def _recipe(run_dir: Path) -> Recipe:
+    try:
+        record = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+        # Leniently: what the recipe of another version had more is none of a policy's business.
+        sections = {
+            name: record["recipe"][name] for name in ("model", "data", "train", "run", "peft")
+        }
+        return Recipe.model_validate(sections)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{run_dir / RUN_FILE}: is no record of a run ({error!r})") from error
+
+
+def _tensors(checkpoint: Path) -> dict[str, Any]:
+    """Trained tensors by the policy's own names, fp32 where DeepSpeed keeps them so."""
+    saved: Any
+    file = checkpoint / "model.safetensors"
+    if file.is_file():
+        saved = load_file(file)
+    elif (checkpoint / "pytorch_model").is_dir():
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        saved = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="pytorch_model")
+    else:
+        raise ModelError(
+            f"{checkpoint}: neither model.safetensors nor DeepSpeed's pytorch_model/: checkpoints of FSDP are "
+            "read by their own launcher only. Evaluate the run's final/ instead"
+        )
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items()}

@@ -1,0 +1,339 @@
+"""Saving what was trained, reading it back to prove it, and merging adapters into their base."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from prefopt.errors import ModelError, TrainingError
+from prefopt.storage.cache import atomic_directory
+
+log = logging.getLogger(__name__)
+
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+BASE_FILE = "prefopt_base.json"
+"""Beside a saved adapter: the content hash of the base it was trained on, which outlives every renaming."""
+
+_MERGE_TOLERANCE = 1e-4
+"""Largest difference of a merged model's logits, in fp32, as a share of the largest logit: W + BA is
+added once instead of applied apart, which reorders sums and nothing else (measured: about 1e-6)."""
+
+
+def save_final(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: Any,
+    directory: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes the adapter (PEFT) or the whole model, with its tokenizer, and checks it; on one process only.
+
+    The directory appears when it is complete and checked; one that was there before is replaced then.
+
+    Args:
+        model: not wrapped by DDP, DeepSpeed or FSDP.
+        state_dict: gathered tensors, named as in ``model``, where the model's own are sharded (ZeRO-3, FSDP).
+
+    Raises: TrainingError if it cannot be written, or reads back as something else.
+    """
+    with _staged(Path(directory)) as staging:
+        if isinstance(model, PeftModel):
+            save_adapter(model, staging, state_dict=state_dict)
+        else:
+            _save_full(model, staging, state_dict)
+        tokenizer.save_pretrained(staging)
+
+
+def save_adapter(
+    model: PeftModel, directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes the adapter ``default`` into ``directory`` and checks it against the tensors in memory.
+
+    Raises: TrainingError if what is on disk is not what was trained; OSError if it cannot be written.
+    """
+    target = Path(directory)
+    # peft asks for the adapter's frozen tensors too (VeRA's projections, …), which training does not gather
+    complete = {**model.state_dict(), **(state_dict or {})}
+    options: dict[str, Any] = {"adapter_name": "default", "save_embedding_layers": False}
+    expected = get_peft_model_state_dict(model, state_dict=complete, **options)
+    _refuse_empty(expected)
+    model.save_pretrained(
+        str(target),
+        state_dict=complete,
+        selected_adapters=["default"],
+        save_embedding_layers=False,  # rows are never added; "auto" would ask the hub about the base
+    )
+    (target / "README.md").unlink(missing_ok=True)  # peft's model card, a form nobody has filled in
+    base_hash = getattr(model, "prefopt_base_hash", None)
+    if base_hash is not None:
+        record = {"base": model.peft_config["default"].base_model_name_or_path, "hash": base_hash}
+        (target / BASE_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    _compare(target, expected)
+
+
+def verify_saved(directory: str | Path, state: Mapping[str, Tensor] | nn.Module) -> None:
+    """Returns if every tensor of ``state`` is on disk with its shape and bits.
+
+    Args:
+        state: the model, or its (gathered) parameters by their names in the model.
+
+    Raises: TrainingError naming the tensors that are missing, cut, empty or different.
+    """
+    if isinstance(state, nn.Module):
+        names = dict(state.named_parameters())
+        adapter = isinstance(state, PeftModel)
+        state = {name: p.detach() for name, p in names.items() if p.requires_grad or not adapter}
+    _refuse_empty(state)
+    _compare(Path(directory), state)
+
+
+def merge_adapter(source: Path, output: Path) -> None:
+    """Writes the full model, adapter merged, with its tokenizer, to ``output``.
+
+    Merged in fp32 and then rounded once to the base's dtype.
+
+    Args:
+        source: an adapter directory, or a run directory (its ``final`` is taken).
+        output: a directory that does not exist yet, or is empty.
+
+    Raises: ModelError if there is no adapter, the output is taken, the base cannot be found, or the merged
+        model's logits are not the adapter model's (to 1e-4 of the largest logit, fp32).
+    """
+    from prefopt.model.load import load_merge_parts  # load.py imports this module
+
+    adapter = _adapter_directory(source)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ModelError(f"{output} exists and is not empty: merge into a new directory")
+    model, tokenizer, dtype = load_merge_parts(adapter)
+    ids = _probe_ids(model)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        merged: Any = merged_into_base(model)
+        found = merged(input_ids=ids, use_cache=False).logits
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not error <= _MERGE_TOLERANCE:  # True for NaN
+        raise ModelError(
+            f"merging {adapter} changes the model: logits differ by {error:.2g} of the largest (limit "
+            f"{_MERGE_TOLERANCE:g}). This adapter type cannot be merged exactly: serve it unmerged."
+        )
+    merged = merged.to(dtype)
+    with _staged(output) as staging:
+        _save_full(merged, staging, None)
+        tokenizer.save_pretrained(staging)
+    log.info(
+        "merged %s into %s: logits agree to %.1e of the largest (fp32)", adapter, output, error
+    )
+
+
+def merged_into_base(model: PeftModel) -> PreTrainedModel:
+    """The base with the adapter added to its weights; ``model`` is used up.
+
+    Raises: ModelError for an adapter type that cannot be merged, or a merge that gives non-finite weights.
+    """
+    try:
+        merged: Any = model.merge_and_unload(safe_merge=True)
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        kind = str(model.peft_config["default"].peft_type).rsplit(".", 1)[-1].lower()
+        raise ModelError(
+            f"this adapter (type {kind!r}) cannot be merged into its base: {error}"
+        ) from error
+    return merged
+
+
+def saved_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a saved adapter or model, one at a time.
+
+    Raises: OSError or SafetensorError if a file is missing or damaged.
+    """
+    for path in _tensor_files(directory):
+        if path.suffix == ".bin":
+            yield from torch.load(path, map_location="cpu", weights_only=True).items()
+            continue
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
+                yield name, file.get_tensor(name)
+
+
+def _tensor_files(directory: Path) -> list[Path]:
+    if (directory / ADAPTER_CONFIG).is_file():
+        old = directory / "adapter_model.bin"  # as peft wrote them until 2023; still on the hub
+        new = directory / ADAPTER_FILE
+        return [old if old.is_file() and not new.is_file() else new]
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({directory / shard for shard in shards})
+    return [directory / "model.safetensors"]
+
+
+def _save_full(
+    model: PreTrainedModel, directory: Path, state_dict: Mapping[str, Tensor] | None
+) -> None:
+    state = dict(state_dict) if state_dict is not None else None
+    _refuse_empty(state if state is not None else dict(model.named_parameters()))
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        if use_cache is not None:
+            model.config.use_cache = (
+                True  # off while training; whoever loads this wants to generate
+            )
+        if (
+            state is not None
+        ):  # the buffers a state of parameters lacks; sharded tensors it replaces
+            state = {**dict(_persistent_buffers(model)), **state}
+        model.save_pretrained(directory, state_dict=state)
+    finally:
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+    _compare(directory, state_dict if state_dict is not None else dict(model.named_parameters()))
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    names = model.state_dict().keys()
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in names)
+
+
+def _refuse_empty(state: Mapping[str, Tensor]) -> None:
+    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
+    if empty or not state:
+        raise TrainingError(
+            f"{len(empty)} of {len(state)} tensors to save are empty (e.g. {empty[:2]}): they were not "
+            "gathered from the other processes (ZeRO-3, FSDP). Please report this: no setting causes it."
+        )
+
+
+def _compare(directory: Path, state: Mapping[str, Tensor]) -> None:
+    """Raises TrainingError unless every tensor of ``state`` is in ``directory``, bit for bit."""
+    waiting = _by_saved_name(state)
+    try:
+        for name, saved in saved_tensors(directory):
+            for own in (key for key in _names_in_memory(name) if key in waiting):
+                _same(directory, name, saved, waiting.pop(own))
+        if waiting and not (directory / ADAPTER_CONFIG).is_file():
+            waiting = _compare_reloaded(directory, waiting)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise TrainingError(f"{directory} cannot be read back: {error}") from error
+    if waiting:
+        raise TrainingError(
+            f"{directory} lacks {len(waiting)} of {len(state)} trained tensors, e.g. {sorted(waiting)[:3]}"
+        )
+
+
+def _by_saved_name(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the adapter's own (``lora_A.default.weight`` is saved as ``lora_A.weight``)."""
+    return {
+        name.replace(".modules_to_save.default", "").replace(".default", ""): tensor
+        for name, tensor in state.items()
+    }
+
+
+def _names_in_memory(saved: str) -> tuple[str, ...]:
+    # a DoRA magnitude is a module in memory and a bare tensor on disk; saved token rows likewise
+    return saved, f"{saved}.weight"
+
+
+def _same(directory: Path, name: str, saved: Tensor, own: Tensor) -> None:
+    if saved.shape != own.shape:
+        raise TrainingError(
+            f"{directory}: {name} has shape {tuple(saved.shape)} on disk and {tuple(own.shape)} in memory"
+        )
+    own = own.detach().to("cpu", saved.dtype).contiguous()
+    # as bits: NaN equals itself, -0 differs from 0
+    if not torch.equal(saved.reshape(-1).view(torch.uint8), own.reshape(-1).view(torch.uint8)):
+        raise TrainingError(f"{directory}: the values of {name} on disk are not those in memory")
+
+
+def _compare_reloaded(directory: Path, waiting: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Loads the model: for architectures whose files name tensors otherwise than memory (fused experts)."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    for name, saved in model.state_dict().items():
+        if name in waiting:
+            _same(directory, name, saved, waiting.pop(name))
+    return waiting
+
+
+@contextlib.contextmanager
+def _staged(directory: Path) -> Iterator[Path]:
+    """Yields an empty directory that takes ``directory``'s place when the block ends without an error."""
+    try:
+        with atomic_directory(directory) as staging:
+            yield staging
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"cannot write {directory}: {error}. What was there before is untouched; make room or choose "
+            "another output directory, and start again: a run goes on from its last checkpoint."
+        ) from error
+
+
+def _adapter_directory(source: Path) -> Path:
+    for candidate in (source, source / "final"):
+        if (candidate / ADAPTER_CONFIG).is_file():
+            return candidate
+    full = next((d for d in (source, source / "final") if (d / "config.json").is_file()), None)
+    if full is not None:
+        raise ModelError(f"{source}: {full} is a full model already, there is no adapter to merge")
+    raise ModelError(
+        f"{source}: no adapter here (no {ADAPTER_CONFIG}, no final/{ADAPTER_CONFIG}); give an adapter "
+        "directory or the output directory of a finished run"
+    )
+
+
+def _probe_ids(model: nn.Module) -> Tensor:
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+    return torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def check_loaded_adapter(model: PeftModel, directory: Path) -> None:
+    """Raises ModelError unless ``model`` holds every tensor of a saved adapter, and no others.
+
+    peft loads what fits and only warns about the rest, which would then be trained from random values.
+    """
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    try:
+        saved = dict(saved_tensors(directory))
+        odd = sorted(saved.keys() ^ own.keys())
+        if odd:
+            raise ModelError(
+                f"the adapter {directory} does not fit the base: {len(odd)} tensors have no counterpart, "
+                f"e.g. {odd[:2]}"
+            )
+        for name, tensor in saved.items():
+            _same(directory, name, tensor, own[name])
+    except TrainingError as error:
+        raise ModelError(f"the adapter was not loaded as it was saved: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read the adapter {directory}: {error}") from error
+
+
+def load_saved_adapter(base: PreTrainedModel, directory: Path, *, trainable: bool) -> PeftModel:
+    """The base with a saved adapter on it, every tensor accounted for.
+
+    Raises: ModelError if the adapter is damaged, or its shapes or names are those of another base.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Found missing adapter keys"
+            )  # an error below
+            model = PeftModel.from_pretrained(base, str(directory), is_trainable=trainable)
+    except RuntimeError as error:
+        raise ModelError(
+            f"an adapter for another base: the tensors of {directory} do not fit "
+            f"{base.config._name_or_path}: {str(error).strip()[:400]}"
+        ) from error
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"cannot load the adapter {directory}: {error}") from error
+    check_loaded_adapter(model, directory)
+    return model

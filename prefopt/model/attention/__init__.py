@@ -1,0 +1,1 @@
+"""Attention over groups laid out as prompt and branches; one implementation a module."""

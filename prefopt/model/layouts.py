@@ -1,0 +1,127 @@
+"""Which token layout a model runs in, decided by trying it and said aloud, never silently.
+
+A wrong attention mask, or an LM head with a step this project does not know, gives log-probs that look
+plausible. So the engine is compared with the model's own forward on a few tokens before it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefopt.errors import ModelError
+from prefopt.model.collate import pack, pad
+from prefopt.model.logps import LogpModel, unwrap_causal_lm
+from prefopt.types import Group, Response
+
+logger = logging.getLogger(__name__)
+
+_UNCHECKED = (
+    " (not compared with the model's own forward: ZeRO-3 sharded the weights while loading)"
+)
+
+# Mean absolute difference of token log-probs, in nats. Rounding gives about 1e-6 in fp32 and 1e-2 in
+# bfloat16; a response that sees its sibling, or a missing softcap, gives 0.1 to 10.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+# The same weights in another batch composition, stored and computed again: rounding, nothing else.
+_LOG_RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def log_ratio_tolerance(model: nn.Module, precision: str) -> float:
+    """Largest mean |log-ratio| (nats a token) that rounding explains when policy equals reference."""
+    if precision != "fp32":
+        return _LOG_RATIO_TOLERANCE[torch.bfloat16 if precision == "bf16" else torch.float16]
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return max(_LOG_RATIO_TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
+
+
+def build_logp_model(model: nn.Module, layout: str = "auto") -> LogpModel:
+    """The log-prob engine of a loaded model in the layout asked for, checked against its own forward.
+
+    Args:
+        model: causal LM or PEFT model, not yet wrapped by DDP, DeepSpeed or FSDP.
+        layout: ``packed``, ``padded``, or ``auto``: packed where it can be and is right, else padded.
+
+    Raises: ModelError if the layout asked for (or, with auto, both) disagrees with the model's own forward.
+    """
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    for packed in {"auto": (True, False), "packed": (True,), "padded": (False,)}[layout]:
+        reason = _why_not_packed(model) if packed else None
+        if reason is None and not sharded:
+            reason = _disagreement(model, packed)
+        if reason is None:
+            name = "packed, prompts shared" if packed else "padded"
+            logger.info("token layout: %s%s", name, _UNCHECKED if sharded else "")
+            return LogpModel(model, packed=packed)
+        if layout != "auto" or not packed:
+            name = "packed" if packed else "padded"
+            raise ModelError(
+                f"model.layout = {layout}: the {name} layout cannot be used here: {reason}"
+            )
+        logger.warning("token layout: padded, because the packed layout cannot be used: %s", reason)
+    raise AssertionError("unreachable: the loop returns or raises")
+
+
+def _why_not_packed(model: nn.Module) -> str | None:
+    """A reason known from the architecture alone: no attention, or one that takes no custom mask."""
+    causal_lm = unwrap_causal_lm(model)
+    if not getattr(causal_lm, "_supports_attention_backend", False):
+        return f"{type(causal_lm).__name__}'s attention takes no custom implementation"
+    if getattr(causal_lm, "_is_stateful", False):
+        return f"{type(causal_lm).__name__} carries a recurrent state from token to token"
+    return None
+
+
+def _disagreement(model: nn.Module, packed: bool) -> str | None:
+    """Why the engine's log-probs differ from the model's own forward on probe groups; None if they agree."""
+    causal_lm = unwrap_causal_lm(model)
+    attention = causal_lm.config._attn_implementation
+    was_training = model.training
+    groups = _probe_groups(causal_lm.config.get_text_config(decoder=True).vocab_size)
+    try:
+        model.eval()
+        with torch.no_grad():
+            want = _own_logps(causal_lm, groups)
+            engine = LogpModel(model, packed=packed)
+            layout = pack(groups) if packed else pad(groups)
+            got = engine(layout.to(want.device)).flatten()[layout.slots.to(want.device)]
+    except (ModelError, TypeError, NotImplementedError, IndexError) as error:
+        # TypeError: a decoder that takes no extra keywords or position ids.
+        return f"{type(error).__name__}: {error}"
+    finally:
+        model.train(was_training)
+        if attention:
+            causal_lm.set_attn_implementation(attention)
+    error = (got - want).abs().mean().item()
+    limit = _TOLERANCE.get(next(causal_lm.parameters()).dtype, 0.1)
+    if error <= limit:  # False for NaN
+        return None
+    return f"log-probs differ from the model's own forward by {error:.3g} nats a token (limit {limit:g})"
+
+
+def _probe_groups(vocabulary: int) -> list[Group]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(vocabulary, (count,), generator=generator).tolist())
+
+    return [Group(f"probe{i}", draw(6), (Response(draw(5)), Response(draw(9)))) for i in range(2)]
+
+
+def _own_logps(causal_lm: Any, groups: list[Group]) -> Tensor:
+    """(N,) log-probs from the model's own logits, one unpadded sequence at a time, rows in order."""
+    device = next(causal_lm.parameters()).device
+    parts = []
+    for group in groups:
+        for response in group.responses:
+            ids = torch.tensor([[*group.prompt_ids, *response.ids]], device=device)
+            logits = causal_lm(input_ids=ids, use_cache=False).logits[
+                0, len(group.prompt_ids) - 1 : -1
+            ]
+            targets = ids[0, len(group.prompt_ids) :, None]
+            parts.append(logits.float().log_softmax(-1).gather(-1, targets)[:, 0])
+    return torch.cat(parts)

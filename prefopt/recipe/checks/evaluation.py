@@ -1,0 +1,43 @@
+"""Rules about what is evaluated while training: that there is something, and that the trainer can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prefopt.recipe.checks.rules import Finding, Surroundings, rule
+from prefopt.recipe.schema import Recipe
+
+
+@rule("eval", "data")
+def there_is_something_to_evaluate(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
+    held_out = bool(recipe.data.eval or recipe.data.eval_frac)
+    section = recipe.eval
+    if section.every is not None and not held_out and section.generation is None:
+        yield Finding(
+            "eval.every",
+            "would be ignored: there is nothing to evaluate on. Give data.eval or data.eval_frac, or "
+            "eval.generation",
+        )
+    if section.generation is not None and not section.generation.prompts and not held_out:
+        yield Finding(
+            "eval.generation.prompts",
+            "there are no held-out prompts to answer. Give sources here, or data.eval or data.eval_frac",
+        )
+
+
+@rule("eval", "stage", "model", "data")
+def the_trainer_can_generate(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
+    section = recipe.eval.generation
+    if section is None:
+        return
+    if recipe.stage != "preference":
+        yield Finding(
+            "eval.generation",
+            f"stage = '{recipe.stage}' runs TRL's trainer, which generates nothing. Leave it out, and evaluate "
+            "checkpoints: prefopt eval RUN --checkpoints",
+        )
+    if section.prompts and section.max_new_tokens >= recipe.data.max_length_tokens:
+        yield Finding(
+            "eval.generation.max_new_tokens",
+            f"leaves no room for a prompt in data.max_length_tokens = {recipe.data.max_length_tokens}",
+        )

@@ -1,0 +1,151 @@
+"""Rules about paths: what must exist, what must be writable, and what only the hub can tell."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prefopt.recipe.checks.rules import Finding, Surroundings, named_sources, rule
+from prefopt.recipe.schema import Recipe, SourceSection
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".csv", ".gz"}
+
+
+def is_local(path: str) -> bool:
+    """Is this a path of this machine (there or not) rather than a hub id?"""
+    return (
+        Path(path).expanduser().exists()
+        or path.startswith((".", "~", os.sep))
+        or _HUB_ID.fullmatch(path) is None
+    )
+
+
+def is_local_data(source: SourceSection) -> bool:
+    """As `is_local`; a data file's suffix also says that a path is meant."""
+    return is_local(source.path) or Path(source.path).suffix in _DATA_SUFFIXES
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any] | None:
+    """The adapter_config.json of a directory, None if it has none or it is not JSON."""
+    try:
+        return json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@rule("data", "eval")
+def data_files_exist(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
+    for key, source in named_sources(recipe):
+        if is_local_data(source) and not _matches(source.path):
+            yield Finding(f"{key}.path", _missing("file", source.path))
+
+
+@rule("model", "peft", "reference", "data", "eval", "signals")
+def hub_is_not_asked(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
+    """One note for all: a check works offline, so what is on the hub is taken on trust."""
+    models = [recipe.model.path, recipe.model.tokenizer, recipe.peft and recipe.peft.adapter]
+    models.append(recipe.reference and recipe.reference.path)
+    models += [section.get("path") for section in recipe.signals]
+    names = [name for name in models if name and not is_local(name)]
+    names += [source.path for _, source in named_sources(recipe) if not is_local_data(source)]
+    if names:
+        yield Finding(
+            "", f"not checked, on the hub: {', '.join(dict.fromkeys(names))}", is_note=True
+        )
+
+
+@rule("model")
+def model_directories_are_models(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
+    model = recipe.model
+    yield from _model_findings("model.path", model.path)
+    if is_local(model.path) and model.revision is not None:
+        yield Finding(
+            "model.revision", f"would be ignored: {model.path} is a local directory. Leave it out"
+        )
+    tokenizer = model.tokenizer
+    if tokenizer and is_local(tokenizer) and not Path(tokenizer).expanduser().is_dir():
+        yield Finding("model.tokenizer", _missing("directory", tokenizer))
+    if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
+        yield Finding(
+            "model.chat_template", _missing("file", model.chat_template) + "; it takes a Jinja file"
+        )
+
+
+@rule("reference")
+def reference_directory_is_a_model(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
+    if recipe.reference is not None and recipe.reference.path is not None:
+        yield from _model_findings("reference.path", recipe.reference.path)
+
+
+@rule("train")
+def checkpoint_exists(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
+    resume = recipe.train.resume
+    if resume not in {"auto", "never"} and not Path(resume).expanduser().is_dir():
+        yield Finding(
+            "train.resume",
+            "no such checkpoint directory; use 'auto' (newest in run.output_dir), 'never', or the "
+            "path of one under checkpoints/",
+        )
+
+
+@rule("run")
+def output_directory_is_writable(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
+    directory = Path(recipe.run.output_dir).expanduser()
+    if directory.exists() and not directory.is_dir():
+        yield Finding("run.output_dir", "is a file; the run needs a directory of its own")
+        return
+    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        yield Finding("run.output_dir", f"cannot be made: {existing} is a file")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield Finding(
+            "run.output_dir",
+            f"cannot be written: no permission in {existing}. Choose another place",
+        )
+
+
+def _model_findings(key: str, path: str) -> Iterator[Finding]:
+    if not is_local(path):
+        return
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        yield Finding(key, _missing("directory", path))
+    elif not (directory / "config.json").is_file():
+        config = read_adapter_config(directory)
+        if config is None:
+            yield Finding(
+                key,
+                "is not a model: the directory has neither config.json nor a readable "
+                "adapter_config.json. Give a directory saved by save_pretrained, or a hub id",
+            )
+            return
+        base = config.get("base_model_name_or_path")
+        yield Finding(key, f"an adapter; its base is {base}", is_note=True)
+        if base and is_local(base) and not Path(base).expanduser().is_dir():
+            yield Finding(
+                key,
+                f"is an adapter whose base {base} is not on this machine; correct "
+                "base_model_name_or_path in its adapter_config.json",
+            )
+
+
+def _matches(path: str) -> bool:
+    pattern = str(Path(path).expanduser())
+    return Path(pattern).exists() or bool(glob.glob(pattern, recursive=True))
+
+
+def _missing(kind: str, path: str) -> str:
+    """``no such file``, with the nearest name beside it and where a relative path was looked for."""
+    full = Path(path).expanduser()
+    names = os.listdir(full.parent) if full.parent.is_dir() else []
+    near = difflib.get_close_matches(full.name, names, n=1)
+    hint = f"; did you mean {full.parent / near[0]}?" if near else ""
+    place = "" if full.is_absolute() else f" (looked in {Path.cwd()})"
+    return f"no such {kind}{place}{hint}"

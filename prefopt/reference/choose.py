@@ -1,0 +1,91 @@
+"""From a recipe to its reference: stored before training, or computed as rollouts come."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+from accelerate import Accelerator
+
+from prefopt.model.layouts import build_logp_model
+from prefopt.model.load import LoadedPolicy, load_policy
+from prefopt.model.logps import LogpModel
+from prefopt.model.sweep import layout_fn
+from prefopt.model.windows import GroupSource, SplitLimits
+from prefopt.recipe.schema import Recipe, ReferenceSection
+from prefopt.reference.live import LiveReference, OutsideReference, Reference
+from prefopt.reference.store import ReferenceStore
+from prefopt.reference.stored import ReferenceLogps, fill_store
+from prefopt.storage.cache import cache_root
+
+logger = logging.getLogger(__name__)
+
+SourceRows = list[tuple[GroupSource, list[int]]]
+
+
+def stored_reference(
+    recipe: Recipe,
+    loaded: LoadedPolicy,
+    model: Any,
+    rows: SourceRows,
+    limits: SplitLimits,
+    accelerator: Accelerator,
+    *,
+    initial: bool,
+) -> ReferenceLogps:
+    """Reference log-probs of every row the run will see, from the store or computed with ``model``."""
+    cache_dir = recipe.reference.cache_dir if recipe.reference else None
+    root = cache_root(cache_dir or recipe.data.cache_dir)
+    store = ReferenceStore(root, loaded.weights_hash, precision=recipe.train.precision)
+    reference = ReferenceLogps(store.directory, is_initial_policy=initial)
+    if accelerator.is_main_process:
+        logger.info("reference: %s", loaded.description)
+    for source, wanted in rows:
+        fill_store(store, model, source, wanted, limits, accelerator)
+        reference.load(store, map(source.group, wanted))
+    return reference
+
+
+def stored_outside_reference(
+    recipe: Recipe, rows: SourceRows, limits: SplitLimits, accelerator: Accelerator
+) -> ReferenceLogps:
+    """Log-probs of ``reference.path``; its weights are gone before the policy's optimizer exists."""
+    loaded, engine = _load_outside(recipe, limits, accelerator)
+    return stored_reference(recipe, loaded, engine, rows, limits, accelerator, initial=False)
+
+
+def outside_model(recipe: Recipe, limits: SplitLimits, accelerator: Accelerator) -> LogpModel:
+    """The model of ``reference.path``, to stay beside the policy."""
+    return _load_outside(recipe, limits, accelerator)[1]
+
+
+def live_reference(
+    recipe: Recipe,
+    model: Any,
+    outside: LogpModel | None,
+    limits: SplitLimits,
+    accelerator: Accelerator,
+) -> Reference:
+    layout, device = layout_fn(packed=limits.packed), accelerator.device
+    if outside is not None:
+        return OutsideReference(outside, layout, device)
+    section = recipe.reference or ReferenceSection()
+    return LiveReference(
+        model,
+        kind=cast(Any, section.name),
+        layout=layout,
+        device=device,
+        ema_rate=section.ema_rate,
+        sync_every_pushes=section.sync_every_pushes,
+    )
+
+
+def _load_outside(
+    recipe: Recipe, limits: SplitLimits, accelerator: Accelerator
+) -> tuple[LoadedPolicy, LogpModel]:
+    section = recipe.reference
+    assert section is not None and section.path is not None  # the check has seen to it
+    model = recipe.model.model_copy(update={"path": section.path, "revision": section.revision})
+    loaded = load_policy(model, None, seed=0, trainable=False)
+    engine = build_logp_model(loaded.model, "packed" if limits.packed else "padded")
+    return loaded, engine.to(accelerator.device)

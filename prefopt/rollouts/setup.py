@@ -1,0 +1,306 @@
+"""From a recipe to a regime of rollouts: prompts, engine, signals, credit, log and probe, wired together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from prefopt.data import DataBundle, PromptSet, Renderer, load_data, load_prompts
+from prefopt.data.samples import SampleNeeds
+from prefopt.engines.base import Engine, SamplingSpec
+from prefopt.engines.start import build_engine
+from prefopt.errors import ConfigError
+from prefopt.model.load import LoadedPolicy
+from prefopt.model.sweep import layout_fn
+from prefopt.model.windows import GroupSource, SplitLimits
+from prefopt.recipe.registry import BoundObjective, Need, bind_objective, get_credit, get_signal
+from prefopt.recipe.schema import EngineSection, Recipe
+from prefopt.rollouts.experience import DIRECTORY as LOG_DIRECTORY
+from prefopt.rollouts.experience import ExperienceLog
+from prefopt.rollouts.plan import PromptPlan, Schedule
+from prefopt.rollouts.probe import Probe
+from prefopt.rollouts.publisher import PolicyPublisher
+from prefopt.rollouts.regime import RolloutLimits, RolloutRegime
+from prefopt.rollouts.sampler import BoundCredit, Sampler, Share
+from prefopt.signals.combine import build_signals
+from prefopt.training.regimes import OfflineRegime
+from prefopt.training.run_record import settings_that_count
+
+# Mean |log-prob difference| between trainer and engine, nats a token: rounding gives about 1e-6 in float32
+# (1e-4 through another kernel library) and 1e-2 in bfloat16; wrong weights give 0.1 to 10.
+_GAP_FP32, _GAP_LOWER = 0.002, 0.1
+
+
+def recipe_credit(recipe: Recipe, objective: BoundObjective) -> BoundCredit:
+    """The recipe's credit rule, else the one that goes with the objective."""
+    section = recipe.credit or {"name": objective.spec.credit or "best_worst"}
+    params = {key: value for key, value in section.items() if key != "name"}
+    return BoundCredit(get_credit(section["name"]), params)
+
+
+def prompt_fields(recipe: Recipe) -> list[str]:
+    """The prompt columns that the recipe's signals read."""
+    names: list[str] = []
+    for section in recipe.signals:
+        spec = get_signal(section["name"])
+        defaults = {name: default for name, (_, default) in spec.fields.items()}
+        found = [section.get(key, defaults[key]) for key in spec.needs_fields]
+        names += [name for name in found if isinstance(name, str)]
+    return list(dict.fromkeys(names))
+
+
+def load_run_data(recipe: Recipe, tokenizer: Any) -> DataBundle:
+    """Pairs or samples, held-out ones and prompts, whichever the recipe trains on."""
+    regime, data = recipe.regime, recipe.data
+    if recipe.objective is None:
+        return load_data(data, tokenizer, stage=recipe.stage)
+    objective = bind_objective(recipe.objective)
+    samples = SampleNeeds.of(objective.needs, data) if objective.reads_samples else None
+    if not recipe.has_rollouts:
+        return load_data(data, tokenizer, stage=recipe.stage, samples=samples)
+    prompts = load_prompts(
+        data.prompts or data.train,
+        data,
+        Renderer(tokenizer),
+        max_new_tokens=regime.max_new_tokens,
+        fields=prompt_fields(recipe),
+        needs_offline=recipe_credit(recipe, objective).spec.needs_offline or regime.reset_frac > 0,
+    )
+    pairs = data if regime.offline_pairs else data.model_copy(update={"train": ()})
+    fixed = load_data(pairs, tokenizer, stage=recipe.stage, samples=samples)
+    return replace(fixed, prompts=prompts)
+
+
+def most_group_tokens(
+    recipe: Recipe, objective: BoundObjective, prompts: PromptSet, *, packed: bool
+) -> int:
+    """Tokens of the largest group that one forward may have to hold: its prompt once, or padded with each.
+
+    Responses that a pair or a baseline ties together stay in one forward; others can be split.
+    """
+    regime, credit = recipe.regime, recipe_credit(recipe, objective)
+    tied = 1
+    if Need.PAIRS in credit.spec.gives:
+        tied = regime.samples_per_prompt if credit.spec.name == "all_pairs" else 2
+    if Need.GROUPS in objective.needs:
+        tied = regime.samples_per_prompt
+    offline = max((len(p.offline_ids or ()) for p in prompts.prompts), default=0)
+    prompt = max(len(p.ids) for p in prompts.prompts)
+    if regime.reset_frac:
+        prompt += offline
+    response = max(regime.max_new_tokens, offline if credit.spec.needs_offline else 0)
+    return prompt + tied * response if packed else tied * (prompt + response)
+
+
+def build_rollouts(
+    recipe: Recipe,
+    objective: BoundObjective,
+    *,
+    model: Any,
+    policy: LoadedPolicy,
+    tokenizer: Any,
+    prompts: PromptSet,
+    pairs: GroupSource | None,
+    accelerator: Accelerator,
+    splits: SplitLimits,
+    on_push: Callable[[int], None] | None,
+    keep_from: Callable[[], int | None],
+) -> RolloutRegime:
+    """The regime; engines and signals that this process holds are started. Called on every process.
+
+    Args:
+        model: the prepared `LogpModel` of ``policy``, holding its initial weights.
+        pairs: the offline pairs of every window, where the recipe mixes them in.
+        on_push, keep_from: see `RolloutRegime`.
+
+    Raises: ConfigError, EngineError, SignalError if something does not start or does not fit.
+    """
+    regime, run_dir = recipe.regime, Path(recipe.run.output_dir)
+    section = recipe.engine or EngineSection()
+    schedule = Schedule(regime.sync_every, regime.max_lag)
+    plan = _plan(recipe, prompts)
+    num_steps = recipe.train.max_steps or plan.num_steps(recipe.train.num_epochs)
+    shares_weights = (
+        section.name == "hf" and regime.sync_every == 1 and not recipe.hf_engine_has_process
+    )
+    share = _share(section, accelerator)
+    sampler = log = None
+    if share is not None:
+        engine = _engine(recipe, section, policy, tokenizer, prompts, accelerator, shares_weights)
+        sampler = _sampler(recipe, objective, engine, plan, tokenizer, share)
+        directory = run_dir / LOG_DIRECTORY / f"rank-{accelerator.process_index:05d}"
+        log = ExperienceLog(directory, _lineage(recipe, policy, prompts, accelerator))
+    publisher = None
+    if not shares_weights:
+        publisher = PolicyPublisher(model, policy, tokenizer, accelerator, run_dir)
+    layout, limit = layout_fn(packed=splits.packed), _gap_limit(recipe, section, policy)
+    return RolloutRegime(
+        plan=plan,
+        schedule=schedule,
+        sampler=sampler,
+        log=log,
+        publisher=publisher,
+        probe=Probe(model, prompts.prompts, accelerator, layout=layout, limit=limit),
+        accelerator=accelerator,
+        splits=splits,
+        limits=_limits(recipe, section, limit),
+        num_steps=num_steps,
+        whole_groups=Need.GROUPS in objective.needs,
+        offline=_offline(recipe, pairs, splits, num_steps, accelerator),
+        on_push=on_push,
+        keep_from=keep_from,
+    )
+
+
+def _plan(recipe: Recipe, prompts: PromptSet) -> PromptPlan:
+    return PromptPlan(
+        prompts.prompts,
+        seed=recipe.train.seed,
+        per_step=recipe.regime.prompts_per_step or recipe.train.global_batch_size,
+        num_samples=recipe.regime.samples_per_prompt,
+        reset_frac=recipe.regime.reset_frac,
+    )
+
+
+def _share(section: EngineSection, accelerator: Accelerator) -> Share | None:
+    """What this process samples: an ``hf`` engine is in every process, a vLLM one serves the main process."""
+    if section.name == "hf":
+        return Share(accelerator.process_index, accelerator.num_processes)
+    return Share() if accelerator.is_main_process else None
+
+
+def _engine(
+    recipe: Recipe,
+    section: EngineSection,
+    policy: LoadedPolicy,
+    tokenizer: Any,
+    prompts: PromptSet,
+    accelerator: Accelerator,
+    shares_weights: bool,
+) -> Engine:
+    longest = max(len(p.ids) + len(p.offline_ids or ()) for p in prompts.prompts)
+    if not recipe.regime.reset_frac:
+        longest = max(len(p.ids) for p in prompts.prompts)
+    return build_engine(
+        section,
+        model=recipe.model,
+        peft=recipe.peft,
+        policy=policy,
+        seed=recipe.train.seed,
+        pad_id=tokenizer.pad_token_id or 0,
+        max_model_len=section.max_model_len or longest + recipe.regime.max_new_tokens,
+        device=section.device or str(accelerator.device),
+        separate_process=recipe.hf_engine_has_process,
+        share_trainable=shares_weights,
+        log_dir=Path(recipe.run.output_dir) / "engine",
+    )
+
+
+def _sampler(
+    recipe: Recipe,
+    objective: BoundObjective,
+    engine: Engine,
+    plan: PromptPlan,
+    tokenizer: Any,
+    share: Share,
+) -> Sampler:
+    regime = recipe.regime
+
+    def decode(sequences: Sequence[Sequence[int]]) -> list[str]:
+        return tokenizer.batch_decode([list(ids) for ids in sequences], skip_special_tokens=True)
+
+    return Sampler(
+        engine=engine,
+        plan=plan,
+        spec=SamplingSpec(
+            max_new_tokens=regime.max_new_tokens,
+            temperature=regime.temperature,
+            top_p=regime.top_p,
+            top_k=regime.top_k,
+            stop_token_ids=_stop_ids(tokenizer, plan),
+        ),
+        decode=decode,
+        credit=recipe_credit(recipe, objective),
+        signals=build_signals(recipe.signals) if recipe.signals else None,
+        share=share,
+        resample_frac=regime.resample_frac,
+    )
+
+
+def _stop_ids(tokenizer: Any, plan: PromptPlan) -> tuple[int, ...]:
+    """What ends a response: the token training ends one with, and the tokenizer's EOS."""
+    content = plan.prompts[0].content
+    is_text = isinstance(content, str)
+    answer: Any = "a" if is_text else {"role": "assistant", "content": "a"}
+    _, response = Renderer(tokenizer).render(content if is_text else list(content), answer)
+    return tuple(sorted({response[-1], tokenizer.eos_token_id} - {None}))
+
+
+def _offline(
+    recipe: Recipe,
+    pairs: GroupSource | None,
+    splits: SplitLimits,
+    num_steps: int,
+    accelerator: Accelerator,
+) -> OfflineRegime | None:
+    if pairs is None:
+        return None
+    return OfflineRegime(
+        pairs,
+        global_batch_size=recipe.train.global_batch_size,
+        limits=splits,
+        seed=recipe.train.seed,
+        max_steps=num_steps,
+        world_size=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+
+
+def _gap_limit(recipe: Recipe, section: EngineSection, policy: LoadedPolicy) -> float:
+    if section.max_logp_gap is not None:
+        return section.max_logp_gap
+    own = {str(p.dtype).removeprefix("torch.") for p in policy.model.parameters()}
+    dtypes = own | ({section.dtype} - {"auto"})
+    exact = dtypes == {"float32"} and recipe.train.precision == "fp32"
+    return _GAP_FP32 if exact else _GAP_LOWER
+
+
+def _limits(recipe: Recipe, section: EngineSection, gap: float) -> RolloutLimits:
+    regime = recipe.regime
+    # Under dropout, or of a truncated distribution, the sampler's log-probs are not what the trainer computes.
+    comparable = regime.top_p == 1 and regime.top_k == 0 and recipe.model.disable_dropout
+    return RolloutLimits(
+        max_failed_frac=regime.max_failed_frac,
+        drop_lag_above=regime.drop_lag_above,
+        max_policy_gap=gap if comparable else None,
+        timeout_s=section.timeout_s,
+    )
+
+
+def _lineage(
+    recipe: Recipe, policy: LoadedPolicy, prompts: PromptSet, accelerator: Accelerator
+) -> str:
+    """Hash of whatever decides what the batch of a step is; a batch of another one is not trained on."""
+    parts = [
+        settings_that_count(recipe),
+        policy.weights_hash,
+        prompts.fingerprint,
+        accelerator.num_processes,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def check_group_tokens(needed: int, splits: SplitLimits) -> None:
+    """Raises ConfigError if a group can be larger than a forward."""
+    if needed > splits.max_tokens:
+        raise ConfigError(
+            f"train.micro_batch_tokens = {splits.max_tokens}: a group of this regime and credit can have "
+            f"{needed} tokens, which must fit one forward. Raise it, or lower regime.max_new_tokens or "
+            "data.max_prompt_tokens"
+        )

@@ -1,0 +1,1 @@
+"""Files that come into being whole or not at all, and where reusable ones live."""

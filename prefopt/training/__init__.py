@@ -1,0 +1,1 @@
+"""One trainer: windows, draws, reduction, metrics, checkpoints, optimizer."""

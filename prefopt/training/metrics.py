@@ -1,0 +1,139 @@
+"""Metrics of a logging window: summed on the device, reduced once, each with its denominator.
+
+One table of names (docs/metrics.md explains each); a mean is always a sum over its unit divided by that
+unit's count over all processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from prefopt.model.distributed import sum_over_processes
+from prefopt.storage.cache import atomic_write
+from prefopt.training.checkpoint import writing
+
+
+class MeanMeter:
+    """Sums and counts by name, held on one device until `reduce`.
+
+    A process may lack names that others have (a share without samples, say): they count as nothing there.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = device
+        self._sums: dict[str, Tensor] = {}
+        self._totals: set[str] = set()
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Adds ``total`` over ``count`` units to the mean called ``name``."""
+        pair = torch.stack([_scalar(total, self.device), _scalar(count, self.device)])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def add_total(self, name: str, amount: Tensor | float) -> None:
+        """Adds to a plain sum over the window and all processes."""
+        self._totals.add(name)
+        self.add(name, amount, 1.0)
+
+    def add_values(self, values: Mapping[str, Tensor]) -> None:
+        """Adds per-item tensors: each a sum over its elements, counted by their number."""
+        for name, value in values.items():
+            self.add(name, value.detach().double().sum(), float(value.numel()))
+
+    def reduce(self, accelerator: Any) -> dict[str, float]:
+        """Means over all processes, and forgets; a name without a single item is left out."""
+        names, stacked = self._stacked(accelerator)
+        self._sums = {}
+        return {
+            name: total if name in self._totals else total / count
+            for name, (total, count) in zip(names, stacked.tolist(), strict=True)
+            if count
+        }
+
+    def state_dict(self, accelerator: Any) -> dict[str, Any]:
+        """What was added since the last `reduce`, over all processes; for a checkpoint. A collective."""
+        names, stacked = self._stacked(accelerator)
+        sums = dict(zip(names, stacked.tolist(), strict=True))
+        return {"sums": sums, "totals": sorted(self._totals)}
+
+    def _stacked(self, accelerator: Any) -> tuple[list[str], Tensor]:
+        """Every process's names, and (names, 2) sums and counts over all processes. A collective."""
+        names = set(self._sums)
+        if accelerator.num_processes > 1:
+            everyone = gather_object([(sorted(names), sorted(self._totals))])
+            names = {name for theirs, _ in everyone for name in theirs}
+            self._totals |= {name for _, theirs in everyone for name in theirs}
+        ordered = sorted(names)
+        if not ordered:
+            return [], torch.zeros(0, 2)
+        none = torch.zeros(2, dtype=torch.float64, device=self.device)
+        stacked = torch.stack([self._sums.get(name, none) for name in ordered])
+        if accelerator.num_processes > 1:
+            stacked = sum_over_processes(accelerator, stacked)
+        return ordered, stacked
+
+    def load_state_dict(self, state: Mapping[str, Any], accelerator: Any) -> None:
+        """Goes on from `state_dict`: the main process takes the sums, others zeros, so each counts once."""
+        share = float(accelerator.is_main_process)
+        self._sums = {
+            name: share * torch.tensor(pair, dtype=torch.float64, device=self.device)
+            for name, pair in state["sums"].items()
+        }
+        self._totals = set(state["totals"])
+
+
+def _scalar(value: Tensor | float, device: torch.device | str) -> Tensor:
+    # fp64: a window sums thousands of fp32 terms, and the CPU-side means are compared across splits.
+    return torch.as_tensor(value, dtype=torch.float64, device=device).detach()
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object a logging step, flushed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds a row. Raises: TrainingError if it cannot be written."""
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drops rows after ``step``: a resumed run writes them again. Keeps nothing of a torn last line."""
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line being written when the process was killed
+            if row["step"] <= step:
+                kept.append(line)
+        with writing(self.path), atomic_write(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: allocated on a CUDA device, resident set of this process on CPU; in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # KiB on Linux

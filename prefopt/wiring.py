@@ -1,0 +1,373 @@
+"""From a recipe to a run: loads, wires, trains, saves and verifies."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from prefopt.data import DataBundle, PromptSet
+from prefopt.errors import ConfigError
+from prefopt.model.adapters import save_final
+from prefopt.model.distributed import (
+    check_launch,
+    configure_deepspeed,
+    gathered_state,
+    process_group_options,
+)
+from prefopt.model.layouts import build_logp_model
+from prefopt.model.load import (
+    LoadedPolicy,
+    check_vocabulary,
+    enable_gradient_checkpointing,
+    load_policy,
+    load_tokenizer,
+)
+from prefopt.model.logps import LogpModel
+from prefopt.model.windows import GroupSource, SplitLimits, longest_row_tokens
+from prefopt.recipe.checks import check
+from prefopt.recipe.load import load_recipe
+from prefopt.recipe.registry import BoundObjective, bind_objective
+from prefopt.recipe.schema import DEFAULT_MICRO_BATCH_TOKENS, EngineSection, Recipe, TrainSection
+from prefopt.reference.choose import (
+    live_reference,
+    outside_model,
+    stored_outside_reference,
+    stored_reference,
+)
+from prefopt.reference.live import Reference
+from prefopt.rollouts.regime import RolloutRegime
+from prefopt.rollouts.setup import (
+    build_rollouts,
+    check_group_tokens,
+    load_run_data,
+    most_group_tokens,
+)
+from prefopt.rollouts.statistics import time_split
+from prefopt.storage.cache import atomic_write
+from prefopt.training.checkpoint import find_checkpoint, oldest_checkpoint, writing
+from prefopt.training.draws import build_draw, check_labels
+from prefopt.training.metrics import read_metrics
+from prefopt.training.optimizer import build_optimizer
+from prefopt.training.probe_setup import build_probe
+from prefopt.training.regimes import OfflineRegime
+from prefopt.training.run_record import RUN_FILE, describe_run, warn_about_changes
+from prefopt.training.trainer import PreferenceTrainer, TrainResult
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Trains what the recipe says and returns the run directory.
+
+    Called on every process of a launch; data is tokenised before any process group starts. An interrupted
+    run saves, says how to go on, and raises KeyboardInterrupt.
+
+    Raises: ConfigError, DataError, ModelError before training; TrainingError during it.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    check(recipe, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    if recipe.stage != "preference":
+        from prefopt.stages import run_stage
+
+        return run_stage(recipe)
+    run_dir = Path(recipe.run.output_dir)
+    resume_from = find_checkpoint(run_dir, recipe.train.resume)
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_run_data(recipe, tokenizer)
+    if recipe.objective is not None and data.train is not None and not recipe.has_rollouts:
+        objective = bind_objective(recipe.objective)
+        if objective.reads_samples:  # before a model is loaded in vain
+            check_labels(recipe.data, objective, data.train)
+    accelerator = _accelerator(recipe)
+    policy = load_policy(recipe.model, recipe.peft, seed=recipe.train.seed)
+    check_vocabulary(policy.model, tokenizer)
+    trainer = build_trainer(
+        recipe, data.train, data.eval, policy, accelerator,
+        prompts=data.prompts, tokenizer=tokenizer,
+    )  # fmt: skip
+    try:
+        result = _run(recipe, trainer, data, policy, resume_from)
+    finally:
+        trainer.close()
+    if not result.finished:
+        _say_how_to_go_on(accelerator, run_dir, result, trainer.regime.num_steps)
+    save_verified(trainer.model, policy, tokenizer, run_dir / "final", accelerator)
+    accelerator.end_training()
+    return run_dir
+
+
+def _run(
+    recipe: Recipe,
+    trainer: PreferenceTrainer,
+    data: DataBundle,
+    policy: LoadedPolicy,
+    resume_from: Path | None,
+) -> TrainResult:
+    """Restores, records the run, and trains."""
+    run_dir, accelerator = Path(recipe.run.output_dir), trainer.accelerator
+    record = describe_run(recipe, data, policy, trainer)
+    if resume_from is not None:
+        if accelerator.is_main_process and (run_dir / RUN_FILE).is_file():
+            warn_about_changes(json.loads((run_dir / RUN_FILE).read_text("utf-8")), record)
+        trainer.restore(resume_from)
+    # Only now: a start that is refused above leaves the record of the run as it was.
+    if accelerator.is_main_process:
+        _write_run_files(run_dir, record, data)
+    accelerator.wait_for_everyone()
+    result = trainer.train()
+    if accelerator.is_main_process and recipe.has_rollouts:
+        logger.info("%s", time_split(read_metrics(run_dir / "metrics.jsonl")))
+    return result
+
+
+def build_trainer(
+    recipe: Recipe,
+    train_source: GroupSource | None,
+    eval_source: GroupSource | None,
+    policy: LoadedPolicy,
+    accelerator: Accelerator,
+    *,
+    prompts: PromptSet | None = None,
+    tokenizer: Any = None,
+) -> PreferenceTrainer:
+    """The trainer of a recipe, reference log-probs computed or found, engines started, nothing trained yet.
+
+    Sources may be tokenised files (`prefopt.data`) or groups in memory (`windows.GroupList`).
+
+    Args:
+        prompts: what rollouts are sampled for.
+        tokenizer: what rollouts and the generation probe are decoded with.
+    """
+    assert recipe.objective is not None  # the check has seen to it
+    settings, objective = recipe.train, bind_objective(recipe.objective)
+    engine = build_logp_model(policy.model, recipe.model.layout)
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(policy.model)
+    wiring = _Wiring(recipe, objective, policy, accelerator, train_source, eval_source)
+    if prompts is None:
+        regime, reference, model, optimizer = _wire_offline(wiring, engine)
+    else:
+        regime, reference, model, optimizer = _wire_rollouts(wiring, engine, prompts, tokenizer)
+    # Dropout, where a recipe keeps it, must differ between processes.
+    set_seed(settings.seed, device_specific=True)
+    return PreferenceTrainer(
+        model,
+        optimizer,
+        objective=objective,
+        regime=regime,
+        settings=settings,
+        accelerator=accelerator,
+        run_dir=Path(recipe.run.output_dir),
+        limits=regime.limits if isinstance(regime, OfflineRegime) else regime.splits,
+        reference=reference,
+        eval_source=eval_source,
+        importance_cap=recipe.regime.importance_cap,
+        eval_every=recipe.eval.every,
+        probe=build_probe(recipe, policy, tokenizer, eval_source, accelerator),
+    )
+
+
+@dataclass(frozen=True)
+class _Wiring:
+    """What both kinds of regime are wired from."""
+
+    recipe: Recipe
+    objective: BoundObjective
+    policy: LoadedPolicy
+    accelerator: Accelerator
+    train_source: GroupSource | None
+    eval_source: GroupSource | None
+
+
+class _Wired(NamedTuple):
+    regime: OfflineRegime | RolloutRegime
+    reference: Reference | None
+    model: Any
+    optimizer: Any
+
+
+def _wire_offline(wiring: _Wiring, engine: LogpModel) -> _Wired:
+    """A fixed data set: every reference log-prob is known before the first step."""
+    recipe, policy, accelerator = wiring.recipe, wiring.policy, wiring.accelerator
+    settings, source, held_out = recipe.train, wiring.train_source, wiring.eval_source
+    assert source is not None  # the check has seen to it
+    longest = longest_row_tokens(source, engine.packed)
+    limits = _split_limits(settings, engine, longest, accelerator)
+    draw = None
+    if wiring.objective.reads_samples:
+        draw = build_draw(recipe.data.sampling, wiring.objective, source)
+    regime = OfflineRegime(
+        source,
+        global_batch_size=settings.global_batch_size,
+        limits=limits,
+        seed=settings.seed,
+        shuffle=settings.shuffle,
+        num_epochs=settings.num_epochs,
+        max_steps=settings.max_steps,
+        draw=draw,
+        world_size=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+    if draw is not None and accelerator.is_main_process:
+        logger.info("%s", draw.summary(regime.num_steps))
+    rows = [(source, regime.all_rows())]
+    rows += [(held_out, list(range(len(held_out))))] if held_out is not None else []
+    reference = None
+    if wiring.objective.needs_reference and recipe.reference_name == "model":
+        reference = stored_outside_reference(recipe, rows, limits, accelerator)
+    model, optimizer = _prepared(wiring, engine)
+    if wiring.objective.needs_reference and recipe.reference_name == "initial":
+        reference = stored_reference(recipe, policy, model, rows, limits, accelerator, initial=True)
+    return _Wired(regime, reference, model, optimizer)
+
+
+def _wire_rollouts(
+    wiring: _Wiring, engine: LogpModel, prompts: PromptSet, tokenizer: Any
+) -> _Wired:
+    """Fresh samples: the reference is computed when they arrive, by weights held beside the policy's."""
+    recipe, accelerator = wiring.recipe, wiring.accelerator
+    # The sampler's log-probs are at its temperature; what they are compared with must be too.
+    engine.temperature = recipe.regime.temperature
+    needed = most_group_tokens(recipe, wiring.objective, prompts, packed=engine.packed)
+    sources = [s for s in (wiring.train_source, wiring.eval_source) if s is not None]
+    longest = max([needed, *(longest_row_tokens(source, engine.packed) for source in sources)])
+    limits = _split_limits(recipe.train, engine, longest, accelerator)
+    check_group_tokens(longest, limits)
+    outside = None
+    if wiring.objective.needs_reference and recipe.reference_name == "model":
+        outside = outside_model(recipe, limits, accelerator)
+        outside.temperature = recipe.regime.temperature
+    model, optimizer = _prepared(wiring, engine)
+    reference: Reference | None = None
+    if wiring.objective.needs_reference:
+        reference = live_reference(recipe, model, outside, limits, accelerator)
+    root = Path(recipe.run.output_dir) / "checkpoints"
+    regime = build_rollouts(
+        recipe,
+        wiring.objective,
+        model=model,
+        policy=wiring.policy,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        pairs=wiring.train_source,
+        accelerator=accelerator,
+        splits=limits,
+        on_push=None if reference is None else reference.after_push,
+        keep_from=lambda: oldest_checkpoint(root),
+    )
+    return _Wired(regime, reference, model, optimizer)
+
+
+def _prepared(wiring: _Wiring, engine: LogpModel) -> tuple[Any, Any]:
+    """The wrapped model and optimizer."""
+    settings = wiring.recipe.train
+    configure_deepspeed(wiring.accelerator, settings.max_grad_norm)
+    return wiring.accelerator.prepare(engine, build_optimizer(engine, settings))
+
+
+def save_verified(
+    model: Any, policy: LoadedPolicy, tokenizer: Any, directory: Path, accelerator: Accelerator
+) -> None:
+    """Saves the final adapter or model with its tokenizer, then reads it back and compares.
+
+    Raises: TrainingError if it cannot be written, or what is on disk is not what was trained (an empty shard,
+        a missing tensor).
+    """
+    engine = cast(LogpModel, accelerator.unwrap_model(model))
+    prefix = "model."  # LogpModel holds the policy under this name
+    names = {name for name, p in engine.named_parameters() if p.requires_grad or not policy.is_peft}
+    state = gathered_state(accelerator, engine, names)
+    if accelerator.is_main_process:
+        assert state is not None
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        save_final(policy.model, tokenizer, directory, state_dict=state)
+        logger.info("saved and verified %s", directory)
+    accelerator.wait_for_everyone()
+
+
+def _split_limits(
+    settings: TrainSection, engine: LogpModel, longest: int, accelerator: Accelerator
+) -> SplitLimits:
+    """The recipe's bounds on one forward, or the device's defaults, never below the longest row."""
+    tokens = settings.micro_batch_tokens
+    if tokens is None:
+        tokens = DEFAULT_MICRO_BATCH_TOKENS
+        if accelerator.device.type == "cpu":
+            config = engine.causal_lm.config.get_text_config(decoder=True)
+            # Some 200 MB of activations: enough tokens to fill the cores, and no slower than more
+            # (measured with bench/offline_step.py: 2 pairs a forward against 8).
+            tokens = max(256, 2**20 // (config.num_hidden_layers * config.hidden_size))
+        tokens = max(tokens, longest)
+    return SplitLimits(tokens, settings.micro_batch_size, engine.packed)
+
+
+def _longest_wait_s(recipe: Recipe) -> float:
+    """How long other processes may wait while the main one starts an engine or samples."""
+    if not recipe.has_rollouts:
+        return 0.0
+    engine = recipe.engine or EngineSection()
+    jobs = 2 * (recipe.regime.max_lag + 2)  # a push and a batch each
+    return engine.startup_timeout_s + jobs * engine.timeout_s
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    precision = "no" if recipe.train.precision == "fp32" else recipe.train.precision
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with=list(recipe.run.trackers) or None,
+            project_dir=recipe.run.output_dir,
+            kwargs_handlers=process_group_options(_longest_wait_s(recipe)),
+        )
+    except ValueError as error:  # e.g. fp16 on a device that has none
+        raise ConfigError(f"train.precision = {recipe.train.precision}: {error}") from error
+    check_launch(accelerator)
+    if recipe.run.trackers:
+        name = recipe.run.name or Path(recipe.run.output_dir).name
+        settings = _flat(recipe.model_dump())
+        accelerator.init_trackers("prefopt", settings, init_kwargs={"wandb": {"name": name}})
+    return accelerator
+
+
+def _write_run_files(run_dir: Path, record: dict[str, Any], data: DataBundle) -> None:
+    """run.json and rejects.jsonl."""
+    with writing(run_dir):
+        with atomic_write(run_dir / RUN_FILE) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        data.write_rejects(run_dir / "rejects.jsonl")
+
+
+def _say_how_to_go_on(
+    accelerator: Accelerator, run_dir: Path, result: TrainResult, num_steps: int
+) -> None:
+    """Ends an interrupted run: every process raises, the main one says what was saved."""
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        logger.warning(
+            "interrupted: saved step %d of %d in %s; run the same command to go on",
+            result.step,
+            num_steps,
+            run_dir / "checkpoints",
+        )
+    raise KeyboardInterrupt
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"train.seed": 42, …}``: what trackers take as a configuration."""
+    result: dict[str, Any] = {}
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            result |= _flat(value, f"{name}.")
+        else:
+            result[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return result

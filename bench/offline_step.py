@@ -80,8 +80,8 @@ def run_ours(args: argparse.Namespace, directory: Path, *, precomputed: bool) ->
     """Times `PreferenceTrainer` on the rows; the reference forward of the timed rows is added."""
     from accelerate import Accelerator
 
+    from prefopt.data.groups import GroupList
     from prefopt.model.load import LoadedPolicy
-    from prefopt.model.windows import GroupList
     from prefopt.recipe import Recipe
     from prefopt.training.metrics import read_metrics
     from prefopt.types import Group, Response

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from data_pipelines.base import Dropped
 from data_pipelines.rows import Row, RowKind, responses_of, unpack_ids, user_fields
 from prefopt.errors import DataError, SignalError
-from prefopt.signals.base import Candidates, Prompt
+from prefopt.types import Candidates, Prompt
 
 if TYPE_CHECKING:
     from prefopt.data.render import Rendered, Renderer

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 
 from eval.models import Models
+from prefopt.data.groups import GroupList
 from prefopt.data.render import Renderer
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.layouts import build_logp_model
 from prefopt.model.load import check_vocabulary, load_policy, load_tokenizer
 from prefopt.model.logps import LogpModel
+from prefopt.model.micro_batches import SplitLimits, split_micro_batches
 from prefopt.model.source import resolve_source
 from prefopt.model.sweep import layout_fn, split_rows
-from prefopt.model.windows import GroupList, SplitLimits, split_micro_batches
 from prefopt.recipe.schema import ModelSection
 from prefopt.types import Group
 

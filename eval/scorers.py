@@ -15,7 +15,8 @@ from eval.preference_data import response_text
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.registry import get_signal
 from prefopt.recipe.schema import ModelSection
-from prefopt.signals.base import Candidates, Prompt, Reporting, Signal
+from prefopt.signals.base import Reporting, Signal
+from prefopt.types import Candidates, Prompt
 
 logger = logging.getLogger("prefopt.eval")
 

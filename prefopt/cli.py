@@ -358,7 +358,7 @@ def _require_script(path: str, recipe: Recipe, trains: str) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from prefopt.model.adapters import merge_adapter
+    from prefopt.model.merge import merge_adapter
 
     merge_adapter(arguments.source, arguments.output)
     print(f"wrote {arguments.output}")

@@ -1,4 +1,6 @@
-"""The nouns every layer shares: token groups, response log-probs, objective outputs.
+"""The nouns every layer shares: prompts and candidates, token groups, response log-probs, objective outputs.
+
+No torch at run time.
 
 Shape letters: R responses, P pairs, T response tokens (padded width), N response tokens of a batch.
 """
@@ -7,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Message = dict[str, Any]
+"""One turn of a chat: role, content and what else a template reads."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +163,34 @@ class ObjectiveOutput:
     """Per-response (R,) detached values, averaged over the samples of a logging window."""
 
 
-def pair_index(groups: tuple[Group, ...]) -> Tensor:
-    """(P, 2) row indices of every pair of ``groups``, rows counted group by group."""
-    rows: list[tuple[int, int]] = []
-    start = 0
-    for group in groups:
-        rows += [(start + chosen, start + rejected) for chosen, rejected in group.pairs]
-        start += len(group.responses)
-    return torch.tensor(rows, dtype=torch.long).reshape(-1, 2)
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the data has it: its row's other columns are what verifiers check against."""
+
+    id: str
+    ids: tuple[int, ...]
+    """Rendered token ids: what the policy continues."""
+    content: str | tuple[Message, ...]
+    """Plain text, or chat messages."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Every other column of the row, e.g. ``answer``."""
+    offline_ids: tuple[int, ...] | None = None
+    """The data set's own response (its chosen side), terminal EOS included, where the row has one."""
+
+    @property
+    def text(self) -> str:
+        """The prompt's text; of a dialogue, its turns one after the other."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n\n".join(str(message.get("content", "")) for message in self.content)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The responses to one prompt, as text without special tokens and as ids."""
+
+    prompt: Prompt
+    texts: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
+    truncated: tuple[bool, ...]
+    """True where generation hit its length limit: no end token."""

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from prefopt.data import DataBundle, PromptSet
+from prefopt.data.groups import GroupSource
 from prefopt.errors import ConfigError
 from prefopt.model.adapters import save_final
 from prefopt.model.distributed import (
@@ -31,7 +32,7 @@ from prefopt.model.load import (
     load_tokenizer,
 )
 from prefopt.model.logps import LogpModel
-from prefopt.model.windows import GroupSource, SplitLimits, longest_row_tokens
+from prefopt.model.micro_batches import SplitLimits, longest_row_tokens
 from prefopt.recipe.checks import check
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.registry import BoundObjective, bind_objective
@@ -54,9 +55,9 @@ from prefopt.rollouts.statistics import time_split
 from prefopt.storage.cache import atomic_write
 from prefopt.training.checkpoint import find_checkpoint, oldest_checkpoint, writing
 from prefopt.training.draws import build_draw, check_labels
+from prefopt.training.generation_probe import build_probe
 from prefopt.training.metrics import read_metrics
 from prefopt.training.optimizer import build_optimizer
-from prefopt.training.probe_setup import build_probe
 from prefopt.training.regimes import OfflineRegime
 from prefopt.training.run_record import RUN_FILE, describe_run, warn_about_changes
 from prefopt.training.trainer import PreferenceTrainer, TrainResult

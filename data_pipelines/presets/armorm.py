@@ -17,7 +17,8 @@ from pydantic import PositiveInt
 
 from prefopt.errors import SignalError
 from prefopt.recipe.registry import signal
-from prefopt.signals.base import Prompt, Signal
+from prefopt.signals.base import Signal
+from prefopt.types import Prompt
 
 _HEADER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 """Of Llama 3's template: where it begins, the model has read the prompt and nothing of the response."""

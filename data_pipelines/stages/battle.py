@@ -16,9 +16,9 @@ from data_pipelines.templates import read_template, template_basis
 from eval.judging import open_judge
 from eval.settings import JudgeSection
 from prefopt.recipe.schema import NonNegativeFloat, PathText
-from prefopt.signals.base import Prompt
 from prefopt.signals.chat_client import Messages
 from prefopt.signals.judge import Asker, conversation, fill
+from prefopt.types import Prompt
 
 logger = logging.getLogger("prefopt.data")
 

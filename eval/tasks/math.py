@@ -16,8 +16,8 @@ from eval.sources import benchmark_rows, keyed, require, text_key
 from eval.statistics import group_means, mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import DataError
-from prefopt.signals.base import Candidates, Prompt
 from prefopt.signals.math import math as math_verify
+from prefopt.types import Candidates, Prompt
 
 INSTRUCTION = "Reason step by step, and put the final answer in \\boxed{}."
 _GROUPS = ("level", "subject")

@@ -24,8 +24,8 @@ from prefopt.recipe.load import import_plugin
 from prefopt.recipe.registry import get_signal
 from prefopt.recipe.schema import ColumnMap, SourceSection
 from prefopt.recipe.yaml_file import Document
-from prefopt.signals.base import Candidates, Prompt
 from prefopt.signals.combine import WeightedSignals, build_signals
+from prefopt.types import Candidates, Prompt
 
 _WHERE = "tasks.signals.signals"
 

@@ -28,9 +28,9 @@ from eval.sources import benchmark_rows, keyed, require, text_key
 from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import ConfigError, DataError
-from prefopt.signals.base import Prompt
 from prefopt.signals.judge import PAIRWISE_TEMPLATE, REMINDERS, conversation, fill
 from prefopt.signals.verdicts import OrderStats, joint_outcome, order_stats, parse_verdict
+from prefopt.types import Prompt
 
 _ORDERS = ("model_first", "baseline_first")
 _NAME = "pairwise, three verdicts"

@@ -12,9 +12,10 @@ from rich.text import Text
 from prefopt.data import DataBundle, PromptSet
 from prefopt.model.load import load_tokenizer
 from prefopt.recipe.schema import Recipe
-from prefopt.rollouts.setup import load_run_data, prompt_fields
-from prefopt.signals.base import Prompt, column
-from prefopt.types import Group, Response
+from prefopt.rollouts.setup import load_run_data
+from prefopt.signals.base import column
+from prefopt.signals.combine import prompt_fields
+from prefopt.types import Group, Prompt, Response
 
 HEAD_TOKENS, TAIL_TOKENS = 200, 60
 """Tokens shown of the beginning and of the end of a longer part."""

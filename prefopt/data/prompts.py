@@ -18,7 +18,7 @@ from prefopt.data.sources import first_rows, open_source
 from prefopt.data.tokens import require_rows
 from prefopt.errors import DataError
 from prefopt.recipe.schema import ConditionSection, DataSection, SourceSection
-from prefopt.signals.base import Prompt
+from prefopt.types import Prompt
 
 _BATCH_ROWS = 1024
 

@@ -26,10 +26,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 BASE_FILE = "prefopt_base.json"
 """Beside a saved adapter: the content hash of the base it was trained on, which outlives every renaming."""
 
-_MERGE_TOLERANCE = 1e-4
-"""Largest difference of a merged model's logits, in fp32, as a share of the largest logit: W + BA is
-added once instead of applied apart, which reorders sums and nothing else (measured: about 1e-6)."""
-
 
 def save_final(
     model: PreTrainedModel | PeftModel,
@@ -48,11 +44,11 @@ def save_final(
 
     Raises: TrainingError if it cannot be written, or reads back as something else.
     """
-    with _staged(Path(directory)) as staging:
+    with staged(Path(directory)) as staging:
         if isinstance(model, PeftModel):
             save_adapter(model, staging, state_dict=state_dict)
         else:
-            _save_full(model, staging, state_dict)
+            save_full(model, staging, state_dict)
         tokenizer.save_pretrained(staging)
 
 
@@ -99,44 +95,6 @@ def verify_saved(directory: str | Path, state: Mapping[str, Tensor] | nn.Module)
     _compare(Path(directory), state)
 
 
-def merge_adapter(source: Path, output: Path) -> None:
-    """Writes the full model, adapter merged, with its tokenizer, to ``output``.
-
-    Merged in fp32 and then rounded once to the base's dtype.
-
-    Args:
-        source: an adapter directory, or a run directory (its ``final`` is taken).
-        output: a directory that does not exist yet, or is empty.
-
-    Raises: ModelError if there is no adapter, the output is taken, the base cannot be found, or the merged
-        model's logits are not the adapter model's (to 1e-4 of the largest logit, fp32).
-    """
-    from prefopt.model.load import load_merge_parts  # load.py imports this module
-
-    adapter = _adapter_directory(source)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ModelError(f"{output} exists and is not empty: merge into a new directory")
-    model, tokenizer, dtype = load_merge_parts(adapter)
-    ids = _probe_ids(model)
-    with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-        merged: Any = merged_into_base(model)
-        found = merged(input_ids=ids, use_cache=False).logits
-    error = ((found - expected).abs().max() / expected.abs().max()).item()
-    if not error <= _MERGE_TOLERANCE:  # True for NaN
-        raise ModelError(
-            f"merging {adapter} changes the model: logits differ by {error:.2g} of the largest (limit "
-            f"{_MERGE_TOLERANCE:g}). This adapter type cannot be merged exactly: serve it unmerged."
-        )
-    merged = merged.to(dtype)
-    with _staged(output) as staging:
-        _save_full(merged, staging, None)
-        tokenizer.save_pretrained(staging)
-    log.info(
-        "merged %s into %s: logits agree to %.1e of the largest (fp32)", adapter, output, error
-    )
-
-
 def merged_into_base(model: PeftModel) -> PreTrainedModel:
     """The base with the adapter added to its weights; ``model`` is used up.
 
@@ -178,7 +136,7 @@ def _tensor_files(directory: Path) -> list[Path]:
     return [directory / "model.safetensors"]
 
 
-def _save_full(
+def save_full(
     model: PreTrainedModel, directory: Path, state_dict: Mapping[str, Tensor] | None
 ) -> None:
     state = dict(state_dict) if state_dict is not None else None
@@ -265,7 +223,7 @@ def _compare_reloaded(directory: Path, waiting: dict[str, Tensor]) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _staged(directory: Path) -> Iterator[Path]:
+def staged(directory: Path) -> Iterator[Path]:
     """Yields an empty directory that takes ``directory``'s place when the block ends without an error."""
     try:
         with atomic_directory(directory) as staging:
@@ -275,24 +233,6 @@ def _staged(directory: Path) -> Iterator[Path]:
             f"cannot write {directory}: {error}. What was there before is untouched; make room or choose "
             "another output directory, and start again: a run goes on from its last checkpoint."
         ) from error
-
-
-def _adapter_directory(source: Path) -> Path:
-    for candidate in (source, source / "final"):
-        if (candidate / ADAPTER_CONFIG).is_file():
-            return candidate
-    full = next((d for d in (source, source / "final") if (d / "config.json").is_file()), None)
-    if full is not None:
-        raise ModelError(f"{source}: {full} is a full model already, there is no adapter to merge")
-    raise ModelError(
-        f"{source}: no adapter here (no {ADAPTER_CONFIG}, no final/{ADAPTER_CONFIG}); give an adapter "
-        "directory or the output directory of a finished run"
-    )
-
-
-def _probe_ids(model: nn.Module) -> Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
-    return torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 def check_loaded_adapter(model: PeftModel, directory: Path) -> None:

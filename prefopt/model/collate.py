@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prefopt.types import Group, Response, ResponseBatch, pair_index
+from prefopt.types import Group, Response, ResponseBatch
 
 
 @dataclass(frozen=True)
@@ -180,3 +180,13 @@ def _layout(
         spans=spans,
         attention_mask=attention_mask,
     )
+
+
+def pair_index(groups: tuple[Group, ...]) -> Tensor:
+    """(P, 2) row indices of every pair of ``groups``, rows counted group by group."""
+    rows: list[tuple[int, int]] = []
+    start = 0
+    for group in groups:
+        rows += [(start + chosen, start + rejected) for chosen, rejected in group.pairs]
+        start += len(group.responses)
+    return torch.tensor(rows, dtype=torch.long).reshape(-1, 2)

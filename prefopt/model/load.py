@@ -222,18 +222,6 @@ def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: Any) -> None
         )
 
 
-def load_merge_parts(adapter: Path) -> tuple[PeftModel, Any, torch.dtype]:
-    """The adapter on its base in fp32, frozen, with tokenizer and the dtype the base was saved in."""
-    source = resolve_source(str(adapter))
-    section = ModelSection(path=str(adapter), dtype="float32")
-    config = AutoConfig.from_pretrained(source.name, revision=source.revision or "main")
-    saved: Any = config.get_text_config(decoder=True).dtype or config.dtype
-    dtype = getattr(torch, saved) if isinstance(saved, str) else saved or torch.float32
-    loaded = load_policy(section, None, seed=0, trainable=False)
-    assert isinstance(loaded.model, PeftModel)
-    return loaded.model, load_tokenizer(section), dtype
-
-
 def _plan(model: ModelSection, peft: PeftSection | None, trainable: bool) -> _Plan:
     """Decides what goes where, and refuses what cannot; loads no weights."""
     new = peft_config(peft) if peft is not None and peft.adapter is None else None

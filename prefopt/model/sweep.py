@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from prefopt.data.groups import GroupSource
 from prefopt.model.collate import TokenLayout, pack, pad
-from prefopt.model.windows import GroupSource, SplitLimits, split_micro_batches
+from prefopt.model.micro_batches import SplitLimits, split_micro_batches
 from prefopt.types import Group
 
 LayoutFn = Callable[[Sequence[Group]], TokenLayout]

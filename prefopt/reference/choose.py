@@ -7,11 +7,12 @@ from typing import Any, cast
 
 from accelerate import Accelerator
 
+from prefopt.data.groups import GroupSource
 from prefopt.model.layouts import build_logp_model
 from prefopt.model.load import LoadedPolicy, load_policy
 from prefopt.model.logps import LogpModel
+from prefopt.model.micro_batches import SplitLimits
 from prefopt.model.sweep import layout_fn
-from prefopt.model.windows import GroupSource, SplitLimits
 from prefopt.recipe.schema import Recipe, ReferenceSection
 from prefopt.reference.live import LiveReference, OutsideReference, Reference
 from prefopt.reference.store import ReferenceStore

@@ -16,10 +16,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from prefopt.data.groups import GroupSource
 from prefopt.errors import TrainingError
 from prefopt.model.distributed import sum_over_processes
+from prefopt.model.micro_batches import SplitLimits
 from prefopt.model.sweep import layout_fn, split_rows, sweep
-from prefopt.model.windows import GroupSource, SplitLimits
 from prefopt.reference.store import ReferenceStore, response_key
 from prefopt.types import Group
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from prefopt.signals.base import Prompt
+from prefopt.types import Prompt
 
 _STREAM_ORDER, _STREAM_RESET, _STREAM_REPLACE = range(3)
 

@@ -18,8 +18,7 @@ from prefopt.engines.base import Engine
 from prefopt.engines.probe import Gap, check_gap, compare_logps
 from prefopt.model.logps import LogpModel
 from prefopt.model.sweep import LayoutFn
-from prefopt.signals.base import Prompt
-from prefopt.types import Group, Response
+from prefopt.types import Group, Prompt, Response
 
 logger = logging.getLogger(__name__)
 

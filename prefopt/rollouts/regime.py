@@ -18,9 +18,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from prefopt.data.groups import GroupList
 from prefopt.engines.base import PolicyFiles
 from prefopt.errors import ConfigError, EngineError, PrefoptError, SignalError, TrainingError
-from prefopt.model.windows import GroupList, SplitLimits, Window, forward_tokens, make_window
+from prefopt.model.micro_batches import SplitLimits, forward_tokens
 from prefopt.rollouts.batch import RolloutBatch, merge
 from prefopt.rollouts.experience import ExperienceLog
 from prefopt.rollouts.plan import PromptPlan, Schedule
@@ -30,6 +31,7 @@ from prefopt.rollouts.sampler import Sampler
 from prefopt.rollouts.statistics import rollout_metrics
 from prefopt.rollouts.worker import Worker, wait
 from prefopt.training.regimes import OfflineRegime
+from prefopt.training.windows import Window, make_window
 from prefopt.types import Group
 
 

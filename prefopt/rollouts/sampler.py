@@ -13,8 +13,8 @@ from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
 from prefopt.recipe.registry import CreditSpec
 from prefopt.rollouts.batch import RolloutBatch, RolloutGroup
 from prefopt.rollouts.plan import PromptPlan, Start
-from prefopt.signals.base import Candidates, Prompt
 from prefopt.signals.combine import WeightedSignals
+from prefopt.types import Candidates, Prompt
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ from typing import Any
 from accelerate import Accelerator
 
 from prefopt.data import DataBundle, PromptSet, Renderer, load_data, load_prompts
+from prefopt.data.groups import GroupSource
 from prefopt.data.samples import SampleNeeds
 from prefopt.engines.base import Engine, SamplingSpec
 from prefopt.engines.start import build_engine
 from prefopt.errors import ConfigError
 from prefopt.model.load import LoadedPolicy
+from prefopt.model.micro_batches import SplitLimits
 from prefopt.model.sweep import layout_fn
-from prefopt.model.windows import GroupSource, SplitLimits
-from prefopt.recipe.registry import BoundObjective, Need, bind_objective, get_credit, get_signal
+from prefopt.recipe.registry import BoundObjective, Need, bind_objective, get_credit
 from prefopt.recipe.schema import EngineSection, Recipe
 from prefopt.rollouts.experience import DIRECTORY as LOG_DIRECTORY
 from prefopt.rollouts.experience import ExperienceLog
@@ -28,7 +29,7 @@ from prefopt.rollouts.probe import Probe
 from prefopt.rollouts.publisher import PolicyPublisher
 from prefopt.rollouts.regime import RolloutLimits, RolloutRegime
 from prefopt.rollouts.sampler import BoundCredit, Sampler, Share
-from prefopt.signals.combine import build_signals
+from prefopt.signals.combine import build_signals, prompt_fields
 from prefopt.training.regimes import OfflineRegime
 from prefopt.training.run_record import settings_that_count
 
@@ -42,17 +43,6 @@ def recipe_credit(recipe: Recipe, objective: BoundObjective) -> BoundCredit:
     section = recipe.credit or {"name": objective.spec.credit or "best_worst"}
     params = {key: value for key, value in section.items() if key != "name"}
     return BoundCredit(get_credit(section["name"]), params)
-
-
-def prompt_fields(recipe: Recipe) -> list[str]:
-    """The prompt columns that the recipe's signals read."""
-    names: list[str] = []
-    for section in recipe.signals:
-        spec = get_signal(section["name"])
-        defaults = {name: default for name, (_, default) in spec.fields.items()}
-        found = [section.get(key, defaults[key]) for key in spec.needs_fields]
-        names += [name for name in found if isinstance(name, str)]
-    return list(dict.fromkeys(names))
 
 
 def load_run_data(recipe: Recipe, tokenizer: Any) -> DataBundle:

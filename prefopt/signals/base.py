@@ -3,45 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from prefopt.errors import DataError
-
-Message = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as the data has it: its row's other columns are what verifiers check against."""
-
-    id: str
-    ids: tuple[int, ...]
-    """Rendered token ids: what the policy continues."""
-    content: str | tuple[Message, ...]
-    """Plain text, or chat messages."""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """Every other column of the row, e.g. ``answer``."""
-    offline_ids: tuple[int, ...] | None = None
-    """The data set's own response (its chosen side), terminal EOS included, where the row has one."""
-
-    @property
-    def text(self) -> str:
-        """The prompt's text; of a dialogue, its turns one after the other."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n\n".join(str(message.get("content", "")) for message in self.content)
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The responses to one prompt, as text without special tokens and as ids."""
-
-    prompt: Prompt
-    texts: tuple[str, ...]
-    ids: tuple[tuple[int, ...], ...]
-    truncated: tuple[bool, ...]
-    """True where generation hit its length limit: no end token."""
+from prefopt.types import Candidates, Prompt
 
 
 class Signal(Protocol):

@@ -16,8 +16,9 @@ from pydantic import PositiveFloat, PositiveInt
 
 from prefopt.errors import DataError
 from prefopt.recipe.registry import signal
-from prefopt.signals.base import Candidates, Signal, column
+from prefopt.signals.base import Signal, column
 from prefopt.signals.sandbox import Limits, run_program
+from prefopt.types import Candidates
 
 Vote: TypeAlias = bool | None
 """What a checker says of a text; None if it raised, ran too long, or gave neither true nor false."""

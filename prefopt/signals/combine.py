@@ -12,7 +12,9 @@ from typing import Any
 
 from prefopt.errors import SignalError
 from prefopt.recipe.registry import get_signal
-from prefopt.signals.base import Candidates, Replacing, Reporting, Signal
+from prefopt.recipe.schema import Recipe
+from prefopt.signals.base import Replacing, Reporting, Signal
+from prefopt.types import Candidates
 
 logger = logging.getLogger(__name__)
 
@@ -194,3 +196,14 @@ def _checked(scores: Any, groups: Sequence[Candidates]) -> list[PartScores]:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()[:300]}"
+
+
+def prompt_fields(recipe: Recipe) -> list[str]:
+    """The prompt columns that the recipe's signals read."""
+    names: list[str] = []
+    for section in recipe.signals:
+        spec = get_signal(section["name"])
+        defaults = {name: default for name, (_, default) in spec.fields.items()}
+        found = [section.get(key, defaults[key]) for key in spec.needs_fields]
+        names += [name for name in found if isinstance(name, str)]
+    return list(dict.fromkeys(names))

@@ -7,8 +7,9 @@ from typing import Literal
 
 from prefopt.errors import ConfigError, DataError, SignalError
 from prefopt.recipe.registry import signal
-from prefopt.signals.base import Prompt, Signal, column, per_response
+from prefopt.signals.base import Signal, column, per_response
 from prefopt.signals.instructions import Instruction, instruction
+from prefopt.types import Prompt
 
 
 @signal("constraints", source="IFEval, arXiv:2311.07911", needs_fields=("constraints",))

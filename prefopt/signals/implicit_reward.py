@@ -9,7 +9,8 @@ from pydantic import PositiveFloat, PositiveInt
 
 from prefopt.errors import SignalError
 from prefopt.recipe.registry import signal
-from prefopt.signals.base import Candidates, Signal
+from prefopt.signals.base import Signal
+from prefopt.types import Candidates
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from prefopt.errors import DataError, SignalError
 from prefopt.recipe.registry import signal
-from prefopt.signals.base import Candidates, Prompt, Signal
+from prefopt.signals.base import Signal
 from prefopt.signals.chat_client import ChatClient, Endpoint, Messages, Reply, ReplyCache
 from prefopt.signals.verdicts import (
     OrderStats,
@@ -26,6 +26,7 @@ from prefopt.signals.verdicts import (
     win_fractions,
 )
 from prefopt.storage.cache import cache_root
+from prefopt.types import Candidates, Prompt
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ import regex as regex_lib
 from pydantic import AfterValidator, Field, PositiveFloat
 
 from prefopt.recipe.registry import signal
-from prefopt.signals.base import Prompt, Signal, column, per_response
+from prefopt.signals.base import Signal, column, per_response
+from prefopt.types import Prompt
 
 REGEX_TIMEOUT_S = 1.0
 

@@ -9,8 +9,9 @@ from decimal import Decimal, InvalidOperation
 from pydantic import PositiveFloat, PositiveInt
 
 from prefopt.recipe.registry import signal
-from prefopt.signals.base import Candidates, Prompt, Signal, column, per_response
+from prefopt.signals.base import Signal, column, per_response
 from prefopt.signals.line_workers import LineWorkers, WorkerDied, WorkerTimeout
+from prefopt.types import Candidates, Prompt
 
 _NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?|[-+]?\$?\.\d+")
 _MARKER = re.compile(r"####|\bA:|\\boxed\s*\{|(?i:answer\s+is)\s*:?|(?i:\banswer:)")

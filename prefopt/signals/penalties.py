@@ -9,7 +9,8 @@ from typing import Annotated
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from prefopt.recipe.registry import signal
-from prefopt.signals.base import Candidates, Signal
+from prefopt.signals.base import Signal
+from prefopt.types import Candidates
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 

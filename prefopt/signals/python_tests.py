@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pydantic import PositiveFloat, PositiveInt
 
 from prefopt.recipe.registry import signal
-from prefopt.signals.base import Candidates, Signal, column
+from prefopt.signals.base import Signal, column
 from prefopt.signals.sandbox import Limits, run_program
+from prefopt.types import Candidates
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 

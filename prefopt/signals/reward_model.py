@@ -10,7 +10,8 @@ from pydantic import PositiveInt
 
 from prefopt.errors import SignalError
 from prefopt.recipe.registry import signal
-from prefopt.signals.base import Candidates, Prompt, Signal
+from prefopt.signals.base import Signal
+from prefopt.types import Candidates, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

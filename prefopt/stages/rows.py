@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from prefopt.model.windows import GroupSource
+from prefopt.data.groups import GroupSource
 from prefopt.types import Group
 
 IGNORED = -100

@@ -9,8 +9,8 @@ from torch import Tensor
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
+from prefopt.data.groups import GroupSource
 from prefopt.errors import TrainingError
-from prefopt.model.windows import GroupSource
 
 
 class _FiniteLoss:

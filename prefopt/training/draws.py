@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from prefopt.data.groups import GroupSource
 from prefopt.data.samples import SampleNeeds, target_problem
 from prefopt.errors import DataError
-from prefopt.model.windows import GroupSource
 from prefopt.recipe.registry import BoundObjective, Need
 from prefopt.recipe.schema import DataSection, SamplingSection
 from prefopt.types import ResponseLogps

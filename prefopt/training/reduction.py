@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prefopt.errors import TrainingError
-from prefopt.model.windows import Window
+from prefopt.training.windows import Window
 from prefopt.types import Group, ObjectiveOutput, ResponseLogps
 
 

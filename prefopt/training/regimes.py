@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from prefopt.data.groups import GroupSource
 from prefopt.errors import ConfigError
-from prefopt.model.windows import GroupSource, SplitLimits, Window, forward_tokens, make_window
+from prefopt.model.micro_batches import SplitLimits, forward_tokens
 from prefopt.training.draws import RowDraw
+from prefopt.training.windows import Window, make_window
 
 
 class Regime(Protocol):

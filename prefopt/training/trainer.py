@@ -21,12 +21,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from prefopt.data.groups import GroupSource
 from prefopt.errors import PrefoptError, TrainingError
 from prefopt.model.collate import make_batch, response_mask
 from prefopt.model.distributed import Interrupts, clip_gradients, max_over_processes, sync_gradients
 from prefopt.model.layouts import log_ratio_tolerance
+from prefopt.model.micro_batches import SplitLimits
 from prefopt.model.sweep import layout_fn, sweep
-from prefopt.model.windows import GroupSource, MicroBatch, SplitLimits, Window
 from prefopt.recipe.registry import BoundObjective
 from prefopt.recipe.schema import TrainSection
 from prefopt.reference.live import Reference
@@ -38,6 +39,7 @@ from prefopt.training.metrics import MeanMeter, MetricsLog, peak_memory_gib
 from prefopt.training.optimizer import learning_rate, set_learning_rate
 from prefopt.training.reduction import PolicyGap, name_culprits, reduced
 from prefopt.training.regimes import Regime
+from prefopt.training.windows import MicroBatch, Window
 from prefopt.types import Group, ResponseLogps
 
 logger = logging.getLogger(__name__)

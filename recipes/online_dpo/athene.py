@@ -13,7 +13,8 @@ from pydantic import PositiveInt
 
 from prefopt.errors import SignalError
 from prefopt.recipe.registry import signal
-from prefopt.signals.base import Prompt, Signal
+from prefopt.signals.base import Signal
+from prefopt.types import Prompt
 
 
 @signal("athene", source="Nexusflow/Athene-RM-8B, as facebookresearch/fairseq2@2b03172 reads it")

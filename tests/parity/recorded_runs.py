@@ -25,8 +25,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from prefopt.data.groups import GroupList
 from prefopt.model.collate import TokenLayout
-from prefopt.model.windows import GroupList
 from prefopt.training.metrics import read_metrics
 from prefopt.training.trainer import PreferenceTrainer
 from prefopt.types import Group, ObjectiveOutput, Response, ResponseLogps

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from prefopt.recipe.registry import signal
-from prefopt.signals.base import Prompt, Signal, per_response
+from prefopt.signals.base import Signal, per_response
+from prefopt.types import Prompt
 
 
 @signal("rice", source="tests")

@@ -12,7 +12,7 @@ from data_pipelines.rows import Row, RowKind, pack_ids
 from prefopt.data.render import Renderer
 from prefopt.errors import DataError, SignalError
 from prefopt.recipe.registry import get_signal
-from prefopt.signals.base import Candidates
+from prefopt.types import Candidates
 from tests.unit.tiny_tokenizers import TokenizerFactory
 
 PAIR: Row = {

@@ -20,8 +20,8 @@ from prefopt.recipe.registry import get_signal
 from prefopt.recipe.schema import Recipe
 from prefopt.rollouts.experience import read_log
 from prefopt.rollouts.plan import Schedule
-from prefopt.signals.base import Candidates, Prompt
 from prefopt.training.metrics import read_metrics
+from prefopt.types import Candidates, Prompt
 from prefopt.wiring import train
 from tests.unit.tiny_models import tiny_model
 from tests.unit.tiny_tokenizers import make_tokenizer

@@ -16,8 +16,8 @@ from prefopt.recipe.checks import check
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.registry import get_signal
 from prefopt.rollouts.experience import read_log
-from prefopt.signals.base import Candidates, Prompt
 from prefopt.training.metrics import read_metrics
+from prefopt.types import Candidates, Prompt
 from prefopt.wiring import train
 from recipes.quickstart import online, run
 from recipes.quickstart.evaluate import Accuracy

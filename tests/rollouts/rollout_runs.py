@@ -12,15 +12,16 @@ from accelerate import Accelerator
 from torch import nn
 
 from prefopt.data import PromptSet
+from prefopt.data.groups import GroupSource
 from prefopt.engines.base import Engine
 from prefopt.engines.start import build_engine
 from prefopt.model.load import LoadedPolicy
-from prefopt.model.windows import GroupSource
 from prefopt.recipe.registry import signal
 from prefopt.recipe.schema import Recipe
 from prefopt.rollouts import setup as build_rollouts
-from prefopt.signals.base import Candidates, Prompt, Signal
+from prefopt.signals.base import Signal
 from prefopt.training.trainer import PreferenceTrainer
+from prefopt.types import Candidates, Prompt
 from prefopt.wiring import build_trainer
 from tests.unit.memory_trainer import VOCABULARY, lora_llama
 from tests.unit.tiny_tokenizers import make_tokenizer

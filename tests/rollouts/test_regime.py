@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from prefopt.data.groups import GroupList
 from prefopt.errors import SignalError, TrainingError
-from prefopt.model.windows import GroupList
 from prefopt.recipe.registry import OBJECTIVES
 from prefopt.rollouts import regime as regime_module
 from prefopt.rollouts.experience import ExperienceLog, read_log

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prefopt.signals.base import Candidates, Prompt, Signal
+from prefopt.signals.base import Signal
+from prefopt.types import Candidates, Prompt
 
 
 def candidates(

@@ -10,8 +10,9 @@ import pytest
 
 from prefopt.errors import ConfigError, SignalError
 from prefopt.recipe.registry import get_signal, signal
-from prefopt.signals.base import Candidates, Prompt, Signal, per_response
+from prefopt.signals.base import Signal, per_response
 from prefopt.signals.combine import Part, WeightedSignals, build_signals
+from prefopt.types import Candidates, Prompt
 from tests.signals.cases import candidates
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, PreTrai
 
 from prefopt.errors import SignalError
 from prefopt.recipe.registry import get_signal
-from prefopt.signals.base import Candidates
+from prefopt.types import Candidates
 from tests.signals.cases import candidates
 from tests.unit.tiny_models import tiny_config, tiny_model
 from tests.unit.tiny_tokenizers import TokenizerFactory

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from prefopt.data.groups import GroupList
 from prefopt.model.load import LoadedPolicy
-from prefopt.model.windows import GroupList
 from prefopt.recipe.schema import Recipe
 from prefopt.training.trainer import PreferenceTrainer
 from prefopt.types import Group, Response

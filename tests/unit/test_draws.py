@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from prefopt.data.groups import GroupList
 from prefopt.errors import ConfigError, DataError
-from prefopt.model.windows import GroupList, SplitLimits
+from prefopt.model.micro_batches import SplitLimits
 from prefopt.recipe.registry import bind_objective
 from prefopt.recipe.schema import DataSection, SamplingSection
 from prefopt.training.draws import (

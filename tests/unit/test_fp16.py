@@ -14,8 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from prefopt.data.groups import GroupList
 from prefopt.errors import TrainingError
-from prefopt.model.windows import GroupList
 from prefopt.training.metrics import read_metrics
 from prefopt.training.trainer import PreferenceTrainer
 from tests.unit import memory_trainer

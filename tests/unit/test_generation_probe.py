@@ -16,10 +16,11 @@ from prefopt.cli import main
 from prefopt.engines.base import Completion, Request, SamplingSpec
 from prefopt.errors import ConfigError
 from prefopt.recipe.checks import check
-from prefopt.signals.base import Prompt, per_response
+from prefopt.signals.base import per_response
 from prefopt.signals.combine import Part, WeightedSignals
 from prefopt.training.generation_probe import GenerationProbe, ProbeParts
 from prefopt.training.metrics import read_metrics
+from prefopt.types import Prompt
 from tests.distributed.launch import write_model, write_pairs, write_recipe
 
 P = "eval/generation"

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from prefopt.errors import ConfigError, ModelError, TrainingError
 from prefopt.model import hashing
-from prefopt.model.adapters import merge_adapter, save_adapter, save_final, verify_saved
+from prefopt.model.adapters import save_adapter, save_final, verify_saved
 from prefopt.model.load import (
     check_vocabulary,
     disable_dropout,
@@ -27,6 +27,7 @@ from prefopt.model.load import (
     load_policy,
     load_tokenizer,
 )
+from prefopt.model.merge import merge_adapter
 from prefopt.recipe.schema import ModelSection, PeftSection
 from tests.unit.tiny_models import ARCHITECTURES, tiny_model
 

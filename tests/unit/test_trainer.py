@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from prefopt.data.groups import GroupList
 from prefopt.errors import ConfigError, TrainingError
+from prefopt.model.micro_batches import SplitLimits, split_micro_batches
 from prefopt.model.sweep import layout_fn
-from prefopt.model.windows import GroupList, SplitLimits, split_micro_batches
 from prefopt.training.checkpoint import find_checkpoint
 from prefopt.training.metrics import read_metrics
 from prefopt.training.optimizer import learning_rate
@@ -260,7 +261,7 @@ def test_sigterm_saves_and_stops_after_the_step(tmp_path: Path) -> None:
 def test_impossible_splits_are_refused(
     tmp_path: Path, settings: dict[str, int], message: str
 ) -> None:
-    from prefopt.model.windows import SplitLimits
+    from prefopt.model.micro_batches import SplitLimits
     from prefopt.training.regimes import OfflineRegime
 
     limits = SplitLimits(settings.pop("micro_batch_tokens", 4096))
@@ -271,7 +272,7 @@ def test_impossible_splits_are_refused(
 
 
 def test_without_shuffling_every_epoch_takes_the_rows_as_they_are() -> None:
-    from prefopt.model.windows import SplitLimits
+    from prefopt.model.micro_batches import SplitLimits
     from prefopt.training.regimes import OfflineRegime
 
     source = GroupList(random_pairs(20))
@@ -287,7 +288,7 @@ def test_without_shuffling_every_epoch_takes_the_rows_as_they_are() -> None:
 
 
 def test_ranks_share_a_window_evenly_and_lose_no_row() -> None:
-    from prefopt.model.windows import SplitLimits
+    from prefopt.model.micro_batches import SplitLimits
     from prefopt.training.regimes import OfflineRegime
 
     source = GroupList(random_pairs(22))

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from prefopt.credit.base import GroupScores
-from prefopt.model.windows import Window
 from prefopt.recipe.registry import Need, get_credit, get_objective
 from prefopt.training.reduction import reduced
+from prefopt.training.windows import Window
 from prefopt.types import ResponseLogps
 from tests.unit.objective_cases import (
     WEIGHTED,

@@ -7,72 +7,12 @@ batch gives the same gradient.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-import numpy as np
-
+from prefopt.data.groups import GroupSource
+from prefopt.model.micro_batches import SplitLimits, split_micro_batches
 from prefopt.types import Group
-
-
-class GroupSource(Protocol):
-    """An indexable set of groups that knows its lengths without reading tokens (`data.TokenSet`)."""
-
-    @property
-    def prompt_lengths(self) -> np.ndarray:
-        """(n,) tokens of each prompt."""
-        ...
-
-    @property
-    def response_lengths(self) -> Sequence[np.ndarray] | np.ndarray:
-        """n arrays (K,): tokens of each response of a row; K may differ between rows."""
-        ...
-
-    @property
-    def rewards(self) -> np.ndarray:
-        """(n,) score of each row's first response, NaN where it has none: what sample rows are drawn by."""
-        ...
-
-    @property
-    def advantages(self) -> np.ndarray:
-        """(n,) advantage of each row's first response, NaN where it has none."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Content hash of the rows."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def group(self, index: int) -> Group: ...
-
-
-class GroupList:
-    """Groups in memory as a `GroupSource`, of any number of responses each."""
-
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = tuple(groups)
-        self.prompt_lengths = np.array([len(g.prompt_ids) for g in self.groups])
-        self.response_lengths = [np.array([len(r.ids) for r in g.responses]) for g in self.groups]
-        self.rewards = _or_nan([g.responses[0].score for g in self.groups])
-        self.advantages = _or_nan([g.responses[0].advantage for g in self.groups])
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(repr(self.groups).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def group(self, index: int) -> Group:
-        return self.groups[index]
-
-
-def _or_nan(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in values], np.float64)
 
 
 @dataclass(frozen=True)
@@ -108,15 +48,6 @@ class Window:
     """Largest mean |policy - sampler| log-prob, nats a token; None where the two are not the same weights."""
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """What the regime has to log: ``{name: (sum, count)}``, the same names on every process."""
-
-
-@dataclass(frozen=True)
-class SplitLimits:
-    """How large one forward pass of one process may be."""
-
-    max_tokens: int
-    max_groups: int | None = None
-    packed: bool = True
 
 
 def make_window(
@@ -164,46 +95,6 @@ def make_window(
         max_policy_gap=max_policy_gap,
         metrics=metrics or {},
     )
-
-
-# Micro-batches that a row may still join. With rows longest first, older ones are as good as full, and
-# a bound keeps a pass over 60,000 rows from comparing each with thousands of them.
-_OPEN_BATCHES = 32
-
-
-def split_micro_batches(
-    source: GroupSource, rows: Sequence[int], limits: SplitLimits
-) -> list[list[int]]:
-    """Rows in few micro-batches that fit ``limits``: longest first, each into the first that has room."""
-    tokens = {row: forward_tokens(source, row, limits.packed) for row in rows}
-    batches: list[list[int]] = []
-    loads: list[int] = []
-    for row in sorted(rows, key=lambda r: (tokens[r], r), reverse=True):
-        for index in range(max(0, len(batches) - _OPEN_BATCHES), len(batches)):
-            batch = batches[index]
-            # Padded, a shorter row takes as much as the longest of its batch, which is the first.
-            load = loads[index] + tokens[row if limits.packed else batch[0]]
-            if load <= limits.max_tokens and len(batch) != limits.max_groups:
-                batch.append(row)
-                loads[index] = load
-                break
-        else:
-            batches.append([row])
-            loads.append(tokens[row])
-    return batches
-
-
-def longest_row_tokens(source: GroupSource, packed: bool) -> int:
-    """Tokens of the largest forward that a single row can need."""
-    return max(forward_tokens(source, row, packed) for row in range(len(source)))
-
-
-def forward_tokens(source: GroupSource, row: int, packed: bool) -> int:
-    """Tokens of a forward over one row alone: prompt once and no padding if packed, else both in full."""
-    prompt, responses = int(source.prompt_lengths[row]), source.response_lengths[row]
-    if packed:
-        return prompt + int(responses.sum())
-    return (prompt + int(responses.max())) * len(responses)
 
 
 def _shares(source: GroupSource, rows: Sequence[int], world_size: int) -> list[list[int]]:

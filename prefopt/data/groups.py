@@ -1,0 +1,69 @@
+"""An indexable set of groups: what everything that trains, sweeps or samples rows works on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from prefopt.types import Group
+
+
+class GroupSource(Protocol):
+    """An indexable set of groups that knows its lengths without reading tokens (`data.TokenSet`)."""
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """(n,) tokens of each prompt."""
+        ...
+
+    @property
+    def response_lengths(self) -> Sequence[np.ndarray] | np.ndarray:
+        """n arrays (K,): tokens of each response of a row; K may differ between rows."""
+        ...
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """(n,) score of each row's first response, NaN where it has none: what sample rows are drawn by."""
+        ...
+
+    @property
+    def advantages(self) -> np.ndarray:
+        """(n,) advantage of each row's first response, NaN where it has none."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash of the rows."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def group(self, index: int) -> Group: ...
+
+
+class GroupList:
+    """Groups in memory as a `GroupSource`, of any number of responses each."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+        self.prompt_lengths = np.array([len(g.prompt_ids) for g in self.groups])
+        self.response_lengths = [np.array([len(r.ids) for r in g.responses]) for g in self.groups]
+        self.rewards = _or_nan([g.responses[0].score for g in self.groups])
+        self.advantages = _or_nan([g.responses[0].advantage for g in self.groups])
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(self.groups).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def group(self, index: int) -> Group:
+        return self.groups[index]
+
+
+def _or_nan(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], np.float64)

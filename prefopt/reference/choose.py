@@ -13,7 +13,7 @@ from prefopt.model.load import LoadedPolicy, load_policy
 from prefopt.model.logps import LogpModel
 from prefopt.model.micro_batches import SplitLimits
 from prefopt.model.sweep import layout_fn
-from prefopt.recipe.schema import Recipe, ReferenceSection
+from prefopt.recipe.schema import ModelReference, Recipe, StoredReference
 from prefopt.reference.live import LiveReference, OutsideReference, Reference
 from prefopt.reference.store import ReferenceStore
 from prefopt.reference.stored import ReferenceLogps, fill_store
@@ -35,7 +35,9 @@ def stored_reference(
     initial: bool,
 ) -> ReferenceLogps:
     """Reference log-probs of every row the run will see, from the store or computed with ``model``."""
-    cache_dir = recipe.reference.cache_dir if recipe.reference else None
+    cache_dir = None
+    if isinstance(recipe.reference, StoredReference):
+        cache_dir = recipe.reference.cache_dir
     root = cache_root(cache_dir or recipe.data.cache_dir)
     store = ReferenceStore(root, loaded.weights_hash, precision=recipe.train.precision)
     reference = ReferenceLogps(store.directory, is_initial_policy=initial)
@@ -70,14 +72,15 @@ def live_reference(
     layout, device = layout_fn(packed=limits.packed), accelerator.device
     if outside is not None:
         return OutsideReference(outside, layout, device)
-    section = recipe.reference or ReferenceSection()
+    section = recipe.reference
     return LiveReference(
         model,
-        kind=cast(Any, section.name),
+        kind=cast(Any, recipe.reference_name),
         layout=layout,
         device=device,
-        ema_rate=section.ema_rate,
-        sync_every_pushes=section.sync_every_pushes,
+        **(
+            {} if section is None else section.model_dump(include={"ema_rate", "sync_every_pushes"})
+        ),
     )
 
 
@@ -85,7 +88,7 @@ def _load_outside(
     recipe: Recipe, limits: SplitLimits, accelerator: Accelerator
 ) -> tuple[LoadedPolicy, LogpModel]:
     section = recipe.reference
-    assert section is not None and section.path is not None  # the check has seen to it
+    assert isinstance(section, ModelReference)
     model = recipe.model.model_copy(update={"path": section.path, "revision": section.revision})
     loaded = load_policy(model, None, seed=0, trainable=False)
     engine = build_logp_model(loaded.model, "packed" if limits.packed else "padded")

@@ -7,7 +7,7 @@ Shape letters: R responses, P pairs, T response tokens (padded width), N respons
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,9 @@ class Group:
     prompt_ids: tuple[int, ...]
     responses: tuple[Response, ...]
     pairs: tuple[tuple[int, int], ...] = ()
+    source_row: tuple[Hashable, int] | None = field(default=None, compare=False, repr=False)
+    """Where it was read: what names a source's content, and its row there; None for fresh samples. Finds what is
+    kept by row."""
 
     @property
     def samples(self) -> tuple[bool, ...]:
@@ -81,8 +84,6 @@ class ResponseBatch:
     """(R,) fp32, NaN where a response has no score."""
     advantages: Tensor | None = None
     """(R,) fp32."""
-    reference_logps: Tensor | None = None
-    """(R, T) fp32, zero outside the response."""
     behavior_logps: Tensor | None = None
     """(R, T) fp32, log-probs of the policy that sampled, zero on other rows; None: no row is a sample."""
     samples: Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -48,7 +49,8 @@ class GroupList:
     """Groups in memory as a `GroupSource`, of any number of responses each."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = tuple(groups)
+        source = object()  # this list's name: equal to no other's, however alike
+        self.groups = tuple(replace(g, source_row=(source, i)) for i, g in enumerate(groups))
         self.prompt_lengths = np.array([len(g.prompt_ids) for g in self.groups])
         self.response_lengths = [np.array([len(r.ids) for r in g.responses]) for g in self.groups]
         self.rewards = _or_nan([g.responses[0].score for g in self.groups])

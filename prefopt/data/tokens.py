@@ -101,7 +101,8 @@ class TokenStore:
             for begin, end, score in zip(ends, ends[1:], scores, strict=False)
         ]
         pairs = ((0, 1),) if len(responses) == 2 else ()
-        return Group(self.ids[row], tuple(ids[: ends[0]]), tuple(responses), pairs)
+        source_row = (self.fingerprint, row)
+        return Group(self.ids[row], tuple(ids[: ends[0]]), tuple(responses), pairs, source_row)
 
     def rejects(self) -> Iterator[dict[str, Any]]:
         """Refused rows: id, file, row, reason, lengths, detail."""

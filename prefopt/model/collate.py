@@ -84,7 +84,7 @@ def response_mask(batch: ResponseBatch) -> Tensor:
 
 
 def make_batch(groups: Sequence[Group]) -> ResponseBatch:
-    """A batch of groups with their labels and samplers' log-probs; the reference's are filled in later."""
+    """A batch of groups with their labels and samplers' log-probs."""
     groups = tuple(groups)
     responses = [response for group in groups for response in group.responses]
     sizes = torch.tensor([len(group.responses) for group in groups])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.errors import ModelError
-from prefopt.model.collate import pack, pad
+from prefopt.model.collate import joined, pack, pad
 from prefopt.model.logps import LogpModel, unwrap_causal_lm
 from prefopt.types import Group, Response
 
@@ -118,7 +118,7 @@ def _own_logps(causal_lm: Any, groups: list[Group]) -> Tensor:
     parts = []
     for group in groups:
         for response in group.responses:
-            ids = torch.tensor([[*group.prompt_ids, *response.ids]], device=device)
+            ids = joined([group.prompt_ids, response.ids])[None].to(device)
             logits = causal_lm(input_ids=ids, use_cache=False).logits[
                 0, len(group.prompt_ids) - 1 : -1
             ]

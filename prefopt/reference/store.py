@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 from prefopt.errors import TrainingError
 from prefopt.storage.cache import atomic_write
-from prefopt.types import Group, Response
+from prefopt.types import Group, Response, TokenIds
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class ReferenceStore:
         _set_aside(path, error)
 
 
-def response_key(prompt_ids: Sequence[int], response: Response) -> bytes:
+def response_key(prompt_ids: TokenIds, response: Response) -> bytes:
     """16 bytes that name a response to a prompt under the present maths version."""
     digest = hashlib.sha256(f"logps-v{MATHS_VERSION}\0".encode())
     # the lengths keep (prompt ab, response c) apart from (prompt a, response bc)

@@ -1,7 +1,6 @@
 """Attention over the packed layout: a response sees its prompt and itself, and nothing else.
 
-Registered with transformers as an attention implementation, so every architecture whose attention goes
-through that interface takes the layout without a line of its own. Groups are attended to one by one:
+Plain SDPA, on any device, and what every other kernel must agree with. Groups are attended to one by one:
 the score matrix is Σ Lg² and not (Σ Lg)², which on CPU took 4-6 times less than one masked call over
 the whole row (bench/attention.py).
 """
@@ -13,12 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from prefopt.errors import ModelError
+from prefopt.model.attention import Kernel
 from prefopt.model.collate import GroupSpan, TokenLayout
 
-PACKED_ATTENTION = "prefopt_packed"
 # Additions to the scores that this implementation does not know; ignoring one would be a silent error.
 _UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
 
@@ -134,5 +132,4 @@ def _additive(span: GroupSpan, window: int | None, like: Tensor) -> Tensor:
     )
 
 
-# No mask function is registered under this name: transformers then builds no mask of its own.
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+KERNEL = Kernel(packed_attention, PackedMasks)

@@ -33,7 +33,7 @@ from prefopt.types import Group, Response, TokenIds
 log = logging.getLogger(__name__)
 
 MATHS_VERSION = 1
-"""Raise whenever the engine's log-probs of given weights and tokens change by more than rounding."""
+"""Raise whenever `LogpModel`'s log-probs of given weights and tokens change by more than rounding."""
 
 _KEY_BYTES = 16  # 128 bits: a million entries collide with probability 1e-27
 _SUFFIX = ".safetensors"

@@ -37,13 +37,13 @@ from prefopt.recipe.checks import check
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.registry import BoundObjective
 from prefopt.recipe.schema import DEFAULT_MICRO_BATCH_TOKENS, Recipe, TrainSection
+from prefopt.reference.base import Reference
 from prefopt.reference.choose import (
     live_reference,
     outside_model,
     stored_outside_reference,
     stored_reference,
 )
-from prefopt.reference.live import Reference
 from prefopt.rollouts.regime import RolloutRegime
 from prefopt.rollouts.setup import (
     build_rollouts,

@@ -174,7 +174,7 @@ class ReferenceSection(Section):
     name: str
 
 
-class StoredReference(ReferenceSection):
+class CachedReferenceSection(ReferenceSection):
     """One whose log-probs of a data set are computed before the first step, and kept."""
 
     cache_dir: PathText | None = None
@@ -182,13 +182,13 @@ class StoredReference(ReferenceSection):
     `data.cache_dir`."""
 
 
-class InitialReference(StoredReference):
+class InitialReference(CachedReferenceSection):
     """The policy as loaded, adapter included."""
 
     name: Literal["initial"] = "initial"
 
 
-class ModelReference(StoredReference):
+class ModelReference(CachedReferenceSection):
     """The weights of `path`."""
 
     name: Literal["model"] = "model"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
 from prefopt.recipe.choices import (
+    CachedReferenceSection,
     Engine,
     EngineSection,
     HFSection,
@@ -20,7 +21,6 @@ from prefopt.recipe.choices import (
     Regime,
     RegimeSection,
     RolloutsSection,
-    StoredReference,
     VllmKeys,
     VllmSection,
     VllmServerSection,
@@ -37,12 +37,38 @@ from prefopt.recipe.registry import BoundCredit, BoundObjective, BoundSignal
 from prefopt.recipe.section import Fraction, NoEffect, NonNegativeFloat, PathText, Section
 
 __all__ = [
-    "DEFAULT_MICRO_BATCH_TOKENS", "ColumnMap", "ConditionSection", "DataSection", "Engine",
-    "EngineSection", "EvalSection", "Fraction", "GenerationSection", "HFSection", "ModelReference",
-    "ModelSection", "NoEffect", "NonNegativeFloat", "OfflineSection", "PathText", "PeftSection",
-    "Recipe", "Reference", "ReferenceSection", "Regime", "RegimeSection", "RolloutsSection",
-    "RunSection", "SamplingSection", "Section", "SourceSection", "StoredReference", "TrainSection",
-    "VllmKeys", "VllmSection", "VllmServerSection",
+    "DEFAULT_MICRO_BATCH_TOKENS",
+    "CachedReferenceSection",
+    "ColumnMap",
+    "ConditionSection",
+    "DataSection",
+    "Engine",
+    "EngineSection",
+    "EvalSection",
+    "Fraction",
+    "GenerationSection",
+    "HFSection",
+    "ModelReference",
+    "ModelSection",
+    "NoEffect",
+    "NonNegativeFloat",
+    "OfflineSection",
+    "PathText",
+    "PeftSection",
+    "Recipe",
+    "Reference",
+    "ReferenceSection",
+    "Regime",
+    "RegimeSection",
+    "RolloutsSection",
+    "RunSection",
+    "SamplingSection",
+    "Section",
+    "SourceSection",
+    "TrainSection",
+    "VllmKeys",
+    "VllmSection",
+    "VllmServerSection",
 ]  # fmt: skip
 
 DEFAULT_MICRO_BATCH_TOKENS = 16384

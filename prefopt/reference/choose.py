@@ -13,10 +13,11 @@ from prefopt.model.load import LoadedPolicy, load_policy
 from prefopt.model.logps import LogpModel
 from prefopt.model.micro_batches import SplitLimits
 from prefopt.model.sweep import layout_fn
-from prefopt.recipe.schema import ModelReference, Recipe, StoredReference
-from prefopt.reference.live import LiveReference, OutsideReference, Reference
+from prefopt.recipe.schema import CachedReferenceSection, ModelReference, Recipe
+from prefopt.reference.base import Reference
+from prefopt.reference.live import LiveReference, OutsideReference
 from prefopt.reference.store import ReferenceStore
-from prefopt.reference.stored import ReferenceLogps, fill_store
+from prefopt.reference.stored import StoredReference
 from prefopt.storage.cache import cache_root
 
 logger = logging.getLogger(__name__)
@@ -33,28 +34,27 @@ def stored_reference(
     accelerator: Accelerator,
     *,
     initial: bool,
-) -> ReferenceLogps:
+) -> StoredReference:
     """Reference log-probs of every row the run will see, from the store or computed with ``model``."""
     cache_dir = None
-    if isinstance(recipe.reference, StoredReference):
+    if isinstance(recipe.reference, CachedReferenceSection):
         cache_dir = recipe.reference.cache_dir
     root = cache_root(cache_dir or recipe.data.cache_dir)
     store = ReferenceStore(root, loaded.weights_hash, precision=recipe.train.precision)
-    reference = ReferenceLogps(store.directory, is_initial_policy=initial)
+    reference = StoredReference(store, is_initial_policy=initial)
     if accelerator.is_main_process:
         logger.info("reference: %s", loaded.description)
     for source, wanted in rows:
-        fill_store(store, model, source, wanted, limits, accelerator)
-        reference.load(store, map(source.group, wanted))
+        reference.fill(model, source, wanted, limits, accelerator)
     return reference
 
 
 def stored_outside_reference(
     recipe: Recipe, rows: SourceRows, limits: SplitLimits, accelerator: Accelerator
-) -> ReferenceLogps:
+) -> StoredReference:
     """Log-probs of ``reference.path``; its weights are gone before the policy's optimizer exists."""
-    loaded, engine = _load_outside(recipe, limits, accelerator)
-    return stored_reference(recipe, loaded, engine, rows, limits, accelerator, initial=False)
+    loaded, model = _load_outside(recipe, limits, accelerator)
+    return stored_reference(recipe, loaded, model, rows, limits, accelerator, initial=False)
 
 
 def outside_model(recipe: Recipe, limits: SplitLimits, accelerator: Accelerator) -> LogpModel:
@@ -88,8 +88,8 @@ def _load_outside(
     recipe: Recipe, limits: SplitLimits, accelerator: Accelerator
 ) -> tuple[LoadedPolicy, LogpModel]:
     section = recipe.reference
-    assert isinstance(section, ModelReference)
-    model = recipe.model.model_copy(update={"path": section.path, "revision": section.revision})
-    loaded = load_policy(model, None, seed=0, trainable=False)
-    engine = build_logp_model(loaded.model, "packed" if limits.packed else "padded")
-    return loaded, engine.to(accelerator.device)
+    assert isinstance(section, ModelReference)  # the check has seen to it
+    place = recipe.model.model_copy(update={"path": section.path, "revision": section.revision})
+    loaded = load_policy(place, None, seed=0, trainable=False)
+    model = build_logp_model(loaded.model, "packed" if limits.packed else "padded")
+    return loaded, model.to(accelerator.device)

@@ -281,6 +281,6 @@ def _prompts(
         if len(prompts) == section.num_prompts:
             break
         group = held_out.group(index)
-        text = tokenizer.decode(list(group.prompt_ids))
-        prompts.setdefault(group.prompt_ids, Prompt(group.id, group.prompt_ids, text))
+        ids = tuple(map(int, group.prompt_ids))
+        prompts.setdefault(ids, Prompt(group.id, ids, tokenizer.decode(list(ids))))
     return list(prompts.values())

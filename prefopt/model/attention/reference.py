@@ -34,24 +34,24 @@ class PackedMasks:
         self.spans = layout.spans
         self._cache: dict[tuple[int | None, torch.dtype, torch.device], list[Tensor]] = {}
 
-    def get(self, window: int | None, like: Tensor) -> list[Tensor]:
+    def get(self, sliding_window: int | None, like: Tensor) -> list[Tensor]:
         """One additive mask a group: 0 where a query may look, -inf elsewhere.
 
         Args:
-            window: sliding window in tokens, or None for full attention.
+            sliding_window: in tokens, or None for full attention.
             like: tensor whose dtype and device the masks take.
         """
-        key = (window, like.dtype, like.device)
+        key = (sliding_window, like.dtype, like.device)
         if key not in self._cache:
-            self._cache[key] = [_additive(span, window, like) for span in self.spans]
+            self._cache[key] = [_additive(span, sliding_window, like) for span in self.spans]
         return self._cache[key]
 
 
-def visible(span: GroupSpan, window: int | None = None) -> Tensor:
+def visible(span: GroupSpan, sliding_window: int | None = None) -> Tensor:
     """(Lg, Lg) bool: may the row's token look at the column's token?
 
     True where the column is not later, lies in the prompt or in the row's own branch, and, under a sliding
-    window, is fewer than ``window`` positions back (transformers' convention), positions being those of
+    window, is fewer than ``sliding_window`` positions back (transformers' convention), positions being those of
     the unpacked sequence.
     """
     length = span.stop - span.start
@@ -65,8 +65,8 @@ def visible(span: GroupSpan, window: int | None = None) -> Tensor:
         start += size
     seen = index[:, None] >= index[None, :]
     seen &= (branch[None, :] == -1) | (branch[:, None] == branch[None, :])
-    if window is not None:
-        seen &= position[:, None] - position[None, :] < window
+    if sliding_window is not None:
+        seen &= position[:, None] - position[None, :] < sliding_window
     return seen
 
 
@@ -124,8 +124,8 @@ def _softcapped(
     return F.dropout(weights, dropout, training=dropout > 0) @ v
 
 
-def _additive(span: GroupSpan, window: int | None, like: Tensor) -> Tensor:
-    seen = visible(span, window).to(like.device)
+def _additive(span: GroupSpan, sliding_window: int | None, like: Tensor) -> Tensor:
+    seen = visible(span, sliding_window).to(like.device)
     # Every row sees at least itself, so no row of -inf can turn a softmax into NaN.
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
         ~seen, -torch.inf

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from prefopt.recipe.checks.rules import Finding, Surroundings, rule, was_set
 from prefopt.recipe.checks.settings import objective_needs
 from prefopt.recipe.registry import Need
-from prefopt.recipe.schema import HFSection, Recipe, StoredReference, VllmServerSection
+from prefopt.recipe.schema import CachedReferenceSection, HFSection, Recipe, VllmServerSection
 
 # Largest LoRA rank vLLM serves; design.md, trap b.
 _MAX_LORA_RANK = 512
@@ -154,7 +154,7 @@ def references_of_rollouts_have_what_they_follow(
             "reference.name",
             "follows the pushes, and regime.sync_every = null never pushes. Use 'initial'",
         )
-    if isinstance(section, StoredReference) and section.cache_dir is not None:
+    if isinstance(section, CachedReferenceSection) and section.cache_dir is not None:
         yield Finding(
             "reference.cache_dir",
             "would be ignored: rollouts' reference log-probs are computed as they come",

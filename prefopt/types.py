@@ -141,6 +141,18 @@ class ResponseLogps:
 
 
 @dataclass(frozen=True)
+class ResponseScores:
+    """A reward model's scores of R responses: what the objective of a reward model sees, and all it sees."""
+
+    scores: Tensor
+    """(R,) fp32."""
+    pairs: Tensor
+    """(P, 2) int64 row indices, chosen then rejected."""
+    rewards: Tensor | None = None
+    """(R,) fp32, what the data set says of the responses; NaN where it says nothing."""
+
+
+@dataclass(frozen=True)
 class ObjectiveOutput:
     """Unreduced losses: the trainer, and only the trainer, divides and sums.
 

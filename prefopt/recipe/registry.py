@@ -30,6 +30,8 @@ class Need(enum.Enum):
     """Fresh responses of the policy, scored or not."""
     CONDITION = "condition"
     """The row's reward written into its prompt: only rows of a data set are scored before they are rendered."""
+    SCORES = "scores"
+    """A reward model's scores of the responses (`ResponseScores`), and no log-probs."""
     GROUPS = "groups"
     """All responses to a prompt in one forward: a baseline over the group that depends on the policy."""
 
@@ -105,6 +107,10 @@ class BoundObjective:
     @property
     def reads_samples(self) -> bool:
         return reads_samples(self.needs)
+
+    @property
+    def reads_scores(self) -> bool:
+        return Need.SCORES in self.needs
 
 
 def needs_with(spec: ObjectiveSpec, params: Mapping[str, Any]) -> frozenset[Need]:
@@ -192,6 +198,11 @@ OBJECTIVES: dict[str, str] = {
     "a_lol_kl": "prefopt.objectives.lol",
     "direct_advantage": "prefopt.objectives.direct_advantage",
 }
+# The stages whose recipes have no objective section, and the modules of their objectives.
+STAGES: dict[str, str] = {
+    "sft": "prefopt.objectives.sft",
+    "reward_model": "prefopt.objectives.bradley_terry",
+}
 CREDITS: dict[str, str] = {
     "best_worst": "prefopt.credit.pairs",
     "best_random": "prefopt.credit.pairs",
@@ -222,6 +233,7 @@ SIGNALS: dict[str, str] = {
 }
 
 _OBJECTIVES: Registry[ObjectiveSpec] = Registry("objective.name", OBJECTIVES)
+_STAGES: Registry[ObjectiveSpec] = Registry("stage", STAGES)
 _CREDITS: Registry[CreditSpec] = Registry("credit.name", CREDITS)
 _SIGNALS: Registry[SignalSpec] = Registry("signals.N.name", SIGNALS)
 REGISTRIES: Mapping[str, Registry[Any]] = {
@@ -241,6 +253,7 @@ def objective(
     source: str,
     needs_when: Mapping[str, Need] | None = None,
     credit: str | None = None,
+    of_stage: bool = False,
 ) -> Callable[[_Fn], _Fn]:
     """Registers a pure function ``(ResponseLogps, *, hyper-parameters) -> ObjectiveOutput``.
 
@@ -250,6 +263,7 @@ def objective(
         source: paper and equation.
         needs_when: needs that a hyper-parameter switches on when it is not 0, e.g. a KL weight.
         credit: the credit used on rollouts where the recipe names none.
+        of_stage: ``name`` is that of a stage, which trains with nothing else.
 
     Returns: the function itself, unchanged.
     Raises: ValueError if another function already has that name.
@@ -257,7 +271,8 @@ def objective(
 
     def register(fn: _Fn) -> _Fn:
         when = dict(needs_when or {})
-        _OBJECTIVES.add(ObjectiveSpec(name, fn, source, frozenset(needs), when, credit))
+        specs = _STAGES if of_stage else _OBJECTIVES
+        specs.add(ObjectiveSpec(name, fn, source, frozenset(needs), when, credit))
         return fn
 
     return register
@@ -310,6 +325,11 @@ def bind_objective(section: Mapping[str, Any]) -> BoundObjective:
     """The objective of a recipe's ``objective`` section (already validated) with its hyper-parameters."""
     params = {key: value for key, value in section.items() if key != "name"}
     return BoundObjective(get_objective(section["name"]), params)
+
+
+def stage_objective(stage: str, **params: Any) -> BoundObjective:
+    """What a stage without an ``objective`` section trains with."""
+    return BoundObjective(_STAGES.get(stage), params)
 
 
 def objective_names() -> set[str]:

@@ -265,7 +265,8 @@ def _prompts(
     """The first ``num_prompts`` different ones."""
     if section.prompts:
         fields = prompt_fields(recipe) if section.score else ()
-        needs = bind_objective(recipe.objective or {}).needs
+        objective = recipe.objective  # SFT has none
+        needs = frozenset() if objective is None else bind_objective(objective).needs
         found = load_prompts(
             section.prompts,
             recipe.data,

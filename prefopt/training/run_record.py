@@ -26,7 +26,6 @@ _PACKAGES = (
     "peft",
     "accelerate",
     "datasets",
-    "trl",
     "deepspeed",
 )
 # Settings that may change between a run and its continuation without changing what it computes.

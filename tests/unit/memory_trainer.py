@@ -46,7 +46,8 @@ def make_trainer(
     run_dir: Path,
     source: GroupList,
     *,
-    objective: dict[str, Any],
+    objective: dict[str, Any] | None,
+    stage: str = "preference",
     model: nn.Module | None = None,
     eval_source: GroupList | None = None,
     layout: str = "auto",
@@ -56,6 +57,7 @@ def make_trainer(
     """A one-process trainer in ``run_dir``, wired by `prefopt.wiring` over groups in memory."""
     recipe = Recipe.model_validate(
         {
+            "stage": stage,
             "model": {"path": "in-memory", "layout": layout},
             "data": {
                 "train": [{"path": "in-memory"}],

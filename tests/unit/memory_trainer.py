@@ -52,6 +52,7 @@ def make_trainer(
     eval_source: GroupList | None = None,
     layout: str = "auto",
     sampling: dict[str, Any] | None = None,
+    columns: dict[str, Any] | None = None,
     **settings: Any,
 ) -> PreferenceTrainer:
     """A one-process trainer in ``run_dir``, wired by `prefopt.wiring` over groups in memory."""
@@ -60,7 +61,7 @@ def make_trainer(
             "stage": stage,
             "model": {"path": "in-memory", "layout": layout},
             "data": {
-                "train": [{"path": "in-memory"}],
+                "train": [{"path": "in-memory", "columns": columns or {}}],
                 "cache_dir": str(run_dir / "cache"),
                 "sampling": sampling or {},
             },

@@ -111,6 +111,7 @@ class PreferenceTrainer:
             run_dir / "checkpoints", accelerator, keep=settings.keep_checkpoints
         )
         self._layout = accelerator.unwrap_model(model).layout
+        self._reads_scores = objective.reads_scores
         self._meter = MeanMeter(accelerator.device)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._clock = time.perf_counter()
@@ -284,7 +285,7 @@ class PreferenceTrainer:
         self, groups: Sequence[Group], output: Tensor, *, counts: bool
     ) -> ResponseLogps | ResponseScores:
         """What the objective sees of a forward over ``groups``."""
-        if self.objective.reads_scores:
+        if self._reads_scores:
             return response_scores(groups, output, counts=counts)
         return response_logps(groups, output, self.reference, counts=counts)
 

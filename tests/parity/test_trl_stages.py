@@ -1,7 +1,7 @@
 """SFT and reward models: the optimizer steps of TRL's SFTTrainer and RewardTrainer, on the same tokens.
 
-Our side packs, and splits every global batch of eight unevenly; TRL's pads and takes it whole or in equal parts, of
-which its loss and gradient norm do not depend.
+Our side packs, and splits every global batch of eight unevenly; TRL's pads and takes it whole or in equal parts,
+on which its loss and gradient norm do not depend.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def with_margins(groups: list[Group]) -> list[Group]:
     """The chosen side better by 0, 1 or 2."""
 
     def scored(index: int, group: Group) -> Group:
-        scores = {side: s for side, s in zip(group.pairs[0], (float(index % 3), 0.0), strict=True)}
+        scores = dict(zip(group.pairs[0], (float(index % 3), 0.0), strict=True))
         responses = tuple(Response(r.ids, scores[i]) for i, r in enumerate(group.responses))
         return dataclasses.replace(group, responses=responses)
 

@@ -176,6 +176,18 @@ class ResponseLogps:
 
 
 @dataclass(frozen=True)
+class ResponseScores:
+    """A reward model's scores of R responses: what the objective of a reward model sees, and all it sees."""
+
+    scores: Tensor
+    """(R,) fp32."""
+    pairs: Tensor
+    """(P, 2) int64 row indices, chosen then rejected."""
+    rewards: Tensor | None = None
+    """(R,) fp32, what the data set says of the responses; NaN where it says nothing."""
+
+
+@dataclass(frozen=True)
 class ObjectiveOutput:
     """Unreduced losses: the trainer, and only the trainer, divides and sums.
 
@@ -186,7 +198,7 @@ class ObjectiveOutput:
 
     losses: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Per-pair (P,) detached values, named ``area/name``; averaged over the pairs since the last row of metrics."""
+    """Per-pair (P,) detached values, named ``area/name``; averaged over pairs since the last row of metrics."""
     token_losses: Tensor | None = None
     sample_losses: Tensor | None = None
     """(R,) one loss a response, zero where ``samples`` is False; divided by the number of samples of the

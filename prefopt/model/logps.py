@@ -9,6 +9,7 @@ Shape letters: N response tokens, D hidden size, V vocabulary, R responses, T lo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from prefopt.errors import ModelError
 from prefopt.model.attention import load_kernel
-from prefopt.model.collate import TokenLayout
+from prefopt.model.collate import TokenLayout, pack, pad
+from prefopt.types import Group
 
 # Logits of one chunk, in elements: small enough for a CPU's caches, large enough to keep a GPU busy.
 _CHUNK_ELEMENTS_CPU = 2**21
@@ -96,6 +98,10 @@ class LogpModel(nn.Module):
         logps = self._head(self.states(layout), layout.targets)
         result = logps.new_zeros(layout.num_rows * layout.width)
         return result.index_put((layout.slots,), logps).view(layout.num_rows, layout.width)
+
+    def layout(self, groups: Sequence[Group]) -> TokenLayout:
+        """The layout this model takes."""
+        return pack(groups) if self.packed else pad(groups)
 
     def states(self, layout: TokenLayout) -> Tensor:
         """(N, D) hidden states that predict the N response tokens, in the order of ``layout.targets``."""

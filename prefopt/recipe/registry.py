@@ -31,6 +31,8 @@ class Need(enum.Enum):
     """Fresh responses of the policy, scored or not."""
     CONDITION = "condition"
     """The row's reward written into its prompt: only rows of a data set are scored before they are rendered."""
+    SCORES = "scores"
+    """A reward model's scores of the responses (`ResponseScores`), and no log-probs."""
     GROUPS = "groups"
     """All responses to a prompt in one forward: a baseline over the group that depends on the policy."""
 
@@ -119,7 +121,8 @@ class BoundObjective(Bound[ObjectiveSpec]):
 
     @property
     def fn(self) -> Callable[..., Any]:
-        return get_objective(self.name).fn
+        fn = self.spec.fn
+        return get_objective(self.name).fn if is_declaration(fn) else fn
 
     def __call__(self, lp: Any) -> Any:
         return self.fn(lp, **self.params)
@@ -136,6 +139,10 @@ class BoundObjective(Bound[ObjectiveSpec]):
     @property
     def reads_samples(self) -> bool:
         return reads_samples(self.needs)
+
+    @property
+    def reads_scores(self) -> bool:
+        return Need.SCORES in self.needs
 
 
 @dataclass(frozen=True)
@@ -266,6 +273,11 @@ OBJECTIVES: dict[str, str] = {
     "a_lol_kl": "prefopt.objectives.lol",
     "direct_advantage": "prefopt.objectives.direct_advantage",
 }
+# The stages whose recipes have no objective section, and the modules of their objectives.
+STAGES: dict[str, str] = {
+    "sft": "prefopt.objectives.sft",
+    "reward_model": "prefopt.objectives.bradley_terry",
+}
 CREDITS: dict[str, str] = {
     "best_worst": "prefopt.credit.pairs",
     "best_random": "prefopt.credit.pairs",
@@ -296,6 +308,7 @@ SIGNALS: dict[str, str] = {
 }
 
 _OBJECTIVES: Registry[ObjectiveSpec] = Registry("objective.name", OBJECTIVES, "objective")
+_STAGES: Registry[ObjectiveSpec] = Registry("stage", STAGES, "objective")
 _CREDITS: Registry[CreditSpec] = Registry("credit.name", CREDITS, "credit")
 _SIGNALS: Registry[SignalSpec] = Registry("signals.N.name", SIGNALS, "signal")
 REGISTRIES: Mapping[str, Registry[Any]] = {
@@ -315,6 +328,7 @@ def objective(
     source: str,
     needs_when: Mapping[str, Need] | None = None,
     credit: str | None = None,
+    of_stage: bool = False,
 ) -> Callable[[_Fn], _Fn]:
     """Registers a pure function ``(ResponseLogps, *, hyper-parameters) -> ObjectiveOutput``.
 
@@ -324,6 +338,7 @@ def objective(
         source: paper and equation.
         needs_when: needs that a hyper-parameter switches on when it is not 0, e.g. a KL weight.
         credit: the credit used on rollouts where the recipe names none.
+        of_stage: ``name`` is that of a stage, which trains with nothing else.
 
     Returns: the function itself, unchanged.
     Raises: ValueError if another function already has that name.
@@ -331,7 +346,8 @@ def objective(
 
     def register(fn: _Fn) -> _Fn:
         when = dict(needs_when or {})
-        _OBJECTIVES.add(ObjectiveSpec(name, fn, source, frozenset(needs), when, credit))
+        specs = _STAGES if of_stage else _OBJECTIVES
+        specs.add(ObjectiveSpec(name, fn, source, frozenset(needs), when, credit))
         return fn
 
     return register
@@ -384,6 +400,11 @@ def bind_objective(section: Mapping[str, Any]) -> BoundObjective:
     """The objective that code names itself, as a sound ``objective`` section would."""
     params = {key: value for key, value in section.items() if key != "name"}
     return BoundObjective(_OBJECTIVES.declared(section["name"]), params, section)
+
+
+def stage_objective(stage: str, **params: Any) -> BoundObjective:
+    """What a stage without an ``objective`` section trains with."""
+    return BoundObjective(_STAGES.get(stage), params, {"name": stage, **params})
 
 
 def objective_names() -> set[str]:

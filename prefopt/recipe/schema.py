@@ -157,7 +157,7 @@ class TrainSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shuffle: bool = True
     """Draw a new order every epoch. `false` takes the rows as `data.train` has them, epoch after epoch: for a
-    curriculum that `prefopt data` has put in order. Only for a fixed data set of preferences."""
+    curriculum that `prefopt data` has put in order. Only for a fixed data set."""
     seed: int = 42
     """Seed of adapter initialisation, data order and dropout."""
     resume: Annotated[PathText, NoEffect()] = "auto"
@@ -212,8 +212,7 @@ class Recipe(Section):
     """A whole run. `objective` takes a `name` and that objective's hyper-parameters."""
 
     stage: Literal["preference", "sft", "reward_model"] = "preference"
-    """What is trained: a policy on preferences, a policy by SFT, or a reward model (the last two
-    through TRL)."""
+    """What is trained: a policy on preferences (or samples), a policy by SFT, or a reward model on pairs."""
     model: ModelSection
     peft: PeftSection | None = None
     """Leave out for full fine-tuning."""

@@ -265,14 +265,15 @@ def _prompts(
     """The first ``num_prompts`` different ones."""
     if section.prompts:
         fields = prompt_fields(recipe) if section.score else ()
-        assert recipe.objective is not None  # the check has seen to it
+        objective = recipe.objective  # SFT has none
+        needs = frozenset() if objective is None else objective.needs
         found = load_prompts(
             section.prompts,
             recipe.data,
             Renderer(tokenizer),
             max_new_tokens=section.max_new_tokens,
             fields=fields,
-            condition=SampleNeeds.of(recipe.objective.needs, recipe.data).condition,
+            condition=SampleNeeds.of(needs, recipe.data).condition,
         ).prompts
         return list(found[: section.num_prompts])
     assert held_out is not None  # the check has seen to it

@@ -27,7 +27,6 @@ _PACKAGES = (
     "peft",
     "accelerate",
     "datasets",
-    "trl",
     "deepspeed",
 )
 

@@ -1,4 +1,4 @@
-"""The one trainer: a regime gives windows, the engine log-probs, the objective losses; here they are reduced.
+"""The one trainer: a regime gives windows, the model log-probs, the objective losses; here they are reduced.
 
     loss = Σ losses / pairs of the global batch + Σ token_losses / chosen tokens of the global batch
          + Σ sample_losses / samples of the global batch + Σ sample_token_losses / their tokens
@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,11 +23,10 @@ from tqdm import tqdm
 
 from prefopt.data.groups import GroupSource
 from prefopt.errors import PrefoptError, TrainingError
-from prefopt.model.collate import make_batch, response_mask
 from prefopt.model.distributed import Interrupts, clip_gradients, max_over_processes, sync_gradients
 from prefopt.model.layouts import log_ratio_tolerance
 from prefopt.model.micro_batches import SplitLimits
-from prefopt.model.sweep import layout_fn, sweep
+from prefopt.model.sweep import LayoutFn, sweep
 from prefopt.recipe.registry import BoundObjective
 from prefopt.recipe.schema import TrainSection
 from prefopt.reference.base import Reference
@@ -35,12 +34,13 @@ from prefopt.training.batch_metrics import add_batch_metrics, add_layout_metrics
 from prefopt.training.checkpoint import Checkpoints
 from prefopt.training.generation_probe import GenerationProbe
 from prefopt.training.importance import weighted
+from prefopt.training.inputs import response_logps, response_scores
 from prefopt.training.metrics import MeanMeter, MetricsLog, peak_memory_gib
 from prefopt.training.optimizer import learning_rate, set_learning_rate
 from prefopt.training.reduction import PolicyGap, name_culprits, reduced
 from prefopt.training.regimes import Regime
 from prefopt.training.windows import MicroBatch, Window
-from prefopt.types import Group, ResponseLogps
+from prefopt.types import Group, ResponseLogps, ResponseScores
 
 logger = logging.getLogger(__name__)
 
@@ -59,17 +59,17 @@ class TrainResult:
 
 
 class PreferenceTrainer:
-    """Trains a policy on the windows of a regime with one objective.
+    """Trains a policy or a reward model on the windows of a regime with one objective.
 
     Args:
-        model: the prepared (wrapped) `LogpModel`.
+        model: the prepared (wrapped) `LogpModel` or `ScoreModel`.
         optimizer: the prepared optimizer.
         objective: the objective with its hyper-parameters.
         regime: where windows come from.
         settings: the recipe's ``train`` section.
         accelerator: created by the launcher's configuration.
         run_dir: where metrics and checkpoints go.
-        limits: size of one forward; also says which layout the model takes.
+        limits: size of one forward.
         reference: where reference log-probs come from, or None for an objective that needs none.
         eval_source: held-out groups, or None.
         importance_cap: weight samples by their truncated importance; None: do not.
@@ -110,7 +110,8 @@ class PreferenceTrainer:
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints", accelerator, keep=settings.keep_checkpoints
         )
-        self._layout = layout_fn(packed=limits.packed)
+        self._layout: LayoutFn = cast(Any, accelerator.unwrap_model(model)).layout
+        self._reads_scores = objective.reads_scores
         self._meter = MeanMeter(accelerator.device)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._clock = time.perf_counter()
@@ -121,7 +122,7 @@ class PreferenceTrainer:
     def train(self, resume_from: Path | None = None) -> TrainResult:
         """Runs to the last step, or to an interrupt, after which a checkpoint says where to go on.
 
-        Raises: TrainingError for a non-finite loss or gradient (naming the pairs), a reference that is
+        Raises: TrainingError for a non-finite loss or gradient (naming the rows), a reference that is
             not the policy at step 0, or a file of the run that cannot be written.
         """
         if resume_from is not None:
@@ -179,10 +180,10 @@ class PreferenceTrainer:
             self.model, source, rows, self.limits, self.accelerator,
             layout=self._layout, what="eval",
         )  # fmt: skip
-        for groups, policy, counts in batches:
+        for groups, output, counts in batches:
             (reference,) = self._reference_logps([groups])
-            lp = self._response_logps(groups, policy, reference, counts=counts)
-            add_batch_metrics(meter, lp, self.objective(lp))
+            seen = self._seen(groups, output, reference, counts=counts)
+            add_batch_metrics(meter, seen, self.objective(seen))
         row = derived(meter.reduce(self.accelerator))
         row["loss/total"] = sum(row.get(name, 0.0) for name in _LOSSES)
         return {f"eval/{name}": value for name, value in row.items()}
@@ -221,7 +222,7 @@ class PreferenceTrainer:
         with torch.no_grad():
             layout = self._layout(groups).to(self.accelerator.device)
             policy = self.model(layout).float()
-            lp = self._response_logps(groups, policy, reference, counts=True)
+            lp = response_logps(groups, policy, reference, counts=True)
         self.model.train()
         gap = (lp.log_ratio.abs().sum() / lp.mask.sum()).item()
         limit = log_ratio_tolerance(self.model, self.settings.precision)
@@ -268,45 +269,32 @@ class PreferenceTrainer:
     ) -> Tensor:
         layout = self._layout(micro_batch.groups)
         add_layout_metrics(self._meter, micro_batch.groups, layout, counts=micro_batch.counts)
-        policy = self.model(layout.to(self.accelerator.device)).float()
-        lp = self._response_logps(micro_batch.groups, policy, reference, counts=micro_batch.counts)
-        output = self.objective(lp)
-        if self.importance_cap is not None:
-            output, weights = weighted(output, lp, self.importance_cap)
-            output = replace(
-                output, sample_metrics={**output.sample_metrics, "rollout/importance": weights}
-            )
+        forward = self.model(layout.to(self.accelerator.device)).float()
+        seen = self._seen(micro_batch.groups, forward, reference, counts=micro_batch.counts)
+        output = self.objective(seen)
+        if isinstance(seen, ResponseLogps):
+            if self.importance_cap is not None:
+                output, weights = weighted(output, seen, self.importance_cap)
+                output = replace(
+                    output, sample_metrics={**output.sample_metrics, "rollout/importance": weights}
+                )
+            self._policy_gap.add(seen, window)
         loss = reduced(output, window)
         if not torch.isfinite(loss):
-            raise TrainingError(name_culprits(micro_batch.groups, lp, output, window.step))
-        add_batch_metrics(self._meter, lp, output)
-        self._policy_gap.add(lp, window)
+            raise TrainingError(name_culprits(micro_batch.groups, forward, output, window.step))
+        add_batch_metrics(self._meter, seen, output)
         # The very number that is minimised: summed over micro-batches and ranks, counted once a window.
         self._meter.add("loss/total", loss, 0.0)
         # With nothing to learn from here, run backward through everything with the others all the same.
-        return loss if micro_batch.counts and loss.requires_grad else loss + policy.sum() * 0.0
+        return loss if micro_batch.counts and loss.requires_grad else loss + forward.sum() * 0.0
 
-    def _response_logps(
-        self, groups: Sequence[Group], policy: Tensor, reference: Tensor | None, *, counts: bool
-    ) -> ResponseLogps:
-        """``counts`` False: another rank has one micro-batch more; run with it, and add nothing."""
-        batch, device = make_batch(groups), policy.device
-
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        samples = moved(batch.samples)
-        return ResponseLogps(
-            policy=policy,
-            mask=response_mask(batch).to(device),
-            pairs=batch.pairs.to(device) if counts else batch.pairs[:0].to(device),
-            reference=moved(reference),
-            behavior=moved(batch.behavior_logps),
-            rewards=moved(batch.rewards),
-            advantages=moved(batch.advantages),
-            samples=samples if counts or samples is None else torch.zeros_like(samples),
-            group=moved(batch.group),
-        )
+    def _seen(
+        self, groups: Sequence[Group], output: Tensor, reference: Tensor | None, *, counts: bool
+    ) -> ResponseLogps | ResponseScores:
+        """What the objective sees of a forward over ``groups``."""
+        if self._reads_scores:
+            return response_scores(groups, output, counts=counts)
+        return response_logps(groups, output, reference, counts=counts)
 
     def _check_gradient(self, norm: Tensor | float, window: Window) -> bool:
         """Will this step be taken? False where the fp16 loss scaler skips it; TrainingError otherwise."""
@@ -320,10 +308,10 @@ class PreferenceTrainer:
         hint = (
             "fp16 overflows; set train.precision = bf16"
             if self.settings.precision == "fp16"
-            else "lower train.learning_rate or look at these pairs with `prefopt show`"
+            else "lower train.learning_rate or look at these rows with `prefopt show`"
         )
         raise TrainingError(
-            f"step {window.step + 1}: the gradient norm is {float(norm)}; {hint}. Pairs of this step on this "
+            f"step {window.step + 1}: the gradient norm is {float(norm)}; {hint}. Rows of this step on this "
             f"process: {', '.join(ids[:16])}{' …' if len(ids) > 16 else ''}"
         )
 

@@ -32,10 +32,15 @@ class PackedMasks:
         if layout.spans is None:
             raise ValueError("a padded layout has no group spans")
         self.spans = layout.spans
+        shapes: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for index, span in enumerate(self.spans):
+            shapes.setdefault((span.prompt, span.branches), []).append(index)
+        self.alike = list(shapes.values())
+        """Groups of the same lengths, which are attended to in one call and share a mask."""
         self._cache: dict[tuple[int | None, torch.dtype, torch.device], list[Tensor]] = {}
 
     def get(self, sliding_window: int | None, like: Tensor) -> list[Tensor]:
-        """One additive mask a group: 0 where a query may look, -inf elsewhere.
+        """One additive mask for each of `alike`: 0 where a query may look, -inf elsewhere.
 
         Args:
             sliding_window: in tokens, or None for full attention.
@@ -43,7 +48,9 @@ class PackedMasks:
         """
         key = (sliding_window, like.dtype, like.device)
         if key not in self._cache:
-            self._cache[key] = [_additive(span, sliding_window, like) for span in self.spans]
+            self._cache[key] = [
+                _additive(self.spans[i], sliding_window, like) for i, *_ in self.alike
+            ]
         return self._cache[key]
 
 
@@ -104,14 +111,18 @@ def packed_attention(
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     masks = packed_masks.get(sliding_window, query)
-    outputs = []
-    for span, mask in zip(packed_masks.spans, masks, strict=True):
-        part = slice(span.start, span.stop)
-        q, k, v = query[:, :, part], key[:, :, part], value[:, :, part]
+    # Not slices: the backward of each would write a gradient as long as the whole row.
+    sizes = [span.stop - span.start for span in packed_masks.spans]
+    queries, keys, values = (tensor.split(sizes, 2) for tensor in (query, key, value))
+    outputs = list(queries)
+    for members, mask in zip(packed_masks.alike, masks, strict=True):
+        q, k, v = (torch.cat([t[i] for i in members]) for t in (queries, keys, values))
         if softcap is None:
-            outputs.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling))
+            found = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling)
         else:
-            outputs.append(_softcapped(q, k, v, mask, dropout, scaling, softcap))
+            found = _softcapped(q, k, v, mask, dropout, scaling, softcap)
+        for index, output in zip(members, found.split(1), strict=True):
+            outputs[index] = output
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 

@@ -83,17 +83,12 @@ def offline_data_gives_what_objective_needs(recipe: Recipe, _: Surroundings) -> 
             )
 
 
-@rule("train", "regime", "stage")
+@rule("train", "regime")
 def order_of_the_data_is_kept_where_it_can_be(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     if recipe.train.shuffle:
         return
     if recipe.has_rollouts:
         yield Finding("train.shuffle", "rollouts draw their prompts by train.seed. Leave it out")
-    elif recipe.stage != "preference":
-        yield Finding(
-            "train.shuffle",
-            f"stage = '{recipe.stage}' runs TRL's trainer, which shuffles. Leave it out",
-        )
 
 
 @rule("train", "data")

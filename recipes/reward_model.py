@@ -1,4 +1,4 @@
-"""Reward models from pairs (through TRL): `accelerate launch recipes/reward_model.py RECIPE.yaml`."""
+"""Reward models from pairs: `accelerate launch recipes/reward_model.py RECIPE.yaml`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (through TRL): `accelerate launch recipes/sft.py recipes/sft/x.yaml`."""
+"""Supervised fine-tuning: `accelerate launch recipes/sft.py recipes/sft/x.yaml`."""
 
 import sys
 

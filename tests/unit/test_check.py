@@ -64,8 +64,6 @@ def test_a_sound_recipe_passes_offline_and_says_what_it_took_on_trust(recipe_fil
         (["stage=sft"], "objective", "would be ignored"),
         ([*SFT, "reference={name: initial}"], "reference", "would be ignored"),
         ([*SFT, "regime={name: offline}"], "regime", "would be ignored"),
-        ([*SFT, "train.shuffle=false"], "train.shuffle = false", "TRL's trainer, which shuffles"),
-        ([*SFT, "model.layout=packed"], "model.layout = 'packed'", "pads its batches"),
         ([*RM, *LORA, "model.quantization=4bit"], "model.quantization = '4bit'", "untrained head"),
         ([*RM, "peft={adapter: org/lora}"], "peft.adapter = 'org/lora'", "no reward head"),
         (["reference={name: initial}"], "reference", "'simpo' needs no reference"),

@@ -166,7 +166,8 @@ def test_a_probe_without_prompts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"eval\.generation\.prompts.*no held-out prompts"):
         check(recipe, ["eval.generation={num_prompts: 2}"])
     with pytest.raises(ConfigError, match="generates nothing"):
-        check(recipe, ["stage=sft", "objective=null", "eval.generation={}", "data.eval_frac=0.1"])
+        held_out = ["eval.generation={}", "data.eval_frac=0.1"]
+        check(recipe, ["stage=reward_model", "objective=null", *held_out])
     with pytest.raises(ConfigError, match=r"eval\.generation\.prompts\.0\.path.*no such file"):
         check(recipe, ["eval.generation.prompts=[{path: nowhere.jsonl}]"])
 

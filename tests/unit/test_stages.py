@@ -309,7 +309,8 @@ def test_tokens_seen_go_on_where_a_run_is_taken_up_with_other_forwards(make_reci
 
 def test_an_sft_run_says_what_its_policy_answers(make_recipe: Any) -> None:
     recipe = make_recipe("sft", eval_frac=0.2)
-    evaluation = {"generation": {"num_prompts": 2, "max_new_tokens": 4}}
+    prompts = [{"path": recipe.data.train[0].path}]
+    evaluation = {"generation": {"num_prompts": 2, "max_new_tokens": 4, "prompts": prompts}}
     run_dir = train(
         Recipe.model_validate({**recipe.model_dump(exclude_unset=True), "eval": evaluation})
     )

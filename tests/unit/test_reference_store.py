@@ -13,7 +13,7 @@ import pytest
 
 from prefopt.errors import TrainingError
 from prefopt.reference.store import ReferenceStore, response_key
-from prefopt.reference.store import store as reference
+from prefopt.reference import store as reference
 from prefopt.types import Group, Response
 
 WEIGHTS = "a" * 64

@@ -9,6 +9,8 @@ STAMP := $(VENV)/.installed
 # `torch==` and not a range: on a machine without CUDA wheels configured it is the CPU build.
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Two workers; tests/conftest.py says who takes what. A single test is a plain `pytest path::name`.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 # Tools that pip installs (ninja, which DeepSpeed compiles with; accelerate) are found by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -31,11 +33,11 @@ quickstart-eval: $(STAMP) ## then evaluate its two checkpoints: a judge trained 
 
 install: $(STAMP) ## make .venv with the pinned versions (CPU)
 
-test: $(STAMP) ## every test that takes seconds
-	$(BIN)/python -m pytest -m "not slow"
+test: $(STAMP) ## every test that takes seconds, on two cores
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP) ## every test, the slow ones included
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(STAMP) ## lint, formatting, types, layers
 	$(BIN)/ruff check .

@@ -1,9 +1,10 @@
-"""Fixtures every test directory shares: the real test data, and a tokenizer made in place."""
+"""What every test directory shares: the real test data, a tokenizer made in place, and who runs what first."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,50 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.unit.tiny_tokenizers import TokenizerFactory, make_tokenizer
+
+TESTS = Path(__file__).resolve().parent
+
+# Files and folders that take longest, so that no worker is left alone with one at the end.
+LONGEST_FIRST = (
+    "pipelines/test_rounds.py",
+    "distributed/test_parity.py",
+    "engines",
+    "distributed",
+    "rollouts/test_interrupted_rollouts.py",
+    "recipes",
+    "eval",
+    "pipelines",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker takes a whole file, or what an ``xdist_group`` mark names: fixtures are made once."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class FileOrGroup(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            group = super()._split_scope(nodeid)
+            return nodeid.split("::", 1)[0] if group == nodeid else group
+
+    return FileOrGroup(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On workers, the longest first."""
+    missing = [name for name in LONGEST_FIRST if not (TESTS / name).exists()]
+    assert not missing, f"tests/conftest.py: LONGEST_FIRST names {missing}, which do not exist"
+    if hasattr(config, "workerinput"):
+        items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    """A stable sort by it keeps the order within a file, and with it pytest's order of fixtures."""
+    path = item.path.relative_to(TESTS)
+    names = [str(part) for part in (path, *path.parents)]
+    found = [LONGEST_FIRST.index(name) for name in names if name in LONGEST_FIRST]
+    return min(found, default=len(LONGEST_FIRST))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The engines under test, each started once a session, on a policy made in place."""
+"""The engines under test, each started once, on a policy made in place."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ from tests.engines.policies import CONTEXT, Policies, write_policies
 from tests.engines.processes import descendants, is_gone, wait_until
 
 ENGINES = ("hf", "hf_process", "vllm", "vllm_server")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one running engine go to one worker, which starts it once."""
+    for item in items:
+        params = getattr(item, "callspec", None)
+        for fixture in ("running", "running_full"):
+            if params is not None and fixture in params.params:
+                item.add_marker(pytest.mark.xdist_group(f"{fixture}-{params.params[fixture]}"))
 
 
 @dataclass
@@ -85,7 +94,7 @@ def make_engine(
     )
 
 
-@pytest.fixture(scope="session", params=ENGINES)
+@pytest.fixture(scope="package", params=ENGINES)
 def running(
     request: pytest.FixtureRequest, policies: Policies, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
@@ -105,7 +114,7 @@ def running(
     assert not left, f"{request.param} left processes behind: {left}"
 
 
-@pytest.fixture(scope="session", params=ENGINES)
+@pytest.fixture(scope="package", params=ENGINES)
 def running_full(
     request: pytest.FixtureRequest, policies: Policies, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from prefopt.errors import TrainingError
-from prefopt.reference.store import ReferenceStore, response_key
 from prefopt.reference import store as reference
+from prefopt.reference.store import ReferenceStore, response_key
 from prefopt.types import Group, Response
 
 WEIGHTS = "a" * 64

@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two workers; tests/conftest.py says who takes what. A single test is a plain `pytest path::name`.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Tools that pip installs (ninja, which DeepSpeed compiles with; accelerate) are found by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

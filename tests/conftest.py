@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,22 @@ LONGEST_FIRST = (
 )
 
 
+# Tests of one running engine, which is started once; the parameter of their fixture is part of their name.
+ENGINE = re.compile(r"tests/engines/.*\[(hf|hf_process|vllm|vllm_server)\b")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A worker takes a whole file, or what an ``xdist_group`` mark names: fixtures are made once."""
-    from xdist.scheduler import LoadGroupScheduling
+    """A worker takes a whole file, or all tests of one engine: fixtures are made once."""
+    from xdist.scheduler import LoadFileScheduling
 
-    class FileOrGroup(LoadGroupScheduling):
+    # Not by pytest-xdist's own `xdist_group` marks: 3.8 cannot pass them on under pytest 9.
+    class FileOrEngine(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            group = super()._split_scope(nodeid)
-            return nodeid.split("::", 1)[0] if group == nodeid else group
+            engine = ENGINE.match(nodeid)
+            return engine[1] if engine else super()._split_scope(nodeid)
 
-    return FileOrGroup(config, log)
+    return FileOrEngine(config, log)
 
 
 @pytest.hookimpl(trylast=True)

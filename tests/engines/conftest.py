@@ -21,15 +21,6 @@ from tests.engines.processes import descendants, is_gone, wait_until
 ENGINES = ("hf", "hf_process", "vllm", "vllm_server")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one running engine go to one worker, which starts it once."""
-    for item in items:
-        params = getattr(item, "callspec", None)
-        for fixture in ("running", "running_full"):
-            if params is not None and fixture in params.params:
-                item.add_marker(pytest.mark.xdist_group(f"{fixture}-{params.params[fixture]}"))
-
-
 @dataclass
 class Running:
     """An engine, and the model whose weights it must be using."""

@@ -10,11 +10,14 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two workers; tests/conftest.py says who takes what. A single test is a plain `pytest path::name`.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest $(TWO_WORKERS)
+# Where `make test-changed` counts changes from.
+BASE ?= main
 # Tools that pip installs (ninja, which DeepSpeed compiles with; accelerate) are found by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help quickstart quickstart-online quickstart-prompts quickstart-eval install test test-all check format bench clean
+.PHONY: help quickstart quickstart-online quickstart-prompts quickstart-eval install test test-changed test-all check format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,6 +38,9 @@ install: $(STAMP) ## make .venv with the pinned versions (CPU)
 
 test: $(STAMP) ## every test that takes seconds, on two cores
 	$(PYTEST) -m "not slow"
+
+test-changed: $(STAMP) ## the tests nearest to what differs from BASE (main), about 2 minutes
+	$(BIN)/python -m tests.changed $(BASE) $(TWO_WORKERS)
 
 test-all: $(STAMP) ## every test, the slow ones included
 	$(PYTEST)

@@ -17,18 +17,26 @@ from tests.unit.tiny_tokenizers import TokenizerFactory, make_tokenizer
 
 TESTS = Path(__file__).resolve().parent
 
-# Files and folders that take longest, so that no worker is left alone with one at the end.
-LONGEST_FIRST = (
-    "pipelines/test_rounds.py",
+# Files that take half a minute and more, the longest first: no worker is left alone with one at the end, and
+# `make test-changed` leaves them out.
+LONG = (
+    "distributed/test_rollouts_vllm.py",
+    "engines/test_contract.py",
+    "engines/test_vllm.py",
     "distributed/test_parity.py",
-    "engines",
-    "distributed",
+    "pipelines/test_rounds.py",
     "rollouts/test_interrupted_rollouts.py",
-    "recipes",
-    "eval",
-    "pipelines",
+    "eval/test_interrupted_eval.py",
+    "recipes/test_real_pairs.py",
+    "distributed/test_rollouts.py",
+    "distributed/test_samples.py",
+    "engines/test_process.py",
+    "pipelines/test_runner.py",
+    "recipes/test_interrupted_runs.py",
+    "rollouts/test_regime.py",
+    "rollouts/test_own_process.py",
+    "recipes/test_presets.py",
 )
-
 
 # Tests of one running engine, which is started once; the parameter of their fixture is part of their name.
 ENGINE = re.compile(r"tests/engines/.*\[(hf|hf_process|vllm|vllm_server)\b")
@@ -50,19 +58,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On workers, the longest first."""
-    missing = [name for name in LONGEST_FIRST if not (TESTS / name).exists()]
-    assert not missing, f"tests/conftest.py: LONGEST_FIRST names {missing}, which do not exist"
+    """On workers, the longest first; stable, so that pytest's order within a file stays."""
     if hasattr(config, "workerinput"):
-        items.sort(key=_place)
-
-
-def _place(item: pytest.Item) -> int:
-    """A stable sort by it keeps the order within a file, and with it pytest's order of fixtures."""
-    path = item.path.relative_to(TESTS)
-    names = [str(part) for part in (path, *path.parents)]
-    found = [LONGEST_FIRST.index(name) for name in names if name in LONGEST_FIRST]
-    return min(found, default=len(LONGEST_FIRST))
+        places = {TESTS / name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -105,15 +105,14 @@ def running(
     assert not left, f"{request.param} left processes behind: {left}"
 
 
-@pytest.fixture(scope="package", params=ENGINES)
+@pytest.fixture(params=ENGINES)
 def running_full(
-    request: pytest.FixtureRequest, policies: Policies, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, policies: Policies, tmp_path: Path
 ) -> Iterator[Running]:
     """An engine for full fine-tuning."""
-    directory = tmp_path_factory.mktemp(f"{request.param}-full")
-    engine = make_engine(request.param, policies, directory, is_adapter=False)
+    engine = make_engine(request.param, policies, tmp_path, is_adapter=False)
     truth = policies.truth(policies.base)
-    yield Running(engine, request.param, policies, directory, False, truth)
+    yield Running(engine, request.param, policies, tmp_path, False, truth)
     engine.close()
 
 

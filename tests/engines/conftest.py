@@ -52,14 +52,16 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
 def engine_section(kind: str, **settings: Any) -> EngineSection:
     """Small and quick to start: no compilation, few sequences at once."""
     name = kind.removesuffix("_process")
-    options = {"max_num_seqs": 32} if name.startswith("vllm") else {}
+    options = (
+        {"max_num_seqs": 32, "kv_cache_memory_bytes": 2**28} if name.startswith("vllm") else {}
+    )
     return EngineSection(
         name=name,  # type: ignore[arg-type]
         batch_size=7,
         enforce_eager=True,
         options=options,
-        timeout_s=120.0,
-        startup_timeout_s=400.0,
+        timeout_s=600.0,
+        startup_timeout_s=800.0,
         **settings,
     )
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import psutil
 
-
 HANG_S = 300.0
 """What only a process that stays takes, however busy the machine is."""
 

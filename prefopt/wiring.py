@@ -23,7 +23,7 @@ from prefopt.model.distributed import (
     gathered_state,
     process_group_options,
 )
-from prefopt.model.layouts import build_logp_model
+from prefopt.model.layouts import build_logp_model, build_score_model
 from prefopt.model.load import (
     LoadedPolicy,
     check_vocabulary,
@@ -31,19 +31,21 @@ from prefopt.model.load import (
     load_policy,
     load_tokenizer,
 )
-from prefopt.model.logps import LogpModel
+from prefopt.model.logps import LogpModel, unwrap_causal_lm
 from prefopt.model.micro_batches import SplitLimits, longest_row_tokens
+from prefopt.model.reward_model import load_reward_model
+from prefopt.model.scores import ScoreModel
 from prefopt.recipe.checks import check
 from prefopt.recipe.load import load_recipe
-from prefopt.recipe.registry import BoundObjective, bind_objective
-from prefopt.recipe.schema import DEFAULT_MICRO_BATCH_TOKENS, EngineSection, Recipe, TrainSection
+from prefopt.recipe.registry import BoundObjective, stage_objective
+from prefopt.recipe.schema import DEFAULT_MICRO_BATCH_TOKENS, Recipe, TrainSection
+from prefopt.reference.base import Reference
 from prefopt.reference.choose import (
     live_reference,
     outside_model,
     stored_outside_reference,
     stored_reference,
 )
-from prefopt.reference.live import Reference
 from prefopt.rollouts.regime import RolloutRegime
 from prefopt.rollouts.setup import (
     build_rollouts,
@@ -64,6 +66,9 @@ from prefopt.training.trainer import PreferenceTrainer, TrainResult
 
 logger = logging.getLogger(__name__)
 
+Module = LogpModel | ScoreModel
+"""What is trained, and how it is read."""
+
 
 def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     """Trains what the recipe says and returns the run directory.
@@ -76,20 +81,15 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     check(recipe, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
-    if recipe.stage != "preference":
-        from prefopt.stages import run_stage
-
-        return run_stage(recipe)
     run_dir = Path(recipe.run.output_dir)
     resume_from = find_checkpoint(run_dir, recipe.train.resume)
     tokenizer = load_tokenizer(recipe.model)
     data = load_run_data(recipe, tokenizer)
-    if recipe.objective is not None and data.train is not None and not recipe.has_rollouts:
-        objective = bind_objective(recipe.objective)
-        if objective.reads_samples:  # before a model is loaded in vain
-            check_labels(recipe.data, objective, data.train)
+    objective = run_objective(recipe)
+    if objective.reads_samples and data.train is not None and not recipe.has_rollouts:
+        check_labels(recipe.data, objective, data.train)  # before a model is loaded in vain
     accelerator = _accelerator(recipe)
-    policy = load_policy(recipe.model, recipe.peft, seed=recipe.train.seed)
+    policy = load_trained(recipe, tokenizer)
     check_vocabulary(policy.model, tokenizer)
     trainer = build_trainer(
         recipe, data.train, data.eval, policy, accelerator,
@@ -104,6 +104,22 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     save_verified(trainer.model, policy, tokenizer, run_dir / "final", accelerator)
     accelerator.end_training()
     return run_dir
+
+
+def run_objective(recipe: Recipe) -> BoundObjective:
+    """The recipe's objective, or that of its stage."""
+    if recipe.objective is not None:
+        return recipe.objective
+    margin = {"margin_weight": 1.0} if recipe.data.has_margins else {}
+    return stage_objective(recipe.stage, **margin)
+
+
+def load_trained(recipe: Recipe, tokenizer: Any) -> LoadedPolicy:
+    """What the recipe trains, as it is before the first step: a policy, or a reward model."""
+    model, peft, seed = recipe.model, recipe.peft, recipe.train.seed
+    if recipe.stage == "reward_model":
+        return load_reward_model(model, peft, seed=seed, pad_token_id=tokenizer.pad_token_id)
+    return load_policy(model, peft, seed=seed)
 
 
 def _run(
@@ -148,16 +164,17 @@ def build_trainer(
         prompts: what rollouts are sampled for.
         tokenizer: what rollouts and the generation probe are decoded with.
     """
-    assert recipe.objective is not None  # the check has seen to it
-    settings, objective = recipe.train, bind_objective(recipe.objective)
-    engine = build_logp_model(policy.model, recipe.model.layout)
+    settings, objective = recipe.train, run_objective(recipe)
+    build = build_score_model if objective.reads_scores else build_logp_model
+    module = build(policy.model, recipe.model.layout)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(policy.model)
     wiring = _Wiring(recipe, objective, policy, accelerator, train_source, eval_source)
     if prompts is None:
-        regime, reference, model, optimizer = _wire_offline(wiring, engine)
+        regime, reference, model, optimizer = _wire_offline(wiring, module)
     else:
-        regime, reference, model, optimizer = _wire_rollouts(wiring, engine, prompts, tokenizer)
+        assert isinstance(module, LogpModel)  # the check has seen to it
+        regime, reference, model, optimizer = _wire_rollouts(wiring, module, prompts, tokenizer)
     # Dropout, where a recipe keeps it, must differ between processes.
     set_seed(settings.seed, device_specific=True)
     return PreferenceTrainer(
@@ -171,7 +188,7 @@ def build_trainer(
         limits=regime.limits if isinstance(regime, OfflineRegime) else regime.splits,
         reference=reference,
         eval_source=eval_source,
-        importance_cap=recipe.regime.importance_cap,
+        importance_cap=None if recipe.rollouts is None else recipe.rollouts.importance_cap,
         eval_every=recipe.eval.every,
         probe=build_probe(recipe, policy, tokenizer, eval_source, accelerator),
     )
@@ -196,13 +213,13 @@ class _Wired(NamedTuple):
     optimizer: Any
 
 
-def _wire_offline(wiring: _Wiring, engine: LogpModel) -> _Wired:
+def _wire_offline(wiring: _Wiring, module: Module) -> _Wired:
     """A fixed data set: every reference log-prob is known before the first step."""
     recipe, policy, accelerator = wiring.recipe, wiring.policy, wiring.accelerator
     settings, source, held_out = recipe.train, wiring.train_source, wiring.eval_source
     assert source is not None  # the check has seen to it
-    longest = longest_row_tokens(source, engine.packed)
-    limits = _split_limits(settings, engine, longest, accelerator)
+    longest = longest_row_tokens(source, module.packed)
+    limits = _split_limits(settings, module, longest, accelerator)
     draw = None
     if wiring.objective.reads_samples:
         draw = build_draw(recipe.data.sampling, wiring.objective, source)
@@ -225,29 +242,30 @@ def _wire_offline(wiring: _Wiring, engine: LogpModel) -> _Wired:
     reference = None
     if wiring.objective.needs_reference and recipe.reference_name == "model":
         reference = stored_outside_reference(recipe, rows, limits, accelerator)
-    model, optimizer = _prepared(wiring, engine)
+    model, optimizer = _prepared(wiring, module)
     if wiring.objective.needs_reference and recipe.reference_name == "initial":
         reference = stored_reference(recipe, policy, model, rows, limits, accelerator, initial=True)
     return _Wired(regime, reference, model, optimizer)
 
 
 def _wire_rollouts(
-    wiring: _Wiring, engine: LogpModel, prompts: PromptSet, tokenizer: Any
+    wiring: _Wiring, module: LogpModel, prompts: PromptSet, tokenizer: Any
 ) -> _Wired:
     """Fresh samples: the reference is computed when they arrive, by weights held beside the policy's."""
     recipe, accelerator = wiring.recipe, wiring.accelerator
+    assert recipe.rollouts is not None  # prompts are loaded for these alone
     # The sampler's log-probs are at its temperature; what they are compared with must be too.
-    engine.temperature = recipe.regime.temperature
-    needed = most_group_tokens(recipe, wiring.objective, prompts, packed=engine.packed)
+    module.temperature = recipe.rollouts.temperature
+    needed = most_group_tokens(recipe, wiring.objective, prompts, packed=module.packed)
     sources = [s for s in (wiring.train_source, wiring.eval_source) if s is not None]
-    longest = max([needed, *(longest_row_tokens(source, engine.packed) for source in sources)])
-    limits = _split_limits(recipe.train, engine, longest, accelerator)
+    longest = max([needed, *(longest_row_tokens(source, module.packed) for source in sources)])
+    limits = _split_limits(recipe.train, module, longest, accelerator)
     check_group_tokens(longest, limits)
     outside = None
     if wiring.objective.needs_reference and recipe.reference_name == "model":
         outside = outside_model(recipe, limits, accelerator)
-        outside.temperature = recipe.regime.temperature
-    model, optimizer = _prepared(wiring, engine)
+        outside.temperature = recipe.rollouts.temperature
+    model, optimizer = _prepared(wiring, module)
     reference: Reference | None = None
     if wiring.objective.needs_reference:
         reference = live_reference(recipe, model, outside, limits, accelerator)
@@ -268,11 +286,11 @@ def _wire_rollouts(
     return _Wired(regime, reference, model, optimizer)
 
 
-def _prepared(wiring: _Wiring, engine: LogpModel) -> tuple[Any, Any]:
+def _prepared(wiring: _Wiring, module: Module) -> tuple[Any, Any]:
     """The wrapped model and optimizer."""
     settings = wiring.recipe.train
     configure_deepspeed(wiring.accelerator, settings.max_grad_norm)
-    return wiring.accelerator.prepare(engine, build_optimizer(engine, settings))
+    return wiring.accelerator.prepare(module, build_optimizer(module, settings))
 
 
 def save_verified(
@@ -283,10 +301,10 @@ def save_verified(
     Raises: TrainingError if it cannot be written, or what is on disk is not what was trained (an empty shard,
         a missing tensor).
     """
-    engine = cast(LogpModel, accelerator.unwrap_model(model))
-    prefix = "model."  # LogpModel holds the policy under this name
-    names = {name for name, p in engine.named_parameters() if p.requires_grad or not policy.is_peft}
-    state = gathered_state(accelerator, engine, names)
+    module = cast(Module, accelerator.unwrap_model(model))
+    prefix = "model."  # it holds the policy under this name
+    names = {name for name, p in module.named_parameters() if p.requires_grad or not policy.is_peft}
+    state = gathered_state(accelerator, module, names)
     if accelerator.is_main_process:
         assert state is not None
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -296,27 +314,27 @@ def save_verified(
 
 
 def _split_limits(
-    settings: TrainSection, engine: LogpModel, longest: int, accelerator: Accelerator
+    settings: TrainSection, module: Module, longest: int, accelerator: Accelerator
 ) -> SplitLimits:
     """The recipe's bounds on one forward, or the device's defaults, never below the longest row."""
     tokens = settings.micro_batch_tokens
     if tokens is None:
         tokens = DEFAULT_MICRO_BATCH_TOKENS
         if accelerator.device.type == "cpu":
-            config = engine.causal_lm.config.get_text_config(decoder=True)
+            config = unwrap_causal_lm(module.model).config.get_text_config(decoder=True)
             # Some 200 MB of activations: enough tokens to fill the cores, and no slower than more
             # (measured with bench/offline_step.py: 2 pairs a forward against 8).
             tokens = max(256, 2**20 // (config.num_hidden_layers * config.hidden_size))
         tokens = max(tokens, longest)
-    return SplitLimits(tokens, settings.micro_batch_size, engine.packed)
+    return SplitLimits(tokens, settings.micro_batch_size, module.packed)
 
 
 def _longest_wait_s(recipe: Recipe) -> float:
     """How long other processes may wait while the main one starts an engine or samples."""
-    if not recipe.has_rollouts:
+    if recipe.rollouts is None:
         return 0.0
-    engine = recipe.engine or EngineSection()
-    jobs = 2 * (recipe.regime.max_lag + 2)  # a push and a batch each
+    engine = recipe.sampled_by
+    jobs = 2 * (recipe.rollouts.max_lag + 2)  # a push and a batch each
     return engine.startup_timeout_s + jobs * engine.timeout_s
 
 

@@ -1,4 +1,4 @@
-"""The policy of a checkpoint, as a model or adapter that anything can load."""
+"""The policy (or reward model) of a checkpoint, as a model or adapter that anything can load."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 
 from prefopt.errors import ModelError, TrainingError
 from prefopt.model.adapters import save_final
-from prefopt.model.load import load_policy, load_tokenizer
+from prefopt.model.load import load_tokenizer
 from prefopt.recipe.schema import Recipe
 from prefopt.training.checkpoint import trainable_state
 from prefopt.training.run_record import RUN_FILE
+from prefopt.wiring import load_trained
 
 _PREFIX = "model."
-"""The policy's place in `prefopt.model.logps.LogpModel`, which is what checkpoints are of."""
+"""The policy's place in `LogpModel` or `ScoreModel`, which is what checkpoints are of."""
 
 
 def export_checkpoint(run_dir: Path, checkpoint: Path, output: Path) -> None:
@@ -32,7 +33,8 @@ def export_checkpoint(run_dir: Path, checkpoint: Path, output: Path) -> None:
         launcher reads (FSDP); TrainingError if it cannot be written.
     """
     recipe = _recipe(run_dir)
-    policy = load_policy(recipe.model, recipe.peft, seed=recipe.train.seed)
+    tokenizer = load_tokenizer(recipe.model)
+    policy = load_trained(recipe, tokenizer)
     saved = _tensors(checkpoint)
     wanted = trainable_state(policy.model)
     odd = sorted(saved.keys() ^ wanted.keys())
@@ -45,7 +47,7 @@ def export_checkpoint(run_dir: Path, checkpoint: Path, output: Path) -> None:
         for name, tensor in wanted.items():
             tensor.copy_(saved[name])
     try:
-        save_final(policy.model, load_tokenizer(recipe.model), output)
+        save_final(policy.model, tokenizer, output)
     except OSError as error:
         raise TrainingError(f"{output}: cannot be written: {error}") from error
 
@@ -55,7 +57,8 @@ def _recipe(run_dir: Path) -> Recipe:
         record = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
         # Leniently: what the recipe of another version had more is none of a policy's business.
         sections = {
-            name: record["recipe"][name] for name in ("model", "data", "train", "run", "peft")
+            name: record["recipe"][name]
+            for name in ("stage", "model", "data", "train", "run", "peft")
         }
         return Recipe.model_validate(sections)
     except (OSError, ValueError, KeyError) as error:

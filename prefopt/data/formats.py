@@ -131,6 +131,14 @@ def canonical(row: RawRow, reading: Reading) -> Row | Refused:
     if isinstance(result, Refused):
         return result
     scores = (score(row, columns.score_chosen), score(row, columns.score_rejected))
+    if columns.margin is not None:
+        margin = score(row, columns.margin)
+        if margin is None:
+            raise DataError(
+                f"{row.where}: column {columns.margin!r} is empty: every pair needs its margin; write 0 where "
+                "there is none"
+            )
+        scores = (margin, 0.0)
     result = replace(result, scores=scores[: len(values)])
     return _refusal(result, reading) or result
 

@@ -1,20 +1,22 @@
 """Which token layout a model runs in, decided by trying it and said aloud, never silently.
 
 A wrong attention mask, or an LM head with a step this project does not know, gives log-probs that look
-plausible. So the engine is compared with the model's own forward on a few tokens before it is used.
+plausible. So what is built here is compared with the model's own forward on a few tokens before it is used.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from prefopt.errors import ModelError
-from prefopt.model.collate import pack, pad
+from prefopt.model.collate import joined
 from prefopt.model.logps import LogpModel, unwrap_causal_lm
+from prefopt.model.scores import ScoreModel
 from prefopt.types import Group, Response
 
 logger = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ _UNCHECKED = (
 )
 
 # Mean absolute difference of token log-probs, in nats. Rounding gives about 1e-6 in fp32 and 1e-2 in
-# bfloat16; a response that sees its sibling, or a missing softcap, gives 0.1 to 10.
+# bfloat16; a response that sees its sibling, or a missing softcap, gives 0.1 to 10. Of scores: as a share of them.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 # The same weights in another batch composition, stored and computed again: rounding, nothing else.
@@ -40,7 +42,7 @@ def log_ratio_tolerance(model: nn.Module, precision: str) -> float:
 
 
 def build_logp_model(model: nn.Module, layout: str = "auto") -> LogpModel:
-    """The log-prob engine of a loaded model in the layout asked for, checked against its own forward.
+    """The `LogpModel` of a loaded model in the layout asked for, checked against the model's own forward.
 
     Args:
         model: causal LM or PEFT model, not yet wrapped by DDP, DeepSpeed or FSDP.
@@ -48,15 +50,32 @@ def build_logp_model(model: nn.Module, layout: str = "auto") -> LogpModel:
 
     Raises: ModelError if the layout asked for (or, with auto, both) disagrees with the model's own forward.
     """
+    return _checked(LogpModel, model, layout, _logps_differ)
+
+
+def build_score_model(model: nn.Module, layout: str = "auto") -> ScoreModel:
+    """As `build_logp_model`, of a sequence classifier with one output."""
+    return _checked(ScoreModel, model, layout, _scores_differ)
+
+
+_Module = TypeVar("_Module", LogpModel, ScoreModel)
+
+
+def _checked(
+    kind: type[_Module],
+    model: nn.Module,
+    layout: str,
+    differ: Callable[[nn.Module, bool], str | None],
+) -> _Module:
     sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     for packed in {"auto": (True, False), "packed": (True,), "padded": (False,)}[layout]:
         reason = _why_not_packed(model) if packed else None
         if reason is None and not sharded:
-            reason = _disagreement(model, packed)
+            reason = _disagreement(model, packed, differ)
         if reason is None:
             name = "packed, prompts shared" if packed else "padded"
             logger.info("token layout: %s%s", name, _UNCHECKED if sharded else "")
-            return LogpModel(model, packed=packed)
+            return kind(model, packed=packed)
         if layout != "auto" or not packed:
             name = "packed" if packed else "padded"
             raise ModelError(
@@ -76,34 +95,61 @@ def _why_not_packed(model: nn.Module) -> str | None:
     return None
 
 
-def _disagreement(model: nn.Module, packed: bool) -> str | None:
-    """Why the engine's log-probs differ from the model's own forward on probe groups; None if they agree."""
-    causal_lm = unwrap_causal_lm(model)
-    attention = causal_lm.config._attn_implementation
+def _disagreement(
+    model: nn.Module, packed: bool, differ: Callable[[nn.Module, bool], str | None]
+) -> str | None:
+    """Why the model in this layout differs from its own forward on probe groups; None if they agree."""
+    transformer = unwrap_causal_lm(model)
+    attention = transformer.config._attn_implementation
     was_training = model.training
-    groups = _probe_groups(causal_lm.config.get_text_config(decoder=True).vocab_size)
     try:
         model.eval()
         with torch.no_grad():
-            want = _own_logps(causal_lm, groups)
-            engine = LogpModel(model, packed=packed)
-            layout = pack(groups) if packed else pad(groups)
-            got = engine(layout.to(want.device)).flatten()[layout.slots.to(want.device)]
-    except (ModelError, TypeError, NotImplementedError, IndexError) as error:
-        # TypeError: a decoder that takes no extra keywords or position ids.
+            return differ(model, packed)
+    except (ModelError, TypeError, NotImplementedError, IndexError, AttributeError) as error:
+        # TypeError: a decoder that takes no extra keywords or position ids. AttributeError: another head.
         return f"{type(error).__name__}: {error}"
     finally:
         model.train(was_training)
         if attention:
-            causal_lm.set_attn_implementation(attention)
-    error = (got - want).abs().mean().item()
+            transformer.set_attn_implementation(attention)
+
+
+def _logps_differ(model: nn.Module, packed: bool) -> str | None:
+    causal_lm = unwrap_causal_lm(model)
+    groups = _probe_groups(causal_lm)
+    want = _own_logps(causal_lm, groups)
+    logp_model = LogpModel(model, packed=packed)
+    layout = logp_model.layout(groups).to(want.device)
+    error = (logp_model(layout).flatten()[layout.slots] - want).abs().mean().item()
     limit = _TOLERANCE.get(next(causal_lm.parameters()).dtype, 0.1)
     if error <= limit:  # False for NaN
         return None
     return f"log-probs differ from the model's own forward by {error:.3g} nats a token (limit {limit:g})"
 
 
-def _probe_groups(vocabulary: int) -> list[Group]:
+def _scores_differ(model: nn.Module, packed: bool) -> str | None:
+    """Padded is the model's own forward, with nothing to compare."""
+    if not packed:
+        return None
+    classifier = unwrap_causal_lm(model)
+    groups = _probe_groups(classifier)
+    device = next(classifier.parameters()).device
+    rows = [[*group.prompt_ids, *r.ids] for group in groups for r in group.responses]
+    want = torch.stack(
+        [classifier(input_ids=torch.tensor([row], device=device)).logits[0, 0] for row in rows]
+    )
+    score_model = ScoreModel(model, packed=True)
+    got = score_model(score_model.layout(groups).to(device))
+    error = ((got - want).abs().sum() / want.abs().sum().clamp(min=1e-12)).item()
+    limit = _TOLERANCE.get(next(classifier.parameters()).dtype, 0.1)
+    if error <= limit:  # False for NaN
+        return None
+    return f"scores differ from the model's own forward by a share of {error:.3g} (limit {limit:g})"
+
+
+def _probe_groups(transformer: Any) -> list[Group]:
+    vocabulary = transformer.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> tuple[int, ...]:
@@ -118,7 +164,7 @@ def _own_logps(causal_lm: Any, groups: list[Group]) -> Tensor:
     parts = []
     for group in groups:
         for response in group.responses:
-            ids = torch.tensor([[*group.prompt_ids, *response.ids]], device=device)
+            ids = joined([group.prompt_ids, response.ids])[None].to(device)
             logits = causal_lm(input_ids=ids, use_cache=False).logits[
                 0, len(group.prompt_ids) - 1 : -1
             ]

@@ -35,7 +35,7 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A policy ready for the log-prob engine."""
+    """A policy (or a reward model) ready for its `LogpModel` (or `ScoreModel`)."""
 
     model: PreTrainedModel | PeftModel
     weights_hash: str
@@ -143,12 +143,24 @@ def load_policy(
     return LoadedPolicy(policy, key, text, isinstance(policy, PeftModel))
 
 
-def load_base(source: Source, model: ModelSection) -> PreTrainedModel:
+def load_base(
+    source: Source,
+    model: ModelSection,
+    *,
+    auto: Any = AutoModelForCausalLM,
+    new: tuple[str, ...] = (),
+    **more: Any,
+) -> PreTrainedModel:
     """The full model of ``source``, every parameter from its files.
+
+    Args:
+        auto: transformers' class of models to load it as.
+        new: beginnings of the names of parameters that need not be in the files.
+        more: goes to its ``from_pretrained``.
 
     Raises: ModelError if files are damaged, of another architecture, or lack parameters.
     """
-    options: dict[str, Any] = {"dtype": model.dtype, "trust_remote_code": model.trust_remote_code}
+    options = {"dtype": model.dtype, "trust_remote_code": model.trust_remote_code, **more}
     if source.name != str(source.directory):
         options["revision"] = source.revision or "main"
     if model.quantization is not None:
@@ -162,16 +174,14 @@ def load_base(source: Source, model: ModelSection) -> PreTrainedModel:
         if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
             # SDPA takes no softcap and drops it silently: logits of a tiny Gemma 2 move by 1.4
             options["attn_implementation"] = "eager"
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            source.name, output_loading_info=True, **options
-        )
+        result: Any = auto.from_pretrained(source.name, output_loading_info=True, **options)
         loaded, info = result
     except LOAD_ERRORS as error:
         raise ModelError(
             f"cannot load the model {source.name!r}: {type(error).__name__}: {first_line(error)}"
         ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(new))
+    if missing:
         raise ModelError(
             f"{source.name!r} lacks {len(missing)} parameters of {type(loaded).__name__}, e.g. "
             f"{missing[:3]}: they would be random. The files are incomplete, or this is not a causal LM."
@@ -263,7 +273,8 @@ def _assemble(
     if plan.start is not None:
         policy = load_saved_adapter(policy, plan.start, trainable=trainable)
     elif plan.new is not None:
-        policy = _add_adapter(policy, plan.new, seed)
+        with seeded(seed):
+            policy = add_adapter(policy, plan.new)
         fresh = fresh_adapter_hash(policy)
     if isinstance(policy, PeftModel):
         _record_base(policy, plan.base)
@@ -299,10 +310,10 @@ def _refuse_merge(plan: _Plan, model: ModelSection) -> None:
         )
 
 
-def _add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
+def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """``model`` under a new adapter. Raises: ConfigError where the two do not fit."""
     try:
-        with _seeded(seed):
-            adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise ConfigError(
             f"peft (type {str(config.peft_type).lower()!r}) on {type(model).__name__}: {error}"
@@ -312,7 +323,8 @@ def _add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftM
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Random values of ``seed`` inside; the global random state is left as it was."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

@@ -9,6 +9,7 @@ Shape letters: N response tokens, D hidden size, V vocabulary, R responses, T lo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prefopt.errors import ModelError
-from prefopt.model.attention.reference import PACKED_ATTENTION, PackedMasks
-from prefopt.model.collate import TokenLayout
+from prefopt.model.attention import load_kernel
+from prefopt.model.collate import TokenLayout, pack, pad
+from prefopt.types import Group
 
 # Logits of one chunk, in elements: small enough for a CPU's caches, large enough to keep a GPU busy.
 _CHUNK_ELEMENTS_CPU = 2**21
@@ -64,15 +66,24 @@ class LogpModel(nn.Module):
         model: a transformers causal LM, or a PEFT model around one.
         packed: take packed layouts (True) or padded ones (False).
         temperature: divides the logits, as a sampler would; 1 scores the model itself.
+        kernel: of packed attention, by its name in `prefopt.model.attention`.
     """
 
-    def __init__(self, model: nn.Module, *, packed: bool = True, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        packed: bool = True,
+        temperature: float = 1.0,
+        kernel: str = "reference",
+    ) -> None:
         super().__init__()
         self.model = model
         self.packed = packed
         causal_lm = self.causal_lm
         if packed:
-            causal_lm.set_attn_implementation(PACKED_ATTENTION)
+            self._kernel, implementation = load_kernel(kernel)
+            causal_lm.set_attn_implementation(implementation)
         text_config = causal_lm.config.get_text_config(decoder=True)
         self.transform = LogitTransform.of(text_config)
         self.temperature = temperature
@@ -87,6 +98,10 @@ class LogpModel(nn.Module):
         logps = self._head(self.states(layout), layout.targets)
         result = logps.new_zeros(layout.num_rows * layout.width)
         return result.index_put((layout.slots,), logps).view(layout.num_rows, layout.width)
+
+    def layout(self, groups: Sequence[Group]) -> TokenLayout:
+        """The layout this model takes."""
+        return pack(groups) if self.packed else pad(groups)
 
     def states(self, layout: TokenLayout) -> Tensor:
         """(N, D) hidden states that predict the N response tokens, in the order of ``layout.targets``."""
@@ -112,7 +127,7 @@ class LogpModel(nn.Module):
             )
         extra: dict[str, Any] = {"attention_mask": layout.attention_mask}
         if layout.packed:
-            extra["packed_masks"] = PackedMasks(layout)
+            extra["packed_masks"] = self._kernel.prepare(layout)
         decoder = self.causal_lm.get_decoder()
         output = decoder(
             input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **extra

@@ -6,16 +6,13 @@ gradient.
 """
 
 from collections.abc import Mapping
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
-FlipProbability = Annotated[float, Field(ge=0, lt=0.5)]
 """Share of pairs whose label is wrong. At one half a label says nothing, beyond it the opposite."""
 
 
@@ -79,7 +76,7 @@ def pair_output(
     Returns: losses, ``token_losses`` (P,) if ``nll_weight`` > 0, and the metrics
         ``rewards/chosen|rejected|margin|accuracy`` and, with an NLL term, ``nll/chosen``.
     """
-    named = _reward_metrics(rewards.detach()) | dict(metrics or {})
+    named = reward_metrics(rewards.detach()) | dict(metrics or {})
     if nll_weight == 0:
         return ObjectiveOutput(losses, named)
     nll = chosen_nll(lp)
@@ -93,7 +90,7 @@ def per_chosen_token(lp: ResponseLogps, values: Tensor) -> Tensor:
     return values / lp.mask.sum(-1).clamp(min=1)[lp.pairs[:, 0]]
 
 
-def _reward_metrics(rewards: Tensor) -> dict[str, Tensor]:
+def reward_metrics(rewards: Tensor) -> dict[str, Tensor]:
     chosen, rejected = rewards.unbind(-1)
     margin = chosen - rejected
     # A tie counts one half: at step 0 policy = reference, every reward is 0, and "chance" is what the

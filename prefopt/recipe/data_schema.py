@@ -24,6 +24,9 @@ class ColumnMap(Section):
     """Column with the score of `chosen`; a dot descends (`metadata.score_chosen`)."""
     score_rejected: str | None = None
     """Column with the score of `rejected`."""
+    margin: str | None = None
+    """Column that says by how much `chosen` is better, for `stage: reward_model`: the m of Llama 2's loss
+    -log σ(r_w - r_l - m). In the place of the two scores, whose difference it is."""
     response: str = "response"
     """Response of a sample row, for objectives on rewards or advantages; same shapes as `chosen`. Where a source
     has no such column but chosen and rejected with their scores, each pair is read as two samples."""
@@ -124,3 +127,8 @@ class DataSection(Section):
     """Where tokenised data is cached; default: `$PREFOPT_CACHE` or `~/.cache/prefopt`."""
     num_workers: PositiveInt = 1
     """Processes that tokenise."""
+
+    @property
+    def has_margins(self) -> bool:
+        """Does a source say by how much its chosen responses are better?"""
+        return any(source.columns.margin is not None for source in (*self.train, *self.eval))

@@ -1,4 +1,4 @@
-"""Names of objectives, signals and credits, where they live and what they need; torch-free until looked up.
+"""Names of objectives, signals and credits, where they live and what they need; torch-free until one is called.
 
 Adding one is a function, one line in its table here and one row of reference values in its test. The
 keyword-only signature of the function *is* its YAML schema.
@@ -11,10 +11,11 @@ import importlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from prefopt.errors import ConfigError, suggest
+from prefopt.recipe.declared import is_declaration, run_declaration
 
 
 class Need(enum.Enum):
@@ -30,6 +31,8 @@ class Need(enum.Enum):
     """Fresh responses of the policy, scored or not."""
     CONDITION = "condition"
     """The row's reward written into its prompt: only rows of a data set are scored before they are rendered."""
+    SCORES = "scores"
+    """A reward model's scores of the responses (`ResponseScores`), and no log-probs."""
     GROUPS = "groups"
     """All responses to a prompt in one forward: a baseline over the group that depends on the policy."""
 
@@ -52,6 +55,9 @@ class Spec:
         return {
             p.name: (hints[p.name], ... if p.default is required else p.default) for p in keywords
         }
+
+
+AnySpec = TypeVar("AnySpec", bound=Spec)
 
 
 @dataclass(frozen=True)
@@ -84,14 +90,42 @@ class SignalSpec(Spec):
 
 
 @dataclass(frozen=True)
-class BoundObjective:
+class Bound(Generic[AnySpec]):
+    """A named entry of a recipe, validated: what it names, and its hyper-parameters."""
+
+    spec: AnySpec = field(compare=False)
+    """As declared: `fn` may have no body; call `Bound.fn`."""
+    params: Mapping[str, Any] = field(compare=False)
+    """The hyper-parameters that were given, as the signature has them."""
+    given: Mapping[str, Any]
+    """``name`` and keys as they were written: what run.json and hashes of settings hold."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def fn(self) -> Callable[..., Any]:
+        """The registered function itself; its module is imported now."""
+        raise NotImplementedError
+
+    def value(self, key: str) -> Any:
+        """A hyper-parameter as it will be used: the given one, else the default; None for one it does not have."""
+        _, default = self.spec.fields.get(key, (None, None))
+        return self.params.get(key, default)
+
+
+@dataclass(frozen=True)
+class BoundObjective(Bound[ObjectiveSpec]):
     """An objective with its hyper-parameters filled in: what the trainer calls."""
 
-    spec: ObjectiveSpec
-    params: Mapping[str, Any]
+    @property
+    def fn(self) -> Callable[..., Any]:
+        fn = self.spec.fn
+        return get_objective(self.name).fn if is_declaration(fn) else fn
 
     def __call__(self, lp: Any) -> Any:
-        return self.spec.fn(lp, **self.params)
+        return self.fn(lp, **self.params)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -105,6 +139,42 @@ class BoundObjective:
     @property
     def reads_samples(self) -> bool:
         return reads_samples(self.needs)
+
+    @property
+    def reads_scores(self) -> bool:
+        return Need.SCORES in self.needs
+
+
+@dataclass(frozen=True)
+class BoundCredit(Bound[CreditSpec]):
+    """A credit rule with its hyper-parameters filled in."""
+
+    @property
+    def fn(self) -> Callable[..., Any]:
+        return get_credit(self.name).fn
+
+    def __call__(self, scores: Any) -> Any:
+        return self.fn(scores, **self.params)
+
+
+@dataclass(frozen=True)
+class BoundSignal(Bound[SignalSpec]):
+    """A signal with its hyper-parameters filled in; nothing is loaded before `fn` is called."""
+
+    @property
+    def fn(self) -> Callable[..., Any]:
+        return get_signal(self.name).fn
+
+    @property
+    def weight(self) -> float:
+        """Of its score in the reward."""
+        return float(self.given.get("weight", 1.0))
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the prompt data that it reads."""
+        found = [self.value(key) for key in self.spec.needs_fields]
+        return [name for name in found if isinstance(name, str)]
 
 
 def needs_with(spec: ObjectiveSpec, params: Mapping[str, Any]) -> frozenset[Need]:
@@ -120,24 +190,27 @@ def reads_samples(needs: frozenset[Need]) -> bool:
     return bool(needs & labels) and not needs & {Need.PAIRS, Need.SAMPLES, Need.BEHAVIOR}
 
 
-AnySpec = TypeVar("AnySpec", bound=Spec)
-
-
 class Registry(Generic[AnySpec]):
     """Specs by name: those of a table, imported when first looked up, and those user code registers.
 
     Args:
         key: the recipe key that holds the name, for error messages.
         table: name -> module that defines it.
+        decorator: what registers its entries, where `declared` may read them without importing them.
     """
 
-    def __init__(self, key: str, table: Mapping[str, str]) -> None:
+    def __init__(self, key: str, table: Mapping[str, str], decorator: str | None = None) -> None:
         self.key = key
         self.table = table
+        self.decorator = decorator
         self._specs: dict[str, AnySpec] = {}
+        self._declared: dict[str, AnySpec] = {}
 
     def add(self, spec: AnySpec) -> None:
         """Registers ``spec``; ValueError if another function already has its name."""
+        if is_declaration(spec.fn):
+            self._declared[spec.name] = spec
+            return
         known = self._specs.get(spec.name)
         mine = (spec.fn.__module__, spec.fn.__qualname__)
         if known is not None and (known.fn.__module__, known.fn.__qualname__) != mine:
@@ -153,6 +226,14 @@ class Registry(Generic[AnySpec]):
         if name not in self._specs:
             raise ConfigError(f"{self.key} = {name!r}: unknown; {suggest(name, self.names())}")
         return self._specs[name]
+
+    def declared(self, name: str) -> AnySpec:
+        """As `get`, but of an entry of the table only what its module declares is read: its ``fn`` has no body."""
+        unread = name not in self._specs and name not in self._declared
+        if unread and self.decorator is not None and name in self.table:
+            run_declaration(self.table[name], name, self.decorator)
+        found = self._specs.get(name) or self._declared.get(name)
+        return self.get(name) if found is None else found
 
     def names(self) -> set[str]:
         """Every name a recipe may use: the built-in table and whatever user code registered."""
@@ -192,6 +273,11 @@ OBJECTIVES: dict[str, str] = {
     "a_lol_kl": "prefopt.objectives.lol",
     "direct_advantage": "prefopt.objectives.direct_advantage",
 }
+# The stages whose recipes have no objective section, and the modules of their objectives.
+STAGES: dict[str, str] = {
+    "sft": "prefopt.objectives.sft",
+    "reward_model": "prefopt.objectives.bradley_terry",
+}
 CREDITS: dict[str, str] = {
     "best_worst": "prefopt.credit.pairs",
     "best_random": "prefopt.credit.pairs",
@@ -221,9 +307,10 @@ SIGNALS: dict[str, str] = {
     "truncation_value": "prefopt.signals.penalties",
 }
 
-_OBJECTIVES: Registry[ObjectiveSpec] = Registry("objective.name", OBJECTIVES)
-_CREDITS: Registry[CreditSpec] = Registry("credit.name", CREDITS)
-_SIGNALS: Registry[SignalSpec] = Registry("signals.N.name", SIGNALS)
+_OBJECTIVES: Registry[ObjectiveSpec] = Registry("objective.name", OBJECTIVES, "objective")
+_STAGES: Registry[ObjectiveSpec] = Registry("stage", STAGES, "objective")
+_CREDITS: Registry[CreditSpec] = Registry("credit.name", CREDITS, "credit")
+_SIGNALS: Registry[SignalSpec] = Registry("signals.N.name", SIGNALS, "signal")
 REGISTRIES: Mapping[str, Registry[Any]] = {
     "objective": _OBJECTIVES,
     "credit": _CREDITS,
@@ -241,6 +328,7 @@ def objective(
     source: str,
     needs_when: Mapping[str, Need] | None = None,
     credit: str | None = None,
+    of_stage: bool = False,
 ) -> Callable[[_Fn], _Fn]:
     """Registers a pure function ``(ResponseLogps, *, hyper-parameters) -> ObjectiveOutput``.
 
@@ -250,6 +338,7 @@ def objective(
         source: paper and equation.
         needs_when: needs that a hyper-parameter switches on when it is not 0, e.g. a KL weight.
         credit: the credit used on rollouts where the recipe names none.
+        of_stage: ``name`` is that of a stage, which trains with nothing else.
 
     Returns: the function itself, unchanged.
     Raises: ValueError if another function already has that name.
@@ -257,7 +346,8 @@ def objective(
 
     def register(fn: _Fn) -> _Fn:
         when = dict(needs_when or {})
-        _OBJECTIVES.add(ObjectiveSpec(name, fn, source, frozenset(needs), when, credit))
+        specs = _STAGES if of_stage else _OBJECTIVES
+        specs.add(ObjectiveSpec(name, fn, source, frozenset(needs), when, credit))
         return fn
 
     return register
@@ -307,9 +397,14 @@ def get_signal(name: str) -> SignalSpec:
 
 
 def bind_objective(section: Mapping[str, Any]) -> BoundObjective:
-    """The objective of a recipe's ``objective`` section (already validated) with its hyper-parameters."""
+    """The objective that code names itself, as a sound ``objective`` section would."""
     params = {key: value for key, value in section.items() if key != "name"}
-    return BoundObjective(get_objective(section["name"]), params)
+    return BoundObjective(_OBJECTIVES.declared(section["name"]), params, section)
+
+
+def stage_objective(stage: str, **params: Any) -> BoundObjective:
+    """What a stage without an ``objective`` section trains with."""
+    return BoundObjective(_STAGES.get(stage), params, {"name": stage, **params})
 
 
 def objective_names() -> set[str]:

@@ -8,14 +8,20 @@ import torch
 
 from prefopt.model.collate import TokenLayout
 from prefopt.training.metrics import MeanMeter
-from prefopt.types import Group, ObjectiveOutput, ResponseLogps
+from prefopt.types import Group, ObjectiveOutput, ResponseLogps, ResponseScores
 
 
-def add_batch_metrics(meter: MeanMeter, lp: ResponseLogps, output: ObjectiveOutput) -> None:
+def add_batch_metrics(
+    meter: MeanMeter, seen: ResponseLogps | ResponseScores, output: ObjectiveOutput
+) -> None:
     """What is known of a micro-batch, the objective's own metrics included; of training and of evaluation."""
     meter.add_values(output.metrics)
-    add_pair_metrics(meter, lp, output)
-    add_sample_metrics(meter, lp, output)
+    if isinstance(seen, ResponseScores):
+        meter.add("loss/pairs", output.losses.detach().sum(), float(len(seen.pairs)))
+        meter.add_values({"rewards/mean": seen.scores[seen.pairs]})
+        return
+    add_pair_metrics(meter, seen, output)
+    add_sample_metrics(meter, seen, output)
 
 
 def add_pair_metrics(meter: MeanMeter, lp: ResponseLogps, output: ObjectiveOutput) -> None:
@@ -110,5 +116,6 @@ def add_layout_metrics(
     padded, real = len(rows) * max(rows), sum(rows)
     avoided = padded - real if layout.packed else 0
     meter.add_total("tokens/computed", weight * layout.num_input_tokens)
+    meter.add_running("tokens/seen", weight * real)
     meter.add("tokens/padding_avoided_frac", weight * avoided, weight * padded)
     meter.add("tokens/prompt_shared_frac", weight * shared, weight * real)

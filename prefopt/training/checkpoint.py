@@ -165,6 +165,11 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     Raises: ConfigError if a named one is not complete, or ``never`` meets the checkpoints of another run.
     """
     found = _complete(run_dir / "checkpoints")
+    if not found and any((run_dir / "checkpoints").glob("checkpoint-*")):
+        raise ConfigError(
+            f"run.output_dir = {run_dir}: holds checkpoints of an older version, whose SFT and reward models TRL "
+            "trained (checkpoint-N): this one cannot go on from them. Use another run.output_dir"
+        )
     if resume == "auto":
         return found[-1] if found else None
     if resume == "never":

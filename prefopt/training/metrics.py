@@ -31,6 +31,7 @@ class MeanMeter:
         self.device = device
         self._sums: dict[str, Tensor] = {}
         self._totals: set[str] = set()
+        self._running: set[str] = set()
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Adds ``total`` over ``count`` units to the mean called ``name``."""
@@ -42,15 +43,20 @@ class MeanMeter:
         self._totals.add(name)
         self.add(name, amount, 1.0)
 
+    def add_running(self, name: str, amount: Tensor | float) -> None:
+        """Adds to a plain sum over the whole run and all processes."""
+        self._running.add(name)
+        self.add_total(name, amount)
+
     def add_values(self, values: Mapping[str, Tensor]) -> None:
         """Adds per-item tensors: each a sum over its elements, counted by their number."""
         for name, value in values.items():
             self.add(name, value.detach().double().sum(), float(value.numel()))
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
-        """Means over all processes, and forgets; a name without a single item is left out."""
+        """Means over all processes, and forgets them; a name without a single item is left out."""
         names, stacked = self._stacked(accelerator)
-        self._sums = {}
+        self._sums = {name: pair for name, pair in self._sums.items() if name in self._running}
         return {
             name: total if name in self._totals else total / count
             for name, (total, count) in zip(names, stacked.tolist(), strict=True)
@@ -61,7 +67,7 @@ class MeanMeter:
         """What was added since the last `reduce`, over all processes; for a checkpoint. A collective."""
         names, stacked = self._stacked(accelerator)
         sums = dict(zip(names, stacked.tolist(), strict=True))
-        return {"sums": sums, "totals": sorted(self._totals)}
+        return {"sums": sums, "totals": sorted(self._totals), "running": sorted(self._running)}
 
     def _stacked(self, accelerator: Any) -> tuple[list[str], Tensor]:
         """Every process's names, and (names, 2) sums and counts over all processes. A collective."""
@@ -87,6 +93,7 @@ class MeanMeter:
             for name, pair in state["sums"].items()
         }
         self._totals = set(state["totals"])
+        self._running = set(state.get("running", ()))
 
 
 def _scalar(value: Tensor | float, device: torch.device | str) -> Tensor:

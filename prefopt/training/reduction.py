@@ -25,9 +25,9 @@ def reduced(output: ObjectiveOutput, window: Window) -> Tensor:
 
 
 def name_culprits(
-    groups: Sequence[Group], lp: ResponseLogps, output: ObjectiveOutput, step: int
+    groups: Sequence[Group], forward: Tensor, output: ObjectiveOutput, step: int
 ) -> str:
-    """Which pairs have a loss that is not finite, and what their log-probs look like."""
+    """Which pairs or samples have a loss that is not finite, and whether the ``forward`` of the model is."""
     losses = output.losses if output.token_losses is None else output.losses + output.token_losses
     owners, what = [group.id for group in groups for _ in group.pairs], "pairs"
     of_samples = [output.sample_losses, output.sample_token_losses]
@@ -40,7 +40,7 @@ def name_culprits(
         f"{owners[i]} (loss {losses[i].item()})"
         for i in (~losses.isfinite()).nonzero()[:, 0].tolist()
     ]
-    broken = "" if lp.policy.isfinite().all() else "; the policy's own log-probs are not finite"
+    broken = "" if forward.isfinite().all() else "; the policy's own log-probs are not finite"
     return (
         f"step {step + 1}: the loss of {len(bad)} {what} is not finite{broken}: {', '.join(bad[:16])}. "
         "Look at them with `prefopt show`; with fp16 weights use bf16, else lower train.learning_rate"

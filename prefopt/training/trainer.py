@@ -1,4 +1,4 @@
-"""The one trainer: a regime gives windows, the engine log-probs, the objective losses; here they are reduced.
+"""The one trainer: a regime gives windows, the model log-probs, the objective losses; here they are reduced.
 
     loss = Σ losses / pairs of the global batch + Σ token_losses / chosen tokens of the global batch
          + Σ sample_losses / samples of the global batch + Σ sample_token_losses / their tokens
@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,24 +23,24 @@ from tqdm import tqdm
 
 from prefopt.data.groups import GroupSource
 from prefopt.errors import PrefoptError, TrainingError
-from prefopt.model.collate import make_batch, response_mask
 from prefopt.model.distributed import Interrupts, clip_gradients, max_over_processes, sync_gradients
 from prefopt.model.layouts import log_ratio_tolerance
 from prefopt.model.micro_batches import SplitLimits
-from prefopt.model.sweep import layout_fn, sweep
+from prefopt.model.sweep import LayoutFn, sweep
 from prefopt.recipe.registry import BoundObjective
 from prefopt.recipe.schema import TrainSection
-from prefopt.reference.live import Reference
+from prefopt.reference.base import Reference
 from prefopt.training.batch_metrics import add_batch_metrics, add_layout_metrics, derived
 from prefopt.training.checkpoint import Checkpoints
 from prefopt.training.generation_probe import GenerationProbe
 from prefopt.training.importance import weighted
+from prefopt.training.inputs import response_logps, response_scores
 from prefopt.training.metrics import MeanMeter, MetricsLog, peak_memory_gib
 from prefopt.training.optimizer import learning_rate, set_learning_rate
 from prefopt.training.reduction import PolicyGap, name_culprits, reduced
 from prefopt.training.regimes import Regime
 from prefopt.training.windows import MicroBatch, Window
-from prefopt.types import Group, ResponseLogps
+from prefopt.types import Group, ResponseLogps, ResponseScores
 
 logger = logging.getLogger(__name__)
 
@@ -59,17 +59,17 @@ class TrainResult:
 
 
 class PreferenceTrainer:
-    """Trains a policy on the windows of a regime with one objective.
+    """Trains a policy or a reward model on the windows of a regime with one objective.
 
     Args:
-        model: the prepared (wrapped) `LogpModel`.
+        model: the prepared (wrapped) `LogpModel` or `ScoreModel`.
         optimizer: the prepared optimizer.
         objective: the objective with its hyper-parameters.
         regime: where windows come from.
         settings: the recipe's ``train`` section.
         accelerator: created by the launcher's configuration.
         run_dir: where metrics and checkpoints go.
-        limits: size of one forward; also says which layout the model takes.
+        limits: size of one forward.
         reference: where reference log-probs come from, or None for an objective that needs none.
         eval_source: held-out groups, or None.
         importance_cap: weight samples by their truncated importance; None: do not.
@@ -110,7 +110,8 @@ class PreferenceTrainer:
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints", accelerator, keep=settings.keep_checkpoints
         )
-        self._layout = layout_fn(packed=limits.packed)
+        self._layout: LayoutFn = cast(Any, accelerator.unwrap_model(model)).layout
+        self._reads_scores = objective.reads_scores
         self._meter = MeanMeter(accelerator.device)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._clock = time.perf_counter()
@@ -121,7 +122,7 @@ class PreferenceTrainer:
     def train(self, resume_from: Path | None = None) -> TrainResult:
         """Runs to the last step, or to an interrupt, after which a checkpoint says where to go on.
 
-        Raises: TrainingError for a non-finite loss or gradient (naming the pairs), a reference that is
+        Raises: TrainingError for a non-finite loss or gradient (naming the rows), a reference that is
             not the policy at step 0, or a file of the run that cannot be written.
         """
         if resume_from is not None:
@@ -179,11 +180,10 @@ class PreferenceTrainer:
             self.model, source, rows, self.limits, self.accelerator,
             layout=self._layout, what="eval",
         )  # fmt: skip
-        for groups, policy, counts in batches:
-            if self.reference is not None:
-                self.reference.prepare([groups])
-            lp = self._response_logps(groups, policy, counts=counts)
-            add_batch_metrics(meter, lp, self.objective(lp))
+        for groups, output, counts in batches:
+            (reference,) = self._reference_logps([groups])
+            seen = self._seen(groups, output, reference, counts=counts)
+            add_batch_metrics(meter, seen, self.objective(seen))
         row = derived(meter.reduce(self.accelerator))
         row["loss/total"] = sum(row.get(name, 0.0) for name in _LOSSES)
         return {f"eval/{name}": value for name, value in row.items()}
@@ -206,15 +206,23 @@ class PreferenceTrainer:
                 self._save(self.regime.step)
             raise
 
-    def _check_reference(self, window: Window) -> None:
+    def _reference_logps(
+        self, batches: Sequence[Sequence[Group]], version: int | None = None
+    ) -> Sequence[Tensor | None]:
+        """(R, T) of every micro-batch, or None for an objective that needs none."""
+        if self.reference is None:
+            return [None] * len(batches)
+        return self.reference.logps(batches, version)
+
+    def _check_reference(self, groups: Sequence[Group], reference: Tensor | None) -> None:
         """At step 0 the policy is its own initial reference; anything else is a wrong reference."""
         if self.reference is None or not self.reference.is_initial_policy:
             return
-        groups = window.micro_batches[0].groups
         self.model.eval()
         with torch.no_grad():
             layout = self._layout(groups).to(self.accelerator.device)
-            lp = self._response_logps(groups, self.model(layout).float(), counts=True)
+            policy = self.model(layout).float()
+            lp = response_logps(groups, policy, reference, counts=True)
         self.model.train()
         gap = (lp.log_ratio.abs().sum() / lp.mask.sum()).item()
         limit = log_ratio_tolerance(self.model, self.settings.precision)
@@ -227,17 +235,16 @@ class PreferenceTrainer:
 
     def _step(self, window: Window) -> None:
         started = time.perf_counter()
-        if self.reference is not None:
-            batches = [batch.groups for batch in window.micro_batches]
-            self.reference.prepare(batches, window.version)
+        batches = [batch.groups for batch in window.micro_batches]
+        references = self._reference_logps(batches, window.version)
         if window.step == 0:
-            self._check_reference(window)
+            self._check_reference(batches[0], references[0])
         rate = learning_rate(self.settings, window.step, self.regime.num_steps)
         set_learning_rate(self.optimizer, rate)  # before backward: DeepSpeed steps inside it
         last = len(window.micro_batches) - 1
         for index, micro_batch in enumerate(window.micro_batches):
             with sync_gradients(self.accelerator, self.model, index == last):
-                loss = self._micro_batch_loss(micro_batch, window)
+                loss = self._micro_batch_loss(micro_batch, references[index], window)
                 # Wrappers average gradients over processes; the loss is already a global mean.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
         self._policy_gap.check(window)
@@ -257,48 +264,37 @@ class PreferenceTrainer:
         self._meter.add("train/learning_rate", rate, 1.0)
         self._meter.add("time/train_s", time.perf_counter() - started, 1.0)
 
-    def _micro_batch_loss(self, micro_batch: MicroBatch, window: Window) -> Tensor:
+    def _micro_batch_loss(
+        self, micro_batch: MicroBatch, reference: Tensor | None, window: Window
+    ) -> Tensor:
         layout = self._layout(micro_batch.groups)
         add_layout_metrics(self._meter, micro_batch.groups, layout, counts=micro_batch.counts)
-        policy = self.model(layout.to(self.accelerator.device)).float()
-        lp = self._response_logps(micro_batch.groups, policy, counts=micro_batch.counts)
-        output = self.objective(lp)
-        if self.importance_cap is not None:
-            output, weights = weighted(output, lp, self.importance_cap)
-            output = replace(
-                output, sample_metrics={**output.sample_metrics, "rollout/importance": weights}
-            )
+        forward = self.model(layout.to(self.accelerator.device)).float()
+        seen = self._seen(micro_batch.groups, forward, reference, counts=micro_batch.counts)
+        output = self.objective(seen)
+        if isinstance(seen, ResponseLogps):
+            if self.importance_cap is not None:
+                output, weights = weighted(output, seen, self.importance_cap)
+                output = replace(
+                    output, sample_metrics={**output.sample_metrics, "rollout/importance": weights}
+                )
+            self._policy_gap.add(seen, window)
         loss = reduced(output, window)
         if not torch.isfinite(loss):
-            raise TrainingError(name_culprits(micro_batch.groups, lp, output, window.step))
-        add_batch_metrics(self._meter, lp, output)
-        self._policy_gap.add(lp, window)
+            raise TrainingError(name_culprits(micro_batch.groups, forward, output, window.step))
+        add_batch_metrics(self._meter, seen, output)
         # The very number that is minimised: summed over micro-batches and ranks, counted once a window.
         self._meter.add("loss/total", loss, 0.0)
         # With nothing to learn from here, run backward through everything with the others all the same.
-        return loss if micro_batch.counts and loss.requires_grad else loss + policy.sum() * 0.0
+        return loss if micro_batch.counts and loss.requires_grad else loss + forward.sum() * 0.0
 
-    def _response_logps(
-        self, groups: Sequence[Group], policy: Tensor, *, counts: bool
-    ) -> ResponseLogps:
-        """``counts`` False: another rank has one micro-batch more; run with it, and add nothing."""
-        batch, device = make_batch(groups), policy.device
-
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        samples = moved(batch.samples)
-        return ResponseLogps(
-            policy=policy,
-            mask=response_mask(batch).to(device),
-            pairs=batch.pairs.to(device) if counts else batch.pairs[:0].to(device),
-            reference=None if self.reference is None else moved(self.reference.tensor(groups)),
-            behavior=moved(batch.behavior_logps),
-            rewards=moved(batch.rewards),
-            advantages=moved(batch.advantages),
-            samples=samples if counts or samples is None else torch.zeros_like(samples),
-            group=moved(batch.group),
-        )
+    def _seen(
+        self, groups: Sequence[Group], output: Tensor, reference: Tensor | None, *, counts: bool
+    ) -> ResponseLogps | ResponseScores:
+        """What the objective sees of a forward over ``groups``."""
+        if self._reads_scores:
+            return response_scores(groups, output, counts=counts)
+        return response_logps(groups, output, reference, counts=counts)
 
     def _check_gradient(self, norm: Tensor | float, window: Window) -> bool:
         """Will this step be taken? False where the fp16 loss scaler skips it; TrainingError otherwise."""
@@ -312,10 +308,10 @@ class PreferenceTrainer:
         hint = (
             "fp16 overflows; set train.precision = bf16"
             if self.settings.precision == "fp16"
-            else "lower train.learning_rate or look at these pairs with `prefopt show`"
+            else "lower train.learning_rate or look at these rows with `prefopt show`"
         )
         raise TrainingError(
-            f"step {window.step + 1}: the gradient norm is {float(norm)}; {hint}. Pairs of this step on this "
+            f"step {window.step + 1}: the gradient norm is {float(norm)}; {hint}. Rows of this step on this "
             f"process: {', '.join(ids[:16])}{' …' if len(ids) > 16 else ''}"
         )
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from prefopt.cli import main
 from prefopt.training.metrics import read_metrics
 from tests.distributed.launch import cpu_config, launch
 from tests.unit.tiny_models import tiny_model
@@ -37,11 +39,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def train(
-    workspace: Path, stage: str, peft: dict[str, Any] | None, config: str, processes: int
-) -> Path:
-    """Three steps of ``stage`` through its script; returns the run directory."""
-    run_dir = workspace / f"{stage}-{config}-{'lora' if peft else 'full'}"
+def write_recipe(workspace: Path, stage: str, peft: dict[str, Any] | None, run_dir: Path) -> Path:
+    """Three steps of ``stage``, in forwards of five rows, which do not fill a process's sixteen."""
     columns = {"chosen": "good", "rejected": "bad" if stage == "reward_model" else None}
     recipe = {
         "stage": stage,
@@ -55,42 +54,55 @@ def train(
         "train": {
             "learning_rate": 1e-3,
             "global_batch_size": 32,
-            "micro_batch_size": 8,
+            "micro_batch_size": 5,
             "max_steps": 3,
             "warmup_frac": 0.0,
         },
         "run": {"output_dir": str(run_dir)},
         **({"peft": peft} if peft else {}),
     }
-    path = workspace / "recipe.yaml"
+    path = run_dir.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
-    result = launch(cpu_config(config, processes, workspace), stage, path)
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert json.loads((run_dir / "run.json").read_text())["processes"] == processes
+    return path
+
+
+def single(workspace: Path, stage: str, peft: dict[str, Any] | None) -> Path:
+    """The run of one process, this one; made once for a stage and kind of training."""
+    run_dir = workspace / f"{stage}-{'lora' if peft else 'full'}"
+    if not (run_dir / "final").is_dir():
+        assert main(["train", str(write_recipe(workspace, stage, peft, run_dir))]) == 0
     return run_dir
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "peft", "configs"),
+    ("stage", "peft", "config"),
     [
-        ("sft", None, ("ddp", "zero2", "zero3")),
-        ("sft", LORA, ("zero3",)),
-        ("reward_model", LORA, ("ddp", "zero3")),
+        ("reward_model", LORA, "zero3"),
+        pytest.param("reward_model", None, "zero2", marks=pytest.mark.slow),
+        pytest.param("reward_model", None, "ddp", marks=pytest.mark.slow),
+        pytest.param("sft", None, "zero3", marks=pytest.mark.slow),
+        pytest.param("sft", None, "zero2", marks=pytest.mark.slow),
+        pytest.param("sft", LORA, "ddp", marks=pytest.mark.slow),
     ],
-    ids=["sft-full", "sft-lora", "reward-model-lora"],
 )
-def test_two_processes_give_the_trajectory_of_one(
-    workspace: Path, stage: str, peft: dict[str, Any] | None, configs: tuple[str, ...]
+def test_two_processes_give_the_run_of_one(
+    workspace: Path, stage: str, peft: dict[str, Any] | None, config: str
 ) -> None:
     """A run ends by reading its saved tensors back, so a finished ZeRO-3 run has saved whole ones."""
-    single = read_metrics(train(workspace, stage, peft, "cpu", 1) / "metrics.jsonl")
-    for config in configs:
-        run_dir = train(workspace, stage, peft, config, 2)
-        rows = read_metrics(run_dir / "metrics.jsonl")
-        for key in ("loss/total", "train/grad_norm"):
-            found, expected = ([row[key] for row in which] for which in (rows, single))
-            # fp32 sums in another order: measured 2e-7 relative after three steps.
-            assert_close(found, expected, rtol=1e-5, atol=0, msg=lambda m, c=config: f"{c}: {m}")
-        weights = "adapter_model.safetensors" if peft else "model.safetensors"
-        assert (run_dir / "final" / weights).is_file()
+    expected = single(workspace, stage, peft)
+    run_dir = workspace / f"{expected.name}-{config}"
+    recipe = write_recipe(workspace, stage, peft, run_dir)
+    result = launch(cpu_config(config, 2, workspace), stage, recipe)
+    assert result.returncode == 0, result.stderr[-4000:]
+    record = json.loads((run_dir / "run.json").read_text())
+    assert (record["processes"], record["layout"]) == (2, "packed")
+    rows, wanted = (read_metrics(run / "metrics.jsonl") for run in (run_dir, expected))
+    for key in ("loss/total", "train/grad_norm", "tokens/seen"):
+        # fp32 sums in another order: measured 2e-7 relative after three steps.
+        assert_close([r[key] for r in rows], [r[key] for r in wanted], rtol=1e-5, atol=0)
+    (file,) = (expected / "final").glob("*.safetensors")
+    found, tensors = load_file(run_dir / "final" / file.name), load_file(file)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        # Adam moves a weight whose gradient is rounding by as much as any other: 1e-3 a step here.
+        assert_close(found[name], tensor, rtol=1e-2, atol=2e-4)

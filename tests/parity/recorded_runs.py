@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -105,7 +105,7 @@ def lora(arch: str = "llama", *, b_std: float = 0.0) -> nn.Module:
 
 
 def our_trainer(
-    run_dir: Path, groups: list[Group], objective: dict[str, Any], **settings: Any
+    run_dir: Path, groups: list[Group], objective: dict[str, Any] | None, **settings: Any
 ) -> PreferenceTrainer:
     """A trainer with the shared optimisation settings, on `lora()` unless ``settings`` has a ``model``."""
     shared = {**OPTIMISATION, "warmup_frac": WARMUP_FRAC, "global_batch_size": PAIRS_A_STEP}
@@ -167,6 +167,16 @@ class _Listening:
 
     recording: Recording
 
+    @staticmethod
+    def as_text(group: Group) -> dict[str, str]:
+        """A row of the data set it is given."""
+        return _as_text(group)
+
+    @staticmethod
+    def rows_of(inputs: dict[str, Any]) -> list[Any]:
+        """What a batch that it collated holds."""
+        return _batch_pairs(inputs)
+
     def _get_train_sampler(self, *_: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -174,7 +184,7 @@ class _Listening:
         """Nothing: a test tells nobody."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
-        self._fed += _batch_pairs(inputs)
+        self._fed += self.rows_of(inputs)
         loss = super().training_step(model, inputs, *args)
         self._loss += loss.item()  # already divided by the number of accumulated micro-batches
         return loss
@@ -210,7 +220,43 @@ class ListeningORPO(_Listening, ORPOTrainer):
     """TRL's ORPOTrainer."""
 
 
-_CONFIGS = {ListeningDPO: DPOConfig, ListeningCPO: CPOConfig, ListeningORPO: ORPOConfig}
+class ListeningSFT(_Listening, SFTTrainer):
+    """TRL's SFTTrainer, on prompts with completions."""
+
+    @staticmethod
+    def as_text(group: Group) -> dict[str, str]:
+        (response,) = group.responses
+        return {"prompt": as_words(group.prompt_ids) + " ", "completion": as_words(response.ids)}
+
+    @staticmethod
+    def rows_of(inputs: dict[str, Any]) -> list[Any]:
+        masks = (inputs["attention_mask"], inputs["labels"] != -100)
+        return _sequences(inputs["input_ids"], *masks)
+
+
+class ListeningReward(_Listening, RewardTrainer):
+    """TRL's RewardTrainer."""
+
+    @staticmethod
+    def as_text(group: Group) -> dict[str, Any]:
+        chosen, rejected = (group.responses[side] for side in group.pairs[0])
+        margin = {} if chosen.score is None else {"margin": chosen.score - (rejected.score or 0.0)}
+        return {**_as_text(group), **margin}
+
+    @staticmethod
+    def rows_of(inputs: dict[str, Any]) -> list[Any]:
+        ids, attention = inputs["input_ids"], inputs["attention_mask"]
+        whole = [ids for ids, _ in _sequences(ids, attention, torch.zeros_like(attention))]
+        return list(zip(whole[: len(whole) // 2], whole[len(whole) // 2 :], strict=True))
+
+
+_CONFIGS: dict[type[Any], type[Any]] = {
+    ListeningDPO: DPOConfig,
+    ListeningCPO: CPOConfig,
+    ListeningORPO: ORPOConfig,
+    ListeningSFT: SFTConfig,
+    ListeningReward: RewardConfig,
+}
 
 
 def trl_trainer(
@@ -244,7 +290,8 @@ def trl_trainer(
         **{**OPTIMISATION, **options},
     )  # fmt: skip
     return trainer_class(
-        model=model, args=config, train_dataset=Dataset.from_list([_as_text(row) for row in rows]),
+        model=model, args=config,
+        train_dataset=Dataset.from_list([trainer_class.as_text(row) for row in rows]),
         processing_class=word_tokenizer(), peft_config=peft_config,
     )  # fmt: skip
 

@@ -46,19 +46,22 @@ def make_trainer(
     run_dir: Path,
     source: GroupList,
     *,
-    objective: dict[str, Any],
+    objective: dict[str, Any] | None,
+    stage: str = "preference",
     model: nn.Module | None = None,
     eval_source: GroupList | None = None,
     layout: str = "auto",
     sampling: dict[str, Any] | None = None,
+    columns: dict[str, Any] | None = None,
     **settings: Any,
 ) -> PreferenceTrainer:
     """A one-process trainer in ``run_dir``, wired by `prefopt.wiring` over groups in memory."""
     recipe = Recipe.model_validate(
         {
+            "stage": stage,
             "model": {"path": "in-memory", "layout": layout},
             "data": {
-                "train": [{"path": "in-memory"}],
+                "train": [{"path": "in-memory", "columns": columns or {}}],
                 "cache_dir": str(run_dir / "cache"),
                 "sampling": sampling or {},
             },

@@ -79,7 +79,7 @@ def test_overflow_that_never_ends_stops_the_run_and_says_what_to_do(
     with pytest.raises(
         TrainingError,
         match=r"step 21: the gradient norm is (inf|nan); fp16 overflows; set train.precision = bf16. "
-        r"Pairs of this step on this process: pair-\d+",
+        r"Rows of this step on this process: pair-\d+",
     ):
         trainer.train()
     assert [row["train/skipped_steps"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [

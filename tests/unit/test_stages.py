@@ -1,9 +1,10 @@
-"""The TRL stages train what a hand-written torch loop trains, on our tokens, and ignore no setting."""
+"""SFT and reward models train what a hand-written torch loop trains, whatever the split and the layout."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,16 @@ from peft import PeftModel
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from trl.trainer.reward_trainer import RewardTrainer
-from trl.trainer.sft_trainer import SFTTrainer
 
-from prefopt.errors import ConfigError, ModelError, TrainingError
+from prefopt.commands.export import export_checkpoint
+from prefopt.errors import ConfigError, DataError, ModelError, TrainingError
+from prefopt.model.reward_model import load_reward_model
 from prefopt.recipe.checks import check
-from prefopt.recipe.schema import Recipe, TrainSection
-from prefopt.stages import run_stage
-from prefopt.stages.arguments import plan_batches, training_arguments
-from prefopt.stages.callbacks import MetricsCallback, project_names
-from prefopt.stages.reward_model import load_reward_model
-from prefopt.stages.run import find_stage_checkpoint
-from prefopt.stages.trainers import StageRewardTrainer, StageSFTTrainer
-from prefopt.training.metrics import read_metrics
+from prefopt.recipe.schema import Recipe
+from prefopt.signals.reward_model import reward_model as reward_signal
+from prefopt.training.metrics import MetricsLog, read_metrics
+from prefopt.types import Candidates, Prompt
+from prefopt.wiring import train
 from tests.unit.tiny_models import tiny_model
 from tests.unit.tiny_tokenizers import make_tokenizer
 
@@ -39,6 +37,7 @@ ROWS = [
         "prompt": f"{'very ' * (i % 4)}short question {i}{'~' * (i == MARKED)}:\n",
         "good": f"answer {i * 7}",
         "bad": "no" * (1 + i % 5),
+        "better_by": i % 3,
     }
     for i in range(NUM_ROWS)
 ]
@@ -56,19 +55,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_recipe(base: Path, tmp_path: Path) -> Any:
-    """``make_recipe(stage, name, peft=…, **train)``: one global batch of all rows a step, no clipping."""
+    """``make_recipe(stage, name, …, **train)``: one global batch of all rows a step, no clipping."""
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
     def make(
-        stage: str, name: str = "run", peft: dict[str, Any] | None = None, **train: Any
+        stage: str,
+        name: str = "run",
+        peft: dict[str, Any] | None = None,
+        columns: dict[str, Any] | None = None,
+        layout: str = "auto",
+        eval_frac: float = 0.0,
+        **train: Any,
     ) -> Recipe:
-        columns = {"chosen": "good", "rejected": "bad" if stage == "reward_model" else None}
-        source = {"path": str(data), "format": "text", "columns": columns}
+        sides = {"chosen": "good", "rejected": "bad" if stage == "reward_model" else None}
+        source = {"path": str(data), "format": "text", "columns": {**sides, **(columns or {})}}
         settings = {
             "learning_rate": 1e-3,
             "global_batch_size": NUM_ROWS,
-            "micro_batch_size": 10,
+            "micro_batch_size": min(10, train.get("global_batch_size", 10)),
             "max_steps": 2,
             "lr_scheduler": "linear",
             "warmup_frac": 0.0,
@@ -77,9 +82,13 @@ def make_recipe(base: Path, tmp_path: Path) -> Any:
         return Recipe.model_validate(
             {
                 "stage": stage,
-                "model": {"path": str(base)},
+                "model": {"path": str(base), "layout": layout},
                 "peft": peft,
-                "data": {"train": [source], "cache_dir": str(tmp_path / "cache")},
+                "data": {
+                    "train": [source],
+                    "eval_frac": eval_frac,
+                    "cache_dir": str(tmp_path / "cache"),
+                },
                 "train": settings | train,
                 "run": {"output_dir": str(tmp_path / name)},
             }
@@ -114,14 +123,16 @@ def sft_loss(model: nn.Module) -> torch.Tensor:
     return total / count
 
 
-def reward_loss(model: nn.Module) -> torch.Tensor:
-    """Mean over the pairs of -log σ(reward(chosen) - reward(rejected)); one row at a time, no padding."""
+def rewards(model: nn.Module, side: str) -> torch.Tensor:
+    """The model's own score of every row, one row at a time, no padding."""
+    rows = [torch.tensor([ids]) for ids, _ in rows_with(side)]
+    return torch.stack([model(input_ids=ids).logits[0, 0] for ids in rows])
 
-    def rewards(side: str) -> torch.Tensor:
-        rows = [torch.tensor([ids]) for ids, _ in rows_with(side)]
-        return torch.stack([model(input_ids=ids).logits[0, 0] for ids in rows])
 
-    return -F.logsigmoid(rewards("good") - rewards("bad")).mean()
+def reward_loss(model: nn.Module, margin_weight: float = 0.0) -> torch.Tensor:
+    """Mean over the pairs of -log σ(reward(chosen) - reward(rejected) - margin)."""
+    margins = margin_weight * torch.tensor([row["better_by"] for row in ROWS])
+    return -F.logsigmoid(rewards(model, "good") - rewards(model, "bad") - margins).mean()
 
 
 def two_adamw_steps(model: nn.Module, loss_of: Any) -> list[float]:
@@ -138,9 +149,15 @@ def two_adamw_steps(model: nn.Module, loss_of: Any) -> list[float]:
     return losses
 
 
-def logged_losses(run_dir: Path) -> list[float]:
+def logged(run_dir: Path, name: str = "loss/total") -> list[float]:
     rows = read_metrics(run_dir / "metrics.jsonl")
-    return [row["loss/total"] for row in rows if "loss/total" in row]
+    return [row[name] for row in rows if name in row]
+
+
+def untrained_reward_model(recipe: Recipe) -> Any:
+    pad = make_tokenizer().pad_token_id
+    seed = recipe.train.seed
+    return load_reward_model(recipe.model, recipe.peft, seed=seed, pad_token_id=pad).model
 
 
 def assert_same_weights(found: nn.Module, expected: nn.Module) -> None:
@@ -153,36 +170,95 @@ def assert_same_weights(found: nn.Module, expected: nn.Module) -> None:
 
 
 def test_sft_equals_a_torch_loop_over_response_tokens(make_recipe: Any, base: Path) -> None:
-    run_dir = run_stage(make_recipe("sft"))
+    run_dir = train(make_recipe("sft"))
     model = AutoModelForCausalLM.from_pretrained(base)
-    assert_close(logged_losses(run_dir), two_adamw_steps(model, sft_loss), rtol=1e-5, atol=0)
+    assert_close(logged(run_dir), two_adamw_steps(model, sft_loss), rtol=1e-5, atol=0)
     assert_same_weights(AutoModelForCausalLM.from_pretrained(run_dir / "final"), model)
-
-
-def test_sft_loss_does_not_depend_on_how_the_batch_is_split(make_recipe: Any) -> None:
-    """Rows differ in length: a mean of micro-batch means, the usual mistake, would differ."""
-    split = run_stage(make_recipe("sft", "split", micro_batch_size=3))
-    whole = run_stage(make_recipe("sft", "whole", micro_batch_size=NUM_ROWS))
-    assert_close(logged_losses(split), logged_losses(whole), rtol=1e-5, atol=0)
+    assert json.loads((run_dir / "run.json").read_text())["layout"] == "packed"
 
 
 def test_reward_model_equals_a_torch_loop_over_pairs(make_recipe: Any) -> None:
     recipe = make_recipe("reward_model")
-    pad = make_tokenizer().pad_token_id
-    model = load_reward_model(recipe.model, None, seed=recipe.train.seed, pad_token_id=pad)
-    run_dir = run_stage(recipe)
-    assert_close(logged_losses(run_dir), two_adamw_steps(model, reward_loss), rtol=1e-5, atol=0)
+    model = untrained_reward_model(recipe)
+    run_dir = train(recipe)
+    assert_close(logged(run_dir), two_adamw_steps(model, reward_loss), rtol=1e-5, atol=0)
     saved = AutoModelForSequenceClassification.from_pretrained(run_dir / "final")
     assert_same_weights(saved, model)
+
+
+def test_a_margin_column_is_in_the_loss_of_a_reward_model(make_recipe: Any) -> None:
+    recipe = make_recipe("reward_model", columns={"margin": "better_by"})
+    model = untrained_reward_model(recipe)
+    wanted = two_adamw_steps(model, lambda m: reward_loss(m, margin_weight=1.0))
+    assert_close(logged(train(recipe)), wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_every_split_and_layout_of_a_batch_takes_the_same_steps(
+    make_recipe: Any, stage: str
+) -> None:
+    """22 rows in steps of 8: the last holds 6. Rows differ in length, so a mean of means would differ."""
+    settings = {"max_steps": None, "num_epochs": 1, "global_batch_size": 8, "eval_frac": 0.25}
+    splits = [{"micro_batch_size": size} for size in (8, 4, 3, 1)]
+    splits += [
+        {"layout": "padded", "micro_batch_size": 4},
+        {"micro_batch_size": None, "micro_batch_tokens": 120},
+    ]
+    found = []
+    for index, split in enumerate(splits):
+        run_dir = train(make_recipe(stage, f"run-{index}", **{**settings, **split}))
+        names = ("loss/total", "train/grad_norm", "eval/loss/total", "tokens/seen")
+        found.append([logged(run_dir, name) for name in names])
+    assert len(found[0][0]) == 3
+    for other in found[1:]:
+        assert_close(other, found[0], rtol=2e-5, atol=0)
+
+
+def test_the_held_out_loss_is_a_mean_over_response_tokens(
+    make_recipe: Any, base: Path, tmp_path: Path
+) -> None:
+    """Measured before the first step and after the last."""
+    recipe = make_recipe("sft", micro_batch_size=4)
+    held_out = shutil.copyfile(tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl")
+    source = recipe.data.train[0].model_copy(update={"path": str(held_out)})
+    data = recipe.data.model_copy(update={"eval": (source,)})
+    run_dir = train(recipe.model_copy(update={"data": data}))
+    losses = {
+        row["step"]: row["eval/loss/total"]
+        for row in read_metrics(run_dir / "metrics.jsonl")
+        if "eval/loss/total" in row
+    }
+    before, after = (AutoModelForCausalLM.from_pretrained(d) for d in (base, run_dir / "final"))
+    assert list(losses) == [0, 2]
+    assert losses[0] == pytest.approx(sft_loss(before).item(), rel=1e-5)
+    assert losses[2] == pytest.approx(sft_loss(after).item(), rel=1e-5)
+
+
+def scores_of_signal(path: Path, side: str) -> list[float]:
+    signal = reward_signal(path=str(path), device="cpu")
+    groups = [
+        Candidates(Prompt(str(i), (), row["prompt"]), (row[side],), ((),), (False,))
+        for i, row in enumerate(ROWS)
+    ]
+    return [scores[0] for scores in signal.score(groups)]
+
+
+def test_a_saved_reward_model_is_what_the_signal_scores_with(make_recipe: Any) -> None:
+    run_dir = train(make_recipe("reward_model"))
+    saved = AutoModelForSequenceClassification.from_pretrained(run_dir / "final").eval()
+    with torch.no_grad():
+        wanted = rewards(saved, "good").tolist()
+    assert scores_of_signal(run_dir / "final", "good") == pytest.approx(wanted, rel=1e-4)
 
 
 def test_reward_model_under_lora_saves_its_head_and_reads_back(
     make_recipe: Any, base: Path
 ) -> None:
-    recipe = make_recipe("reward_model", peft={"type": "lora", "r": 4}, learning_rate=1e-2)
-    pad = make_tokenizer().pad_token_id
-    untrained: Any = load_reward_model(recipe.model, recipe.peft, seed=42, pad_token_id=pad)
-    run_dir = run_stage(recipe)
+    recipe = make_recipe(
+        "reward_model", peft={"type": "lora", "r": 4}, learning_rate=1e-2, save_every=1
+    )
+    untrained = untrained_reward_model(recipe)
+    run_dir = train(recipe)
     body = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     saved: Any = PeftModel.from_pretrained(body, str(run_dir / "final"))
     head = "base_model.model.score.modules_to_save.default.weight"
@@ -190,36 +266,55 @@ def test_reward_model_under_lora_saves_its_head_and_reads_back(
     assert (before - after).abs().max() > 1e-3
     with torch.no_grad():
         assert reward_loss(saved) < reward_loss(untrained)
+        wanted = rewards(saved, "bad").tolist()
+    assert scores_of_signal(run_dir / "final", "bad") == pytest.approx(wanted, rel=1e-4)
+    export_checkpoint(run_dir, run_dir / "checkpoints" / "step-2", run_dir / "exported")
+    files = [run_dir / name / "adapter_model.safetensors" for name in ("exported", "final")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
 def test_an_interrupted_run_saves_and_resumes_to_the_same_bits(
-    make_recipe: Any, monkeypatch: pytest.MonkeyPatch
+    make_recipe: Any, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"global_batch_size": 10, "max_steps": 5}
-    straight = run_stage(make_recipe("sft", "straight", **settings))
-    log = MetricsCallback.on_log
+    settings = {"global_batch_size": 10, "max_steps": 5, "eval_frac": 0.2}
+    straight = train(make_recipe(stage, "straight", **settings))
+    append = MetricsLog.append
 
-    def ctrl_c_at_step_2(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        log(self, args, state, control, **kwargs)
-        if state.global_step == 2:
+    def ctrl_c_at_step_2(self: Any, row: Any) -> None:
+        append(self, row)
+        if row["step"] == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(MetricsCallback, "on_log", ctrl_c_at_step_2)
-        run_stage(make_recipe("sft", "killed", **settings))
-    resumed = run_stage(make_recipe("sft", "killed", **settings))
+        patch.setattr(MetricsLog, "append", ctrl_c_at_step_2)
+        train(make_recipe(stage, "killed", **settings))
+    resumed = train(make_recipe(stage, "killed", **settings))
     files = [run / "final" / "model.safetensors" for run in (straight, resumed)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert logged_losses(resumed) == logged_losses(straight)
+    for name in ("loss/total", "train/grad_norm", "tokens/seen", "eval/loss/total"):
+        assert logged(resumed, name) == logged(straight, name)
 
 
-def test_a_run_evaluates_before_its_first_and_after_its_last_step(make_recipe: Any) -> None:
-    recipe = make_recipe("sft", max_steps=3)
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval_frac": 0.2})})
-    rows = read_metrics(run_stage(recipe) / "metrics.jsonl")
-    evaluated = {row["step"]: row["eval/loss/total"] for row in rows if "eval/loss/total" in row}
-    assert list(evaluated) == [0, 3]
-    assert evaluated[3] < evaluated[0]
+def test_tokens_seen_go_on_where_a_run_is_taken_up_with_other_forwards(make_recipe: Any) -> None:
+    settings = {"global_batch_size": 10, "max_steps": 6, "save_every": 2, "keep_checkpoints": 9}
+    calm = train(make_recipe("sft", "calm", **settings))
+    assert logged(calm, "tokens/seen")[2] == sum(len(ids) for ids, _ in rows_with("good"))
+    for name in ("step-4", "step-6"):
+        shutil.rmtree(calm / "checkpoints" / name)
+    wanted = logged(calm, "tokens/seen")
+    train(make_recipe("sft", "calm", **{**settings, "micro_batch_size": 3}))
+    assert logged(calm, "tokens/seen") == wanted
+
+
+def test_an_sft_run_says_what_its_policy_answers(make_recipe: Any) -> None:
+    recipe = make_recipe("sft", eval_frac=0.2)
+    evaluation = {"generation": {"num_prompts": 2, "max_new_tokens": 4}}
+    run_dir = train(
+        Recipe.model_validate({**recipe.model_dump(exclude_unset=True), "eval": evaluation})
+    )
+    assert len(logged(run_dir, "eval/generation/eos_frac")) == 2
+    assert (run_dir / "eval" / "generations-2.jsonl").is_file()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(
@@ -231,144 +326,60 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(
         model.get_input_embeddings().weight[mark] = torch.nan  # type: ignore[union-attr,index]
     model.save_pretrained(tmp_path / "broken")
     make_tokenizer(add_bos=True).save_pretrained(tmp_path / "broken")
-    recipe = make_recipe("sft", micro_batch_size=1)
-    recipe = recipe.model_copy(
-        update={"model": recipe.model.model_copy(update={"path": str(tmp_path / "broken")})}
-    )
+    recipe = make_recipe("sft", micro_batch_size=1, layout="padded")
+    found = recipe.model.model_copy(update={"path": str(tmp_path / "broken")})
     with pytest.raises(
-        TrainingError, match=rf"step 1: the loss is nan\. Rows of this forward: \S+:{MARKED + 1}\."
+        TrainingError, match=rf"step 1: the loss of 1 .* not finite.*:{MARKED + 1} "
     ):
-        run_stage(recipe)
+        train(recipe.model_copy(update={"model": found}))
     assert not (tmp_path / "run" / "final").exists()
 
 
 def test_the_adapter_of_a_language_model_is_no_reward_model(make_recipe: Any) -> None:
-    adapter = run_stage(make_recipe("sft", "adapter", peft={"type": "lora", "r": 2})) / "final"
+    adapter = train(make_recipe("sft", "adapter", peft={"type": "lora", "r": 2})) / "final"
     recipe = make_recipe("reward_model")
-    recipe = recipe.model_copy(
-        update={"model": recipe.model.model_copy(update={"path": str(adapter)})}
-    )
+    model = recipe.model.model_copy(update={"path": str(adapter)})
     with pytest.raises(ModelError, match="prefopt merge"):
-        run_stage(recipe)
+        train(recipe.model_copy(update={"model": model}))
 
 
-CHANGED: dict[str, Any] = {
-    "learning_rate": 2e-3,
-    "global_batch_size": 15,
-    "micro_batch_size": 5,
-    "micro_batch_tokens": 100,
-    "num_epochs": 3.0,
-    "max_steps": 7,
-    "lr_scheduler": "constant",
-    "warmup_frac": 0.5,
-    "optimizer": "rmsprop",
-    "adam_beta1": 0.8,
-    "adam_beta2": 0.9,
-    "adam_epsilon": 1e-4,
-    "weight_decay": 0.1,
-    "max_grad_norm": 0.5,
-    "precision": "bf16",
-    "gradient_checkpointing": True,
-    "seed": 7,
-    "save_every": 3,
-    "keep_checkpoints": 5,
-    "log_every": 6,
-}
+def test_checkpoints_of_the_trl_stages_are_refused(make_recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "checkpoint-10").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"an older version.*another run\.output_dir"):
+        train(make_recipe("sft"))
 
 
-@pytest.mark.parametrize("key", sorted(set(TrainSection.model_fields) - {"resume", "shuffle"}))
-def test_every_train_setting_reaches_trl(make_recipe: Any, key: str) -> None:
-    """A key added to the schema and not here fails; `resume` has tests of its own, `shuffle` is refused here."""
-
-    def arguments(**changed: Any) -> dict[str, Any]:
-        recipe = make_recipe("sft", **{"max_steps": None, "micro_batch_size": None, **changed})
-        plan = plan_batches(recipe.train, [20] * NUM_ROWS, num_processes=1)
-        return training_arguments(recipe, plan, has_eval=True)
-
-    assert arguments(**{key: CHANGED[key]}) != arguments()
+def test_a_pair_without_its_margin_is_named(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe("reward_model", columns={"margin": "better_by"})
+    rows = [dict(row) for row in ROWS]
+    rows[4]["better_by"] = None
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"rows\.jsonl:5: column 'better_by' is empty"):
+        train(recipe)
 
 
 @pytest.mark.parametrize(
-    ("section", "changed", "message"),
+    ("changed", "message"),
     [
-        ("model", {"layout": "packed"}, "TRL's trainer, which pads"),
-        ("model", {"quantization": "4bit"}, "untrained head"),
-        ("run", {"trackers": ("aim",)}, "logs to clearml"),
-        ("peft", {"type": "lora", "adapter": "somewhere"}, "no reward head"),
+        ({"model": {"quantization": "4bit"}}, "untrained head"),
+        ({"peft": {"type": "lora", "adapter": "somewhere"}}, "no reward head"),
+        ({"eval": {"generation": {}}}, "generates nothing"),
+        ({"stage": "sft", "columns": {"margin": "better_by"}}, "columns.margin.*would be ignored"),
+        ({"columns": {"margin": "m", "score_chosen": "s", "score_rejected": "t"}}, "or the two"),
     ],
 )
-def test_the_check_refuses_what_trl_cannot_honour(
-    make_recipe: Any, section: str, changed: dict[str, Any], message: str
+def test_the_check_refuses_what_would_be_ignored_or_cannot_be(
+    make_recipe: Any, changed: dict[str, Any], message: str
 ) -> None:
-    raw = make_recipe("reward_model").model_dump(exclude_unset=True)
-    raw[section] = {**(raw.get(section) or {}), **changed}
+    stage, columns = changed.pop("stage", "reward_model"), changed.pop("columns", None)
+    raw = make_recipe(stage, columns=columns).model_dump(exclude_unset=True)
+    for section, values in changed.items():
+        raw[section] = {**(raw.get(section) or {}), **values}
     with pytest.raises(ConfigError, match=message):
         check(Recipe.model_validate(raw))
 
 
-@pytest.mark.parametrize(
-    ("train", "expected"),
-    [
-        ({"global_batch_size": 24}, (24, 1)),
-        ({"global_batch_size": 24, "micro_batch_size": 7}, (6, 4)),  # the largest divisor <= 7
-        (
-            {"global_batch_size": 24, "micro_batch_tokens": 100},
-            (4, 6),
-        ),  # 5 rows of 20 fit, 4 divide
-    ],
-)
-def test_a_batch_is_split_into_the_largest_forwards_that_fit(
-    train: dict[str, Any], expected: tuple[int, int]
-) -> None:
-    plan = plan_batches(TrainSection(learning_rate=1e-3, **train), [20] * 48, num_processes=1)
-    assert (plan.rows_per_forward, plan.accumulation) == expected
-    assert plan.num_steps == 2
-
-
-@pytest.mark.parametrize(
-    ("train", "processes", "message"),
-    [
-        ({"global_batch_size": 10}, 4, "does not divide over 4 processes; use 8 or 12"),
-        ({"global_batch_size": 2}, 4, "some would have nothing to do"),
-        ({"global_batch_size": 4, "micro_batch_tokens": 19}, 1, "the longest row takes 20 tokens"),
-    ],
-)
-def test_a_batch_that_cannot_be_split_says_what_would(
-    train: dict[str, Any], processes: int, message: str
-) -> None:
-    settings = TrainSection(learning_rate=1e-3, **train)
-    with pytest.raises(ConfigError, match=message):
-        plan_batches(settings, [20] * 48, num_processes=processes)
-
-
-def test_resume_takes_the_newest_complete_checkpoint(tmp_path: Path) -> None:
-    for step in (9, 10, 11):
-        directory = tmp_path / "checkpoints" / f"checkpoint-{step}"
-        directory.mkdir(parents=True)
-        # 11 was being written when the process died
-        (directory / "trainer_state.json").write_text("{}" if step < 11 else '{"global_st')
-    assert find_stage_checkpoint(tmp_path, "auto") == tmp_path / "checkpoints" / "checkpoint-10"
-    with pytest.raises(ConfigError, match="up to checkpoint-10"):
-        find_stage_checkpoint(tmp_path, "never")
-    with pytest.raises(ConfigError, match="not a complete checkpoint"):
-        find_stage_checkpoint(tmp_path, str(tmp_path / "checkpoints" / "checkpoint-11"))
-    assert find_stage_checkpoint(tmp_path / "new", "auto") is None
-
-
-def test_metrics_of_trl_get_the_names_of_this_project() -> None:
-    row = project_names({"eval_loss": 1.0, "eval_margin": 2.0, "eval_runtime": 3.0, "epoch": 1.0})
-    assert row == {
-        "eval/loss/total": 1.0,
-        "eval/rewards/margin": 2.0,
-        "time/eval_s": 3.0,
-        "train/epoch": 1.0,
-    }
-    assert project_names({"surprise": 1.0}) == {"trl/surprise": 1.0}  # renamed, never dropped
-    assert project_names({"train_runtime": 9.0, "train_loss": 0.1}) == {}
-
-
-def test_a_stage_sends_no_telemetry() -> None:
-    """TRL 1.16 reports every trainer it constructs; if it renames the hook, this fails."""
-    for ours, theirs in ((StageSFTTrainer, SFTTrainer), (StageRewardTrainer, RewardTrainer)):
-        assert callable(theirs._send_telemetry)
-        assert ours._send_telemetry is not theirs._send_telemetry
+def test_data_may_be_kept_in_order(make_recipe: Any) -> None:
+    recipe = make_recipe("sft", shuffle=False, global_batch_size=1, max_steps=2, log_every=1)
+    lengths = [len(ids) for ids, _ in rows_with("good")]
+    assert logged(train(recipe), "tokens/seen") == [lengths[0], lengths[0] + lengths[1]]

@@ -44,6 +44,7 @@ def sources_have_their_columns(recipe: Recipe, _: Surroundings) -> Iterator[Find
         columns = source.columns
         if not _is_trained_on(recipe, key):
             continue
+        yield from _margins(recipe, key, source)
         if reads_samples(recipe):
             yield from _sample_columns(recipe, key, source)
             continue
@@ -73,6 +74,26 @@ def sources_have_their_columns(recipe: Recipe, _: Surroundings) -> Iterator[Find
                 f"{key}.drop_ties",
                 "needs columns.score_chosen and columns.score_rejected: a tie is two equal scores",
             )
+
+
+def _margins(recipe: Recipe, key: str, source: SourceSection) -> Iterator[Finding]:
+    """A margin is in the loss of a reward model, for every pair or none."""
+    columns, name = source.columns, f"{key}.columns.margin"
+    if recipe.stage != "reward_model":
+        if columns.margin is not None:
+            yield Finding(
+                name, "would be ignored: only stage = 'reward_model' has a margin in its loss"
+            )
+        return
+    if columns.margin is not None and (columns.score_chosen or columns.score_rejected):
+        yield Finding(
+            name, "is what score_chosen minus score_rejected would be: name it or the two"
+        )
+    if columns.margin is None and recipe.data.has_margins:
+        yield Finding(
+            name,
+            "is missing: other sources have a margin in the loss. Name a column in every source",
+        )
 
 
 _OF_SAMPLES = {"response", "reward", "advantage", "ended"}
@@ -105,7 +126,7 @@ def _is_trained_on(recipe: Recipe, key: str) -> bool:
     """False for sources of prompts: rollouts read those without their responses, or with one of them."""
     if key.startswith(("data.prompts", PROBE_PROMPTS)):
         return False
-    only_prompts = recipe.has_rollouts and not recipe.regime.offline_pairs
+    only_prompts = recipe.rollouts is not None and not recipe.rollouts.offline_pairs
     return not (only_prompts and key.startswith("data.train"))
 
 

@@ -30,12 +30,8 @@ def the_trainer_can_generate(recipe: Recipe, _: Surroundings) -> Iterator[Findin
     section = recipe.eval.generation
     if section is None:
         return
-    if recipe.stage != "preference":
-        yield Finding(
-            "eval.generation",
-            f"stage = '{recipe.stage}' runs TRL's trainer, which generates nothing. Leave it out, and evaluate "
-            "checkpoints: prefopt eval RUN --checkpoints",
-        )
+    if recipe.stage == "reward_model":
+        yield Finding("eval.generation", "a reward model generates nothing. Leave it out")
     if section.prompts and section.max_new_tokens >= recipe.data.max_length_tokens:
         yield Finding(
             "eval.generation.max_new_tokens",

@@ -1,0 +1,57 @@
+"""Loading what becomes a reward model: a language model's body, a new scalar head, perhaps an adapter."""
+
+from __future__ import annotations
+
+from peft import PeftModel, TaskType
+from transformers import AutoModelForSequenceClassification
+
+from prefopt.errors import ModelError
+from prefopt.model.hashing import weights_hash
+from prefopt.model.load import LoadedPolicy, add_adapter, disable_dropout, load_base, seeded
+from prefopt.model.source import resolve_source
+from prefopt.recipe.peft_config import peft_config
+from prefopt.recipe.schema import ModelSection, PeftSection
+
+# What may be missing from a language model's files: the head this stage trains from scratch.
+_HEADS = ("score.", "classifier.", "classification_head.")
+
+
+def load_reward_model(
+    model: ModelSection, peft: PeftSection | None, *, seed: int, pad_token_id: int | None
+) -> LoadedPolicy:
+    """A sequence classifier with one output, which is read at the last token that is not padding.
+
+    The head is always trained in full, beside the adapter where there is one, and saved with it.
+
+    Args:
+        model: where the body comes from; an adapter directory is refused, because its head would be new.
+        peft: the adapter to train, or None for full fine-tuning.
+        seed: of the head's and the adapter's initial values; the global random state is left as it was.
+        pad_token_id: tells the head where a padded row ends.
+
+    Raises: ModelError if it cannot be loaded or lacks weights; ConfigError for a bad ``peft`` section.
+    """
+    source = resolve_source(model.path, model.revision)
+    if source.adapters:
+        raise ModelError(
+            f"model.path = {model.path!r} is an adapter: a reward model starts from a full model. Run "
+            f"`prefopt merge {model.path} MERGED` and set model.path = MERGED"
+        )
+    auto = AutoModelForSequenceClassification
+    with seeded(seed):
+        result = load_base(source, model, auto=auto, new=_HEADS, num_labels=1)
+        result.config.get_text_config().pad_token_id = pad_token_id
+        result.config.use_cache = False
+        dtype = str(result.dtype).removeprefix("torch.")
+        if peft is not None:
+            # This task type makes peft leave the head out of the adapter and train and save it in full.
+            options = {**peft.options, "task_type": TaskType.SEQ_CLS.value}
+            result = add_adapter(result, peft_config(PeftSection(type=peft.type, **options)))
+    if model.disable_dropout:
+        disable_dropout(result)
+    return LoadedPolicy(
+        model=result,
+        weights_hash=weights_hash(source.directory, dtype=dtype),
+        description=f"{source.name} ({dtype}), with a head for scores",
+        is_peft=isinstance(result, PeftModel),
+    )

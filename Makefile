@@ -9,10 +9,15 @@ STAMP := $(VENV)/.installed
 # `torch==` and not a range: on a machine without CUDA wheels configured it is the CPU build.
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Two workers; tests/conftest.py says who takes what. A single test is a plain `pytest path::name`.
+TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest $(TWO_WORKERS)
+# Where `make test-changed` counts changes from.
+BASE ?= main
 # Tools that pip installs (ninja, which DeepSpeed compiles with; accelerate) are found by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help quickstart quickstart-online quickstart-prompts quickstart-eval install test test-all check format bench clean
+.PHONY: help quickstart quickstart-online quickstart-prompts quickstart-eval install test test-changed test-all check format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -31,11 +36,14 @@ quickstart-eval: $(STAMP) ## then evaluate its two checkpoints: a judge trained 
 
 install: $(STAMP) ## make .venv with the pinned versions (CPU)
 
-test: $(STAMP) ## every test that takes seconds
-	$(BIN)/python -m pytest -m "not slow"
+test: $(STAMP) ## every test that takes seconds, on two cores
+	$(PYTEST) -m "not slow"
+
+test-changed: $(STAMP) ## the tests nearest to what differs from BASE (main), about 2 minutes
+	$(BIN)/python -m tests.changed $(BASE) $(TWO_WORKERS)
 
 test-all: $(STAMP) ## every test, the slow ones included
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(STAMP) ## lint, formatting, types, layers
 	$(BIN)/ruff check .

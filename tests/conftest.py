@@ -1,9 +1,11 @@
-"""Fixtures every test directory shares: the real test data, and a tokenizer made in place."""
+"""What every test directory shares: the real test data, a tokenizer made in place, and who runs what first."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,54 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.unit.tiny_tokenizers import TokenizerFactory, make_tokenizer
+
+TESTS = Path(__file__).resolve().parent
+
+# Files that take half a minute and more, the longest first: no worker is left alone with one at the end, and
+# `make test-changed` leaves them out.
+LONG = (
+    "distributed/test_rollouts_vllm.py",
+    "engines/test_contract.py",
+    "engines/test_vllm.py",
+    "distributed/test_parity.py",
+    "pipelines/test_rounds.py",
+    "rollouts/test_interrupted_rollouts.py",
+    "eval/test_interrupted_eval.py",
+    "recipes/test_real_pairs.py",
+    "distributed/test_rollouts.py",
+    "distributed/test_samples.py",
+    "engines/test_process.py",
+    "pipelines/test_runner.py",
+    "recipes/test_interrupted_runs.py",
+    "rollouts/test_regime.py",
+    "rollouts/test_own_process.py",
+    "recipes/test_presets.py",
+)
+
+# Tests of one running engine, which is started once; the parameter of their fixture is part of their name.
+ENGINE = re.compile(r"tests/engines/.*\[(hf|hf_process|vllm|vllm_server)\b")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker takes a whole file, or all tests of one engine: fixtures are made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    # Not by pytest-xdist's own `xdist_group` marks: 3.8 cannot pass them on under pytest 9.
+    class FileOrEngine(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            engine = ENGINE.match(nodeid)
+            return engine[1] if engine else super()._split_scope(nodeid)
+
+    return FileOrEngine(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On workers, the longest first; stable, so that pytest's order within a file stays."""
+    if hasattr(config, "workerinput"):
+        places = {TESTS / name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

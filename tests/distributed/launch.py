@@ -1,22 +1,33 @@
-"""Starting real `accelerate launch` runs on CPU from the shipped configurations."""
+"""Runs of several processes on CPU from the shipped accelerate configurations, and what they train on."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import multiprocessing.connection
 import os
+import runpy
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
+from tests.recipes.commands import HANG_S, Command, forked
 from tests.unit.tiny_models import tiny_model
 from tests.unit.tiny_tokenizers import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+AFTER_A_FAILURE_S = 60.0
 
 
 def cpu_config(name: str, num_processes: int, directory: Path) -> Path:
@@ -35,38 +46,114 @@ def cpu_config(name: str, num_processes: int, directory: Path) -> Path:
     return path
 
 
-def launch(
-    config: Path, script: str, recipe: Path, *overrides: str, timeout_s: float = 600
-) -> subprocess.CompletedProcess[str]:
-    """Runs ``accelerate launch recipes/<script>.py`` and returns when it ends."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += [
-        "--main_process_port",
-        "0",
-        str(ROOT / "recipes" / f"{script}.py"),
-        str(recipe),
-        *overrides,
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        # Without it, DDP processes on CPU do not know of each other; with it, DeepSpeed is turned off.
-        **(
-            {}
-            if "deepspeed_config" in config.read_text(encoding="utf-8")
-            else {"ACCELERATE_USE_CPU": "true"}
-        ),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja, for DeepSpeed
-    }
-    return subprocess.run(
-        command,
+@dataclass(frozen=True)
+class Launched:
+    """How a launch ended."""
+
+    returncode: int
+    stderr: str
+    """What all of its processes wrote."""
+
+
+def launch(config: Path, script: str, recipe: Path, *overrides: str) -> Launched:
+    """``accelerate launch recipes/<script>.py`` on processes that are forked with torch already imported.
+
+    accelerate reads ``config`` and sets the variables itself; only who starts the processes differs from
+    `accelerate_launch`.
+    """
+    words = [str(ROOT / "recipes" / f"{script}.py"), str(recipe), *overrides]
+    processes, environment = _as_accelerate_sets_it(config, words)
+    ranks = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    with contextlib.ExitStack() as stack:
+        commands = []
+        for rank in range(processes):
+            if processes > 1:
+                ranks |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                environment |= ranks
+            log = recipe.parent / f"log-{rank}"
+            commands.append(
+                stack.enter_context(forked(_script, *words, log=log, environment=environment))
+            )
+        codes = _codes(commands)
+    return Launched(
+        next((code for code in codes if code), 0), "".join(each.output for each in commands)
+    )
+
+
+def accelerate_launch(config: Path, script: str, recipe: Path, *overrides: str) -> Launched:
+    """The same as a person types it: fresh interpreters, torchrun's agent."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *_options(config)]
+    done = subprocess.run(
+        [*command, str(ROOT / "recipes" / f"{script}.py"), str(recipe), *overrides],
         capture_output=True,
         text=True,
-        env=environment,
-        timeout=timeout_s,
+        env={**os.environ, **_variables(config)},
+        timeout=HANG_S,
         cwd=ROOT,
         check=False,
     )
+    return Launched(done.returncode, done.stderr)
+
+
+def _options(config: Path) -> list[str]:
+    return ["--config_file", str(config), "--main_process_port", "0"]
+
+
+def _variables(config: Path) -> dict[str, str]:
+    """What a person sets on a machine without GPUs (accelerate_configs/cpu.yaml says so)."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja, for DeepSpeed
+    # Without ACCELERATE_USE_CPU, DDP processes on CPU do not know of each other; with it, DeepSpeed is off.
+    is_deepspeed = "deepspeed_config" in config.read_text(encoding="utf-8")
+    return {
+        "OMP_NUM_THREADS": "1",
+        "PATH": path,
+        **({} if is_deepspeed else {"ACCELERATE_USE_CPU": "true"}),
+    }
+
+
+def _as_accelerate_sets_it(config: Path, words: list[str]) -> tuple[int, dict[str, str]]:
+    """Number and variables of the processes that ``accelerate launch`` would start with ``words``."""
+    arguments = launch_command_parser().parse_args([*_options(config), *words])
+    found: list[tuple[int, dict[str, str]]] = []
+
+    def torchrun(options: argparse.Namespace) -> None:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(options.master_port)}
+        found.append((int(options.nproc_per_node), {**os.environ, **address}))
+
+    def one_process(options: argparse.Namespace) -> None:
+        _, variables = prepare_simple_launcher_cmd_env(options)
+        found.append((1, variables))
+
+    with (
+        mock.patch.dict(os.environ, _variables(config)),
+        mock.patch("torch.distributed.run.run", torchrun),
+        mock.patch("accelerate.commands.launch.simple_launcher", one_process),
+    ):
+        launch_command(arguments)
+    return found[0]
+
+
+def _script(path: str, *arguments: str) -> int:
+    """Runs a script as the interpreter does; leaves with the exit code that it ends with."""
+    os.chdir(ROOT)
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
+    return 0
+
+
+def _codes(commands: list[Command]) -> list[int]:
+    """Exit codes. Where one fails, the others are given time to fail too before they are ended."""
+    deadline = time.monotonic() + HANG_S
+    while any(each.process.exitcode is None for each in commands):
+        if any(each.process.exitcode for each in commands):
+            deadline = min(deadline, time.monotonic() + AFTER_A_FAILURE_S)
+        if time.monotonic() > deadline:
+            for each in commands:
+                each.process.kill()
+        multiprocessing.connection.wait(
+            [each.process.sentinel for each in commands if each.process.exitcode is None], 1.0
+        )
+    return [each.process.exitcode or 0 for each in commands]
 
 
 def write_model(directory: Path, seed: int = 0) -> Path:

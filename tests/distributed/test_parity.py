@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 
 from prefopt.commands.export import export_checkpoint
 from prefopt.training.metrics import read_metrics
-from tests.distributed.launch import cpu_config, launch, write_model, write_pairs, write_recipe
+from tests.distributed.launch import (
+    accelerate_launch,
+    cpu_config,
+    launch,
+    write_model,
+    write_pairs,
+    write_recipe,
+)
 
 TUNINGS = {"lora": {}, "full": {"peft": None}}
 
@@ -33,8 +40,12 @@ def run(
     processes: int,
     tuning: str,
     *overrides: str,
+    typed: bool = False,
 ) -> Path:
-    """Trains in ``directory`` and returns the run directory; the launch must have had its processes."""
+    """Trains in ``directory`` and returns the run directory; the launch must have had its processes.
+
+    ``typed``: through `accelerate launch` itself.
+    """
     directory.mkdir()
     recipe = write_recipe(
         directory / "recipe.yaml",
@@ -42,7 +53,8 @@ def run(
         inputs / "pairs.jsonl",
         **TUNINGS[tuning],
     )
-    done = launch(cpu_config(config, processes, directory), "dpo", recipe, *overrides)
+    start = accelerate_launch if typed else launch
+    done = start(cpu_config(config, processes, directory), "dpo", recipe, *overrides)
     assert done.returncode == 0, done.stderr[-4000:]
     record = json.loads((directory / "run" / "run.json").read_text())
     assert record["processes"] == processes
@@ -52,7 +64,10 @@ def run(
 @pytest.fixture(scope="module")
 def single(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("single")
-    return {tuning: run(root / tuning, inputs, "cpu", 1, tuning) for tuning in TUNINGS}
+    return {
+        tuning: run(root / tuning, inputs, "cpu", 1, tuning, typed=tuning == "lora")
+        for tuning in TUNINGS
+    }
 
 
 def assert_same_run(got: Path, want: Path) -> None:
@@ -76,8 +91,12 @@ def assert_same_run(got: Path, want: Path) -> None:
 def test_two_processes_give_the_single_process_run(
     config: str, tuning: str, inputs: Path, single: dict[str, Path], tmp_path: Path
 ) -> None:
-    """With micro-batches of two pairs, so that every rank accumulates over several backward passes."""
-    two = run(tmp_path / "two", inputs, config, 2, tuning, "train.micro_batch_size=2")
+    """With micro-batches of two pairs, so that every rank accumulates over several backward passes.
+
+    With LoRA through `accelerate launch` itself, once a configuration; elsewhere its processes are forks.
+    """
+    micro = "train.micro_batch_size=2"
+    two = run(tmp_path / "two", inputs, config, 2, tuning, micro, typed=tuning == "lora")
     assert_same_run(two, single[tuning])
     (checkpoint,) = (two / "checkpoints").glob("step-*")
     export_checkpoint(two, checkpoint, tmp_path / "exported")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 
 from prefopt.rollouts.experience import read_log
 from prefopt.training.metrics import read_metrics
-from tests.distributed.launch import cpu_config, launch, write_model, write_pairs
+from tests.distributed.launch import Launched, cpu_config, launch, write_model, write_pairs
 
 PLUGIN = """
 from prefopt.recipe.registry import signal
@@ -67,9 +66,7 @@ def write_rollout_recipe(path: Path, inputs: Path, **sections: Any) -> Path:
     return path
 
 
-def started(
-    config: str, num_processes: int, recipe: Path, *overrides: str
-) -> subprocess.CompletedProcess[str]:
+def started(config: str, num_processes: int, recipe: Path, *overrides: str) -> Launched:
     directory = recipe.parent
     return launch(cpu_config(config, num_processes, directory), "online_dpo", recipe, *overrides)
 

@@ -1,4 +1,4 @@
-"""The engines under test, each started once a session, on a policy made in place."""
+"""The engines under test, each started once, on a policy made in place."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from tests.engines.processes import descendants, is_gone, wait_until
 
 ENGINES = ("hf", "hf_process", "vllm", "vllm_server")
 # Small and quick to start: no compilation, few sequences at once.
-_VLLM: dict[str, Any] = {"enforce_eager": True, "options": {"max_num_seqs": 32}}
+_VLLM: dict[str, Any] = {
+    "enforce_eager": True,
+    "options": {"max_num_seqs": 32, "kv_cache_memory_bytes": 2**28},
+}
 SECTIONS: dict[str, tuple[type[EngineSection], dict[str, Any]]] = {
     "hf": (HFSection, {"batch_size": 7}),
     "vllm": (VllmSection, _VLLM),
@@ -64,7 +67,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
 
 def engine_section(kind: str, **settings: Any) -> EngineSection:
     cls, keys = SECTIONS[kind.removesuffix("_process")]
-    return cls(**{"timeout_s": 120.0, "startup_timeout_s": 400.0, **keys, **settings})
+    return cls(**{"timeout_s": 600.0, "startup_timeout_s": 800.0, **keys, **settings})
 
 
 def make_engine(
@@ -79,7 +82,7 @@ def make_engine(
     return start_engine(engine_section(kind, **settings), task).engine
 
 
-@pytest.fixture(scope="session", params=ENGINES)
+@pytest.fixture(scope="package", params=ENGINES)
 def running(
     request: pytest.FixtureRequest, policies: Policies, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
@@ -99,15 +102,14 @@ def running(
     assert not left, f"{request.param} left processes behind: {left}"
 
 
-@pytest.fixture(scope="session", params=ENGINES)
+@pytest.fixture(params=ENGINES)
 def running_full(
-    request: pytest.FixtureRequest, policies: Policies, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, policies: Policies, tmp_path: Path
 ) -> Iterator[Running]:
     """An engine for full fine-tuning."""
-    directory = tmp_path_factory.mktemp(f"{request.param}-full")
-    engine = make_engine(request.param, policies, directory, is_adapter=False)
+    engine = make_engine(request.param, policies, tmp_path, is_adapter=False)
     truth = policies.truth(policies.base)
-    yield Running(engine, request.param, policies, directory, False, truth)
+    yield Running(engine, request.param, policies, tmp_path, False, truth)
     engine.close()
 
 

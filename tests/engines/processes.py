@@ -7,8 +7,11 @@ from collections.abc import Callable
 
 import psutil
 
+HANG_S = 300.0
+"""What only a process that stays takes, however busy the machine is."""
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = HANG_S) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

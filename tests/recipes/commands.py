@@ -2,7 +2,7 @@
 
 For the latter a fork server imports torch and the rest once; a command then starts in milliseconds instead
 of seconds. After the imports everything is as in the installed `prefopt`: `prefopt.cli.main`, its exit code,
-its stderr, its signal handlers.
+its stderr, its signal handlers. `forked` runs any function so; tests/distributed/launch.py runs scripts.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prefopt.cli import main
 
+HANG_S = 600.0
+"""What only a command that hangs takes, however busy the machine is."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -26,6 +29,7 @@ _CONTEXT.set_forkserver_preload(
         "prefopt.recipe.checks",
         "prefopt.wiring",
         "transformers.models.llama.modeling_llama",
+        "deepspeed",
     ]
 )
 
@@ -72,13 +76,13 @@ class Command:
         """Sends a signal."""
         os.kill(self.pid, number)
 
-    def wait(self, timeout_s: float = 120) -> int:
+    def wait(self, timeout_s: float = HANG_S) -> int:
         """Its exit code, -N if signal N ended it."""
         self.process.join(timeout_s)
         assert self.process.exitcode is not None, f"still running:\n{self.output}"
         return self.process.exitcode
 
-    def wait_until(self, reached: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
+    def wait_until(self, reached: Callable[[], bool], what: str, timeout_s: float = HANG_S) -> None:
         """Returns the moment ``reached()`` holds; fails if the command ends before, or takes too long."""
         deadline = time.monotonic() + timeout_s
         while not reached():
@@ -88,11 +92,19 @@ class Command:
 
 
 @contextlib.contextmanager
-def prefopt(*arguments: str, log: Path, **environment: str) -> Iterator[Command]:
-    """Starts ``prefopt ARGUMENTS`` with its output in ``log``; it does not outlive the block."""
-    variables = {"OMP_NUM_THREADS": "1", **environment}
-    process = _CONTEXT.Process(target=_run, args=(arguments, str(log), variables), daemon=True)
+def forked(
+    target: Callable[..., int], *arguments: Any, log: Path, environment: Mapping[str, str]
+) -> Iterator[Command]:
+    """Starts ``target(*arguments)``, whose result is its exit code; it does not outlive the block.
+
+    Args:
+        log: where its stdout and stderr go.
+        environment: all of it, as for `subprocess`.
+    """
     log.touch()
+    process = _CONTEXT.Process(
+        target=_run, args=(target, arguments, str(log), dict(environment)), daemon=True
+    )
     process.start()
     try:
         yield Command(process, log)
@@ -102,18 +114,32 @@ def prefopt(*arguments: str, log: Path, **environment: str) -> Iterator[Command]
         process.join()
 
 
+def prefopt(
+    *arguments: str, log: Path, **environment: str
+) -> contextlib.AbstractContextManager[Command]:
+    """Starts ``prefopt ARGUMENTS`` with its output in ``log``, and more variables than this process has."""
+    return forked(_main, *arguments, log=log, environment={**os.environ, **environment})
+
+
 def run(*arguments: str, log: Path, **environment: str) -> tuple[int, str]:
     """``(exit code, output)`` of ``prefopt ARGUMENTS``."""
     with prefopt(*arguments, log=log, **environment) as command:
         return command.wait(), command.output
 
 
-def _run(arguments: tuple[str, ...], log: str, environment: Mapping[str, str]) -> None:
+def _main(*arguments: str) -> int:
+    return main(arguments)
+
+
+def _run(
+    target: Callable[..., int], arguments: tuple[Any, ...], log: str, environment: dict[str, str]
+) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    os.environ.clear()
     os.environ.update(environment)
     import torch
 
     torch.set_num_threads(1)
-    raise SystemExit(main(arguments))
+    raise SystemExit(target(*arguments))

@@ -12,7 +12,7 @@ import torch
 
 from prefopt.data.groups import GroupList
 from prefopt.errors import SignalError, TrainingError
-from prefopt.recipe.registry import OBJECTIVES
+from prefopt.recipe.registry import OBJECTIVES, get_objective
 from prefopt.rollouts import regime as regime_module
 from prefopt.rollouts.experience import ExperienceLog, read_log
 from prefopt.rollouts.worker import Worker
@@ -342,7 +342,19 @@ def test_stale_samples_are_dropped_and_counted_or_weighted(tmp_path: Path) -> No
     assert abs(rows[-1]["rollout/importance"] - 1) > 1e-3
 
 
-@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"reward_conditioned"}))
+def every_objective() -> list[Any]:
+    """Names; slow but for the first of those that need the same and take the same credit."""
+    kinds: set[Any] = set()
+    rows = []
+    for name in sorted(set(OBJECTIVES) - {"reward_conditioned"}):
+        spec = get_objective(name)
+        kind = (spec.needs, spec.credit)
+        rows.append(pytest.param(name, marks=[pytest.mark.slow] if kind in kinds else []))
+        kinds.add(kind)
+    return rows
+
+
+@pytest.mark.parametrize("name", every_objective())
 def test_every_objective_trains_on_rollouts(tmp_path: Path, name: str) -> None:
     """Any objective x any regime: what one cell needs beside the name is what the README's table says.
 

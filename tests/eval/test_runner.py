@@ -162,7 +162,6 @@ def judged(tmp_path: Path, other: Path, url: str, count: int = 6) -> list[str]:
     return [
         *("--tasks", "win_rate", f"tasks.win_rate.data={data}", "--baseline", str(other)),
         *(f"decoding.max_new_tokens={TOKENS}", f"judge.base_url={url}", "judge.model=j"),
-        *("judge.deadline_s=1.0", "judge.timeout_s=1.0"),
     ]
 
 
@@ -192,7 +191,7 @@ def test_an_endpoint_that_is_down_keeps_the_answers_and_goes_on_later(
         arguments = [str(model), *judged(tmp_path, other, server.base_url)]
         arguments += ["--output", str(tmp_path / "out")]
     assert "did not answer a request within deadline_s" in refused(
-        *arguments, capsys=capsys, code=1
+        *arguments, "judge.deadline_s=1.0", capsys=capsys, code=1
     )
     stored = (tmp_path / "out" / "win_rate" / "generations.jsonl").read_bytes()
     with chat_server(verdict) as again:
@@ -214,7 +213,7 @@ def test_a_judge_that_limits_its_rate_is_waited_for(
 
     with chat_server(answer) as server:
         arguments = [str(model), *judged(tmp_path, other, server.base_url, count=2)]
-        arguments += ["judge.deadline_s=20", "--output", str(tmp_path / "out")]
+        arguments += ["--output", str(tmp_path / "out")]
         assert main(["eval", *arguments]) == 0
     usage = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["win_rate"][
         "usage"

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import functools
 import logging
 import math
 import os
+import ssl
 import threading
 import time
 from collections import Counter
@@ -236,7 +238,8 @@ class _Attempts(httpx2.AsyncClient):
     """
 
     def __init__(self, endpoint: Endpoint, count: Callable[..., None]) -> None:
-        super().__init__(limits=httpx2.Limits(max_connections=endpoint.concurrency))
+        limits = httpx2.Limits(max_connections=endpoint.concurrency)
+        super().__init__(verify=_certificates(), limits=limits)
         self._endpoint = endpoint
         self._count = count
 
@@ -295,6 +298,12 @@ class _Attempts(httpx2.AsyncClient):
             await asyncio.sleep(wait_s)
             del headers["retry-after"]
         headers["x-should-retry"] = "true"  # also after 425
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Read once: they take longer to load than a server on this machine takes to answer."""
+    return httpx2.create_ssl_context()
 
 
 def _run(asking: Coroutine[Any, Any, _T]) -> _T:

@@ -17,6 +17,7 @@ from eval.engines import answer_from, answer_record
 from eval.options import make_task
 from prefopt.cli import main
 from tests.eval.runs import problems, read_jsonl, write_chat_model, write_jsonl
+from tests.recipes.commands import measured
 from tests.signals.chat_server import Answer, chat_server
 
 TOKENS = 12
@@ -283,18 +284,6 @@ def test_the_command_line_is_light() -> None:
     assert not loaded & {"torch", "transformers", "sklearn", "datasets", "vllm", "lm_eval"}
 
 
-# Not ru_maxrss, which a child inherits from the process that started it.
-_MEASURED = """
-import sys, time
-from pathlib import Path
-from prefopt.cli import main
-started = time.process_time()
-code = main(sys.argv[1:])
-mib = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-print(f"{code} {time.process_time() - started:.2f} {mib:.0f}", file=sys.stderr)
-"""
-
-
 def test_ten_thousand_stored_responses_take_less_than_a_gibibyte(
     tmp_path: Path, model: Path
 ) -> None:
@@ -314,13 +303,9 @@ def test_ten_thousand_stored_responses_take_less_than_a_gibibyte(
             stale.unlink()
         store.write_text("\n".join([header, *lines[:count]]) + "\n")
         limited = [*arguments, "--limit", str(count), f"tasks.gsm8k.max_new_tokens={TOKENS}"]
-        done = subprocess.run(
-            [sys.executable, "-c", _MEASURED, *limited], capture_output=True, text=True, check=True
-        )
-        code, taken, mib = done.stderr.split()[-3:]
-        seconds[count] = float(taken)
-        assert code == "0" and float(mib) < 1024, done.stderr
+        code, seconds[count], mib = measured(*limited)
+        assert code == 0 and mib < 1024
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["tasks"]["gsm8k"]["counts"]["n"] == 10_000
-    # A fixed part (imports) besides; quadratic work would be 16 times as much.
+    # Quadratic work would be 16 times as much.
     assert seconds[10_000] < 8 * seconds[2_500]

@@ -197,7 +197,7 @@ class ChatClient:
             raise SignalError(
                 f"{self.endpoint.url} (model {self.endpoint.model!r}) did not answer a request within deadline_s "
                 f"= {limit_s:g} ({asked.attempts} attempts); last: {asked.problem}. Start or scale the endpoint, "
-                " lower concurrency, or raise deadline_s; answers so far are cached"
+                "lower concurrency, or raise deadline_s; answers so far are cached"
             ) from None
         assert asked.reply is not None  # `_Attempts` lets no response through without one
         return asked.reply

@@ -13,6 +13,9 @@ from prefopt.errors import DataError
 _SEED = 42
 _TOLERANCE = 1e-10
 _MAX_STEPS = 100
+_RANK_TOLERANCE = 1e-13
+"""Of a curvature's singular values, to the largest. A free direction's is a few 1e-16 and not 0; numpy's own bound
+(n times 2e-16) takes some of them for curved, and all ratings are shifted by rounding errors blown up."""
 
 
 def win_rate(wins: float, losses: float, ties: float) -> float:
@@ -82,7 +85,7 @@ def fit_newton(
         gradient = features.T @ (weights * (odds - points)) + l2 * coefficients
         curvature = (features * (weights * odds * (1 - odds))[:, None]).T @ features
         curvature += l2 * np.eye(len(coefficients))
-        step = np.linalg.lstsq(curvature, -gradient, rcond=None)[0]
+        step = np.linalg.lstsq(curvature, -gradient, rcond=_RANK_TOLERANCE)[0]
         size = 1.0
         while (new := _loss(features, points, weights, coefficients + size * step, l2)) > loss:
             size /= 2

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from eval.base import Answer, Conversation, Example, JudgedTask, Judgment, Question
 from eval.settings import JudgeSection
 from eval.store import Store
-from prefopt.signals.chat_client import ChatClient, Endpoint, Reply, ReplyCache
+from prefopt.signals.chat_client import ChatClient, Endpoint
+from prefopt.signals.chat_replies import Reply, ReplyCache
 from prefopt.storage.cache import cache_root
 
 _CHUNKS_IN_FLIGHT = 4

@@ -184,13 +184,10 @@ class TaskRun:
         }
         # Nothing of the model's may hold memory while a local judge runs beside it.
         client = open_judge(section, task.judge_sampling)
-        try:
-            with Store(folder / "judgments.jsonl", basis) as store:
-                judge_all(task, asked, client, store, label=f"{name}: judge")
-                found = {key: judgments(store, key, each) for key, each in questions.items()}
-                used = usage(store, section)
-        finally:
-            client.close()
+        with Store(folder / "judgments.jsonl", basis) as store:
+            judge_all(task, asked, client, store, label=f"{name}: judge")
+            found = {key: judgments(store, key, each) for key, each in questions.items()}
+            used = usage(store, section)
         extra = {
             "template": describe_template(task.template),
             "baseline": whose,

@@ -16,7 +16,7 @@ from data_pipelines.templates import read_template, template_basis
 from eval.judging import open_judge
 from eval.settings import JudgeSection
 from prefopt.recipe.schema import NonNegativeFloat, PathText
-from prefopt.signals.chat_client import Messages
+from prefopt.signals.chat_replies import Messages
 from prefopt.signals.judge import Asker, conversation, fill
 from prefopt.types import Prompt
 
@@ -136,7 +136,6 @@ class _Arena:
             counts["requests"], counts["unparsed"], counts["answers"], counts["gave_up"], counts["cached"],
             counts["usd"],
         )  # fmt: skip
-        self.asker.close()
 
     def _matches(self, row: Row) -> list[tuple[int, int]] | Dropped:
         models = [response.get("model") for response in row["responses"]]

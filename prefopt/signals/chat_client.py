@@ -1,40 +1,48 @@
-"""A client of OpenAI-compatible chat endpoints: bounded, retried, cached on disk, and silent about keys.
+"""Many questions to one OpenAI-compatible chat endpoint: bounded, cached on disk, and silent about keys.
 
 Judges use it here and in evaluation; a server of our own (``vllm`` serves the same protocol) is one more
-base URL.
+base URL. Requests, retries and their waits are the ``openai`` client's; what an answer is, and when to stop
+asking, is decided here, because many servers speak the protocol only nearly.
 """
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
-import hashlib
-import json
+import functools
 import logging
+import math
 import os
-import random
+import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
 
 from prefopt.errors import SignalError
-from prefopt.storage.cache import atomic_write
+from prefopt.signals.chat_replies import Messages, Reply, ReplyCache, parse_reply, reply_key
 
-logger = logging.getLogger(__name__)
-logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request, thousands a step
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
-Messages = Sequence[Mapping[str, Any]]
+for _name in ("httpx2", "openai"):
+    logging.getLogger(_name).setLevel(logging.WARNING)  # a line a request, thousands a step
+
+_T = TypeVar("_T")
 
 _RETRIED = {408, 409, 425, 429}  # and every 5xx
 _FATAL = {401, 402, 403, 404, 405}
-_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 60.0
-_KEY_VERSION = 1
+_MAX_RETRIES = 1_000_000
+"""The deadline ends a request, not their number."""
+_OPENAIS_LONGEST_WAIT_S = 120.0
+"""The ``openai`` client gives up where an endpoint asks to wait longer."""
+_SENT_HEADERS = ("host", "accept", "connection", "content-", "user-agent")
 
 
 class ChatRefused(Exception):
@@ -57,44 +65,30 @@ class Endpoint:
     concurrency: int = 8
     """Requests under way at a time."""
 
+    @property
+    def url(self) -> str:
+        return f"{self.base_url.rstrip('/')}/chat/completions"
 
-@dataclass(frozen=True)
-class Reply:
-    """One answer."""
+    def authorization(self) -> dict[str, str]:
+        """The header that holds the key; empty without one. Raises: SignalError for a variable that is not set."""
+        key = self._api_key()
+        return {"Authorization": f"Bearer {key}"} if key else {}
 
-    text: str
-    finish_reason: str | None
-    """``length``: the answer was cut by max_tokens."""
-    prompt_tokens: int
-    completion_tokens: int
-    cached: bool = False
-    top_logprobs: Mapping[str, float] = field(default_factory=dict)
-    """Log-probs (nats) of the likeliest first tokens; empty unless the request asks for them (``logprobs``)."""
+    def redact(self, text: str) -> str:
+        """``text`` without the key."""
+        key = self._api_key()
+        return text.replace(key, "***") if key else text
 
-
-class ReplyCache:
-    """Replies on disk, one file each, shared by processes and runs; a kill leaves whole files only."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        # `atomic_write` reads the umask by setting it, which two threads must not do at once
-        self._lock = threading.Lock()
-
-    def get(self, key: str) -> Reply | None:
-        """The reply, or None: a file that cannot be read is asked for again and replaced."""
-        try:
-            reply = Reply(**json.loads(self._path(key).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+    def _api_key(self) -> str | None:
+        if self.api_key_env is None:
             return None
-        return replace(reply, cached=True)
-
-    def put(self, key: str, reply: Reply) -> None:
-        """Raises: OSError if it cannot be written."""
-        with self._lock, atomic_write(self._path(key)) as file:
-            file.write_text(json.dumps(asdict(reply)), encoding="utf-8")
-
-    def _path(self, key: str) -> Path:
-        return self.directory / key[:2] / f"{key}.json"
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
+            raise SignalError(
+                f"api_key_env = {self.api_key_env!r}: that environment variable is not set; export it, or leave "
+                "api_key_env out for an endpoint without keys"
+            )
+        return key
 
 
 class ChatClient:
@@ -120,62 +114,93 @@ class ChatClient:
             )
         )
         self._lock = threading.Lock()
-        self._url = _completions_url(endpoint.base_url)
-        self._headers()  # a missing key is known before the first step
-        self._client = httpx2.Client(
-            timeout=endpoint.timeout_s,
-            limits=httpx2.Limits(max_connections=endpoint.concurrency),
-        )
+        _check_url(endpoint.base_url)
+        endpoint.authorization()  # a missing key is known before the first step
 
     def complete_all(self, requests: Sequence[Messages]) -> list[Reply | ChatRefused]:
         """A reply to each request, in order, or why the endpoint refuses it.
 
         Raises: SignalError if an answer is not there by the deadline, or the key, model or URL is refused.
         """
-        if not requests:
-            return []
+        replies: dict[str, Reply | ChatRefused] = {}
         if self.cache is None:
-            return self._complete_at_once(requests)
-        # Under a cache equal requests have one reply, also those that are under way at the same time.
-        keys = [_key(self.endpoint.model, messages, self.sampling) for messages in requests]
-        distinct = dict(zip(keys, requests, strict=True))
-        replies = dict(zip(distinct, self._complete_at_once([*distinct.values()]), strict=True))
-        self._count(cached=len(keys) - len(distinct))
+            keys = [str(number) for number in range(len(requests))]
+        else:
+            # Under a cache equal requests have one reply, also those that would be under way at the same time.
+            keys = [
+                reply_key(self.endpoint.model, messages, self.sampling) for messages in requests
+            ]
+            known = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
+            replies |= {key: reply for key, reply in known.items() if reply is not None}
+        waiting = {k: each for k, each in zip(keys, requests, strict=True) if k not in replies}
+        self._count(cached=len(keys) - len(waiting))
+        if waiting:
+            replies |= _run(self._ask_all(waiting))
         return [replies[key] for key in keys]
-
-    def _complete_at_once(self, requests: Sequence[Messages]) -> list[Reply | ChatRefused]:
-        stop = threading.Event()
-        threads = ThreadPoolExecutor(min(self.endpoint.concurrency, len(requests)))
-        try:
-            return list(threads.map(lambda messages: self._complete(messages, stop), requests))
-        finally:  # after an error or Ctrl-C nobody waits for the other answers
-            stop.set()
-            threads.shutdown(wait=False, cancel_futures=True)
 
     def report(self) -> dict[str, float]:
         """Counters since construction; tokens are those the endpoint reported, cached replies' not included."""
         with self._lock:
             return dict(self._counts)
 
-    def close(self) -> None:
-        self._client.close()
+    async def _ask_all(self, waiting: Mapping[str, Messages]) -> dict[str, Reply | ChatRefused]:
+        from openai import AsyncOpenAI  # as long to import as all of `prefopt check` takes
 
-    def _complete(self, messages: Messages, stop: threading.Event) -> Reply | ChatRefused:
-        key = _key(self.endpoint.model, messages, self.sampling)
-        cached = self.cache.get(key) if self.cache is not None else None
-        if cached is not None:
-            self._count(cached=1)
-            return cached
-        body = {"model": self.endpoint.model, "messages": list(messages), **self.sampling}
+        todo = iter(waiting.items())
+        found: dict[str, Reply | ChatRefused] = {}
+        async with _Attempts(self.endpoint, self._count) as http:
+            client = AsyncOpenAI(
+                api_key="-",  # the real one goes in where the request goes out
+                base_url=self.endpoint.base_url,
+                timeout=self.endpoint.timeout_s,
+                max_retries=_MAX_RETRIES,
+                http_client=http,
+            )
+            try:
+                async with asyncio.TaskGroup() as workers:
+                    for _ in range(min(self.endpoint.concurrency, len(waiting))):
+                        workers.create_task(self._work(client, todo, found))
+            except ExceptionGroup as failed:  # one failure has cancelled what else was under way
+                raise failed.exceptions[0] from None
+        return found
+
+    async def _work(
+        self,
+        client: AsyncOpenAI,
+        todo: Iterator[tuple[str, Messages]],
+        found: dict[str, Reply | ChatRefused],
+    ) -> None:
+        for key, messages in todo:
+            body = {"model": self.endpoint.model, "messages": list(messages), **self.sampling}
+            try:
+                reply = found[key] = await self._ask(client, body)
+            except ChatRefused as refused:
+                self._count(refused=1)
+                found[key] = refused
+                continue
+            self._count(
+                prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens
+            )
+            if self.cache is not None:
+                await asyncio.to_thread(self._keep, self.cache, key, reply)
+
+    async def _ask(self, client: AsyncOpenAI, body: Mapping[str, Any]) -> Reply:
+        """One request until it is answered, refused, or out of time."""
+        limit_s = self.endpoint.deadline_s
+        asked = _Asked(end=time.monotonic() + limit_s)
+        _asked.set(asked)
         try:
-            reply = self._ask(body, stop)
-        except ChatRefused as refused:
-            self._count(refused=1)
-            return refused
-        self._count(prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
-        if self.cache is not None:
-            self._keep(self.cache, key, reply)
-        return reply
+            async with asyncio.timeout(limit_s):
+                # Not `chat.completions.create`: it makes objects of an answer's fields, which servers fill freely.
+                await client.post("/chat/completions", cast_to=httpx2.Response, body=body)
+        except TimeoutError:
+            raise SignalError(
+                f"{self.endpoint.url} (model {self.endpoint.model!r}) did not answer a request within deadline_s "
+                f"= {limit_s:g} ({asked.attempts} attempts); last: {asked.problem}. Start or scale the endpoint, "
+                "lower concurrency, or raise deadline_s; answers so far are cached"
+            ) from None
+        assert asked.reply is not None  # `_Attempts` lets no response through without one
+        return asked.reply
 
     def _keep(self, cache: ReplyCache, key: str, reply: Reply) -> None:
         try:
@@ -185,88 +210,110 @@ class ChatClient:
                 f"cannot write the judge's cache in {cache.directory}: {error}. Make room, or set cache_dir"
             ) from error
 
-    def _ask(self, body: Mapping[str, Any], stop: threading.Event) -> Reply:
-        """One request until it is answered, refused, or out of time."""
-        end = time.monotonic() + self.endpoint.deadline_s
-        attempt = 0
-        while True:
-            attempt += 1
-            self._count(requests=1, retries=int(attempt > 1))
-            problem, wait_s = self._try(body, end)
-            if isinstance(problem, Reply):
-                return problem
-            # Half fixed, half random: clients that failed together do not come back together.
-            delay = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2 ** (attempt - 1))
-            delay = max(wait_s, delay * random.uniform(0.5, 1.0))
-            if time.monotonic() + delay >= end or stop.wait(delay):
-                raise SignalError(
-                    f"{self._url} (model {self.endpoint.model!r}) did not answer a request within deadline_s = "
-                    f"{self.endpoint.deadline_s:g} ({attempt} attempts); last: {problem}. Start or scale the "
-                    "endpoint, lower concurrency, or raise deadline_s; answers so far are cached"
-                )
-
-    def _try(self, body: Mapping[str, Any], end: float) -> tuple[Reply | str, float]:
-        """``(reply, 0)``, or ``(what went wrong, seconds the endpoint asks to wait)``.
-
-        Raises: ChatRefused, or SignalError for a key, model or URL that no retry makes right.
-        """
-        give_up = min(end, time.monotonic() + self.endpoint.timeout_s)
-        try:
-            status, headers, content = self._post(body, give_up)
-        except httpx2.TransportError as error:
-            return f"{type(error).__name__}: {self._redact(str(error))}", 0.0
-        if status == 200:
-            reply = _reply(content)
-            return (reply or "an answer that is no chat completion"), 0.0
-        detail = f"HTTP {status}: {self._redact(content.decode(errors='replace'))[:300].strip()}"
-        if status in _RETRIED or status >= 500:
-            return detail, retry_after_s(headers.get("retry-after"))
-        if status in _FATAL or status < 400:
-            raise SignalError(
-                f"{self._url} (model {self.endpoint.model!r}, key from {self.endpoint.api_key_env}) refuses: "
-                f"{detail}. Check base_url, model and api_key_env"
-            )
-        raise ChatRefused(detail)
-
-    def _post(
-        self, body: Mapping[str, Any], give_up: float
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers and body. Streamed, because httpx bounds each read and not their sum."""
-        wait = max(0.01, give_up - time.monotonic())
-        content = b""
-        with self._client.stream(
-            "POST", self._url, json=body, headers=self._headers(), timeout=wait
-        ) as response:
-            for chunk in response.iter_bytes():
-                content += chunk
-                if time.monotonic() > give_up:
-                    raise httpx2.ReadTimeout("the answer came too slowly")
-        return response.status_code, response.headers, content
-
-    def _headers(self) -> dict[str, str]:
-        key = self._api_key()
-        return {"Authorization": f"Bearer {key}"} if key else {}
-
-    def _api_key(self) -> str | None:
-        """Read at every use and kept nowhere: no repr, pickle or traceback of ours can hold it."""
-        name = self.endpoint.api_key_env
-        if name is None:
-            return None
-        key = os.environ.get(name, "").strip()
-        if not key:
-            raise SignalError(
-                f"api_key_env = {name!r}: that environment variable is not set; export it, or leave "
-                "api_key_env out for an endpoint without keys"
-            )
-        return key
-
-    def _redact(self, text: str) -> str:
-        key = self._api_key()
-        return text.replace(key, "***") if key else text
-
     def _count(self, **amounts: int) -> None:
         with self._lock:
             self._counts.update(amounts)
+
+
+@dataclass
+class _Asked:
+    """One request under way."""
+
+    end: float
+    """Of its time, by `time.monotonic`."""
+    attempts: int = 0
+    problem: str = "ReadTimeout: no answer"
+    """With the last attempt."""
+    reply: Reply | None = None
+
+
+_asked: ContextVar[_Asked] = ContextVar("_asked")
+
+
+class _Attempts(httpx2.AsyncClient):
+    """What the ``openai`` client sends with: every attempt is addressed, bounded and judged here.
+
+    The client sees an answer, or a failure that may pass, which it tries again after a wait. Other errors that
+    are raised here go through it as they are.
+    """
+
+    def __init__(self, endpoint: Endpoint, count: Callable[..., None]) -> None:
+        limits = httpx2.Limits(max_connections=endpoint.concurrency)
+        super().__init__(verify=_certificates(), limits=limits)
+        self._endpoint = endpoint
+        self._count = count
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        asked = _asked.get()
+        asked.attempts += 1
+        self._count(requests=1, retries=int(asked.attempts > 1))
+        # The key is read here and kept nowhere: no repr, pickle or traceback can hold it. What the environment
+        # has for OpenAI's own endpoint (OPENAI_ORG_ID, OPENAI_CUSTOM_HEADERS, …) is not for this one.
+        sent = request.headers.items()
+        kept = {name: value for name, value in sent if name.startswith(_SENT_HEADERS)}
+        request.headers = httpx2.Headers({**kept, **self._endpoint.authorization()})
+        try:
+            # httpx2 bounds each read, and not their sum.
+            async with asyncio.timeout(self._endpoint.timeout_s):
+                response = await super().send(request, **options)
+        except TimeoutError:
+            asked.problem = "ReadTimeout: the answer came too slowly"
+            raise httpx2.ReadTimeout(asked.problem) from None
+        except httpx2.RequestError as error:
+            asked.problem = self._endpoint.redact(f"{type(error).__name__}: {error}")
+            raise
+        await self._judge(response, asked)
+        return response
+
+    async def _judge(self, response: httpx2.Response, asked: _Asked) -> None:
+        """Returns if the response is an answer, or has a status that the client tries again.
+
+        Raises: ChatRefused; SignalError for a key, model or URL that no retry makes right.
+        """
+        status = response.status_code
+        if status == 200:
+            asked.reply = parse_reply(response.content)
+            if asked.reply is None:
+                asked.problem = "an answer that is no chat completion"
+                raise httpx2.DecodingError(asked.problem)
+            return
+        asked.problem = f"HTTP {status}: {self._endpoint.redact(response.text)[:300].strip()}"
+        if status in _RETRIED or status >= 500:
+            await self._pace(response.headers, asked)
+        elif status in _FATAL or status < 400:
+            raise SignalError(
+                f"{self._endpoint.url} (model {self._endpoint.model!r}, key from {self._endpoint.api_key_env}) "
+                f"refuses: {asked.problem}. Check base_url, model and api_key_env"
+            )
+        else:
+            raise ChatRefused(asked.problem)
+
+    @staticmethod
+    async def _pace(headers: httpx2.Headers, asked: _Asked) -> None:
+        """Has the client try again, however long it is asked to wait. Raises: TimeoutError if that is too long."""
+        wait_s = retry_after_s(headers.get("retry-after"))
+        if time.monotonic() + wait_s >= asked.end:
+            raise TimeoutError
+        if wait_s > _OPENAIS_LONGEST_WAIT_S:
+            await asyncio.sleep(wait_s)
+            del headers["retry-after"]
+        headers["x-should-retry"] = "true"  # also after 425
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Read once: they take longer to load than a server on this machine takes to answer."""
+    return httpx2.create_ssl_context()
+
+
+def _run(asking: Coroutine[Any, Any, _T]) -> _T:
+    """The coroutine's result; in a notebook, whose thread has a loop already, by a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(asking)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, asking).result()
 
 
 def retry_after_s(header: str | None) -> float:
@@ -274,7 +321,7 @@ def retry_after_s(header: str | None) -> float:
     if not header:
         return 0.0
     try:
-        return max(0.0, float(header))
+        return max(0.0, float(header)) if math.isfinite(float(header)) else 0.0
     except ValueError:
         pass
     try:
@@ -283,7 +330,7 @@ def retry_after_s(header: str | None) -> float:
         return 0.0
 
 
-def _completions_url(base_url: str) -> str:
+def _check_url(base_url: str) -> None:
     try:
         url = httpx2.URL(base_url)
     except httpx2.InvalidURL as error:
@@ -295,42 +342,3 @@ def _completions_url(base_url: str) -> str:
         )
     if url.scheme not in ("http", "https") or not url.host:
         raise SignalError(f"base_url = {base_url!r}: must be like http://localhost:8000/v1")
-    return f"{base_url.rstrip('/')}/chat/completions"
-
-
-def _reply(content: bytes) -> Reply | None:
-    """The reply in a chat completion; None if it is none (a proxy's page, say)."""
-    try:
-        data = json.loads(content)
-        choice = data["choices"][0]
-        usage = data.get("usage") or {}
-        return Reply(
-            text=str(choice["message"].get("content") or ""),
-            finish_reason=choice.get("finish_reason"),
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
-            top_logprobs=_first_token(choice.get("logprobs")),
-        )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return None
-
-
-def _first_token(logprobs: Any) -> dict[str, float]:
-    """Log-prob by token of the first position; of two tokens that read alike the likelier. Empty if none came.
-
-    Another protocol's shape is none, too: whoever needs log-probs counts that, and no retry would change it.
-    """
-    found: dict[str, float] = {}
-    try:
-        for top in logprobs["content"][0]["top_logprobs"]:
-            token, value = str(top["token"]), float(top["logprob"])
-            found[token] = max(value, found.get(token, value))
-    except (KeyError, IndexError, TypeError, ValueError):
-        return {}
-    return found
-
-
-def _key(model: str, messages: Messages, sampling: Mapping[str, Any]) -> str:
-    content = [_KEY_VERSION, model, list(map(dict, messages)), dict(sampling)]
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

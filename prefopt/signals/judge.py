@@ -16,7 +16,8 @@ from prefopt.errors import DataError, SignalError
 from prefopt.recipe.registry import signal
 from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal
-from prefopt.signals.chat_client import ChatClient, Endpoint, Messages, Reply, ReplyCache
+from prefopt.signals.chat_client import ChatClient, Endpoint
+from prefopt.signals.chat_replies import Messages, Reply, ReplyCache
 from prefopt.signals.verdicts import (
     OrderStats,
     Verdict,
@@ -187,7 +188,7 @@ class PairwiseJudge:
         }
 
     def close(self) -> None:
-        self.asker.close()
+        """Nothing to free."""
 
     def _request(self, group: Candidates, first: int, second: int) -> Messages:
         values = {
@@ -228,7 +229,7 @@ class PointwiseJudge:
         return self.asker.report()
 
     def close(self) -> None:
-        self.asker.close()
+        """Nothing to free."""
 
     def _text(self, prompt: Prompt, response: str) -> str:
         return fill(self.template, {"prompt": conversation(prompt), "response": response})
@@ -278,9 +279,6 @@ class Asker:
         tokens = counts["prompt_tokens"], counts["completion_tokens"]
         usd = sum(price * count / 1e6 for price, count in zip(self.prices, tokens, strict=True))
         return {**counts, **self._counts, "usd": usd}
-
-    def close(self) -> None:
-        self.client.close()
 
     def _remind(self, request: Messages, reply: Reply) -> Messages:
         # The same question at temperature 0 would get the same answer; the reminder also makes it another

@@ -84,14 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure_judge(url: str, held_out: Sequence[Comparison]) -> dict[str, float]:
     """Share of held-out comparisons that the judge gets right, and right in both orders."""
-    from prefopt.signals.chat_client import ChatClient, Endpoint, Reply
+    from prefopt.signals.chat_client import ChatClient, Endpoint
+    from prefopt.signals.chat_replies import Reply
 
     client = ChatClient(Endpoint(url, NAME), {"temperature": 0.0, "max_tokens": 8}, None)
     asked = [each for pair in held_out for each in (pair, pair.swapped)]
-    try:
-        replies = client.complete_all([[{"role": "user", "content": e.prompt}] for e in asked])
-    finally:
-        client.close()
+    replies = client.complete_all([[{"role": "user", "content": e.prompt}] for e in asked])
     right = [
         isinstance(reply, Reply) and reply.text == each.verdict
         for reply, each in zip(replies, asked, strict=True)

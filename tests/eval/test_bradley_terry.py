@@ -58,6 +58,7 @@ def test_ratings_of_many_players_are_scikit_learns() -> None:
     ours = fit_newton(columns, points, weights)
     theirs = sklearn_fit(columns, points, weights, c=np.inf)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert abs(ours.mean()) < 1e-12  # no battle determines a shift of all ratings
     ridge = fit_newton(columns, points, 2 * weights, l2=1000.0)
     np.testing.assert_allclose(ridge, sklearn_fit(columns, points, weights, c=0.001), atol=1e-5)
     assert np.abs(ridge - ours).max() > 0.01  # the penalty does something

@@ -52,7 +52,7 @@ def test_all_canonical_solutions_pass_and_none_does_without_its_body(
     data = shared_data / "misc" / "HumanEval.jsonl.gz"
     with gzip.open(data, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    task = make_task("humaneval", {"data": str(data), "timeout_s": 10.0})
+    task = make_task("humaneval", {"data": str(data), "timeout_s": 60.0})
     bodies = {"right": lambda row: row["canonical_solution"], "broken": lambda row: "    pass\n"}
     samples = [
         {"task_id": row["task_id"], "model": model, "completion": body(row)}

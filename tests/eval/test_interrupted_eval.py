@@ -12,7 +12,8 @@ from tests.recipes.commands import prefopt, run
 from tests.signals.chat_server import Answer, chat_server
 
 KILLS = 10
-PROMPTS = 240
+PROMPTS = 150
+"""Three chunks of answers, the first two of them killed."""
 
 
 def _verdict(body: dict[str, Any]) -> Answer:

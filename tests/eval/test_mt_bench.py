@@ -239,7 +239,6 @@ def run(
                 task.row(e, [samples[e.key]], judgments(store, e.key, questions[e.key]))
                 for e in examples
             ]
-        client.close()
     return rows, server
 
 

@@ -17,6 +17,7 @@ from eval.engines import answer_from, answer_record
 from eval.options import make_task
 from prefopt.cli import main
 from tests.eval.runs import problems, read_jsonl, write_chat_model, write_jsonl
+from tests.recipes.commands import measured
 from tests.signals.chat_server import Answer, chat_server
 
 TOKENS = 12
@@ -162,7 +163,6 @@ def judged(tmp_path: Path, other: Path, url: str, count: int = 6) -> list[str]:
     return [
         *("--tasks", "win_rate", f"tasks.win_rate.data={data}", "--baseline", str(other)),
         *(f"decoding.max_new_tokens={TOKENS}", f"judge.base_url={url}", "judge.model=j"),
-        *("judge.deadline_s=1.0", "judge.timeout_s=1.0"),
     ]
 
 
@@ -192,7 +192,7 @@ def test_an_endpoint_that_is_down_keeps_the_answers_and_goes_on_later(
         arguments = [str(model), *judged(tmp_path, other, server.base_url)]
         arguments += ["--output", str(tmp_path / "out")]
     assert "did not answer a request within deadline_s" in refused(
-        *arguments, capsys=capsys, code=1
+        *arguments, "judge.deadline_s=1.0", capsys=capsys, code=1
     )
     stored = (tmp_path / "out" / "win_rate" / "generations.jsonl").read_bytes()
     with chat_server(verdict) as again:
@@ -214,7 +214,7 @@ def test_a_judge_that_limits_its_rate_is_waited_for(
 
     with chat_server(answer) as server:
         arguments = [str(model), *judged(tmp_path, other, server.base_url, count=2)]
-        arguments += ["judge.deadline_s=20", "--output", str(tmp_path / "out")]
+        arguments += ["--output", str(tmp_path / "out")]
         assert main(["eval", *arguments]) == 0
     usage = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["win_rate"][
         "usage"
@@ -281,19 +281,8 @@ def test_the_command_line_is_light() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout
     loaded = {name.split(".")[0] for name in output.split()}
-    assert not loaded & {"torch", "transformers", "sklearn", "datasets", "vllm", "lm_eval"}
-
-
-# Not ru_maxrss, which a child inherits from the process that started it.
-_MEASURED = """
-import sys, time
-from pathlib import Path
-from prefopt.cli import main
-started = time.process_time()
-code = main(sys.argv[1:])
-mib = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-print(f"{code} {time.process_time() - started:.2f} {mib:.0f}", file=sys.stderr)
-"""
+    heavy = {"torch", "transformers", "sklearn", "datasets", "vllm", "lm_eval", "openai", "scipy"}
+    assert not loaded & heavy
 
 
 def test_ten_thousand_stored_responses_take_less_than_a_gibibyte(
@@ -315,13 +304,9 @@ def test_ten_thousand_stored_responses_take_less_than_a_gibibyte(
             stale.unlink()
         store.write_text("\n".join([header, *lines[:count]]) + "\n")
         limited = [*arguments, "--limit", str(count), f"tasks.gsm8k.max_new_tokens={TOKENS}"]
-        done = subprocess.run(
-            [sys.executable, "-c", _MEASURED, *limited], capture_output=True, text=True, check=True
-        )
-        code, taken, mib = done.stderr.split()[-3:]
-        seconds[count] = float(taken)
-        assert code == "0" and float(mib) < 1024, done.stderr
+        code, seconds[count], mib = measured(*limited)
+        assert code == 0 and mib < 1024
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["tasks"]["gsm8k"]["counts"]["n"] == 10_000
-    # A fixed part (imports) besides; quadratic work would be 16 times as much.
+    # Quadratic work would be 16 times as much.
     assert seconds[10_000] < 8 * seconds[2_500]

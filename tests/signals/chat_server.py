@@ -33,8 +33,12 @@ class ChatServer:
 
     base_url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
-    authorizations: list[str | None] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     most_at_once: int = 0
+
+    @property
+    def authorizations(self) -> list[str | None]:
+        return [each.get("Authorization") for each in self.headers]
 
 
 def _logprobs(answer: Answer) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def chat_server(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[ChatServ
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 state.requests.append(body)
-                state.authorizations.append(self.headers.get("Authorization"))
+                state.headers.append(dict(self.headers))
                 active[0] += 1
                 state.most_at_once = max(state.most_at_once, active[0])
             try:

@@ -44,7 +44,7 @@ LLMBAR = [
 @pytest.fixture
 def judge(tmp_path: Path) -> Callable[..., Signal]:
     def make(base_url: str, **keys: Any) -> Signal:
-        defaults = {"model": "m", "cache_dir": str(tmp_path / "cache"), "deadline_s": 5.0}
+        defaults = {"model": "m", "cache_dir": str(tmp_path / "cache"), "deadline_s": 120.0}
         return get_signal("judge").fn(base_url=base_url, **{**defaults, **keys})
 
     return make

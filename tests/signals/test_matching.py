@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -71,9 +70,7 @@ def test_regex_searches_the_whole_response() -> None:
 
 def test_regex_that_backtracks_without_end_is_stopped() -> None:
     signal = get_signal("regex").fn(pattern=r"^(([a-z])+.)+[A-Z]([a-z])+$", timeout_s=0.2)
-    start = time.monotonic()
-    assert scores(signal, "a" * 60) == [0.0]
-    assert time.monotonic() - start < 5
+    assert scores(signal, "a" * 60) == [0.0]  # unstopped it takes years
 
 
 def test_a_pattern_that_does_not_compile_is_refused_by_the_schema() -> None:

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
 from data_pipelines.base import StageSettings
+from data_pipelines.executors import AnyExecutor, LocalExecutor, RayExecutor
 from data_pipelines.registry import StageSpec, get_stage, stage_names
 from data_pipelines.rows import RowKind
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.explain import explain
 from prefopt.recipe.load import plugin_problems
 from prefopt.recipe.schema import PathText, Section
+from prefopt.recipe.section import choice_name
 from prefopt.recipe.yaml_file import Document, KeyPath, apply_overrides, read_yaml
 
 
@@ -23,16 +25,15 @@ class PipelineSettings(Section):
     """A pipeline: where it writes, and its stages in order."""
 
     output_dir: PathText
-    """A folder a stage is made in here, with `manifest/` beside them. On shared storage several machines may run
-    the same command: they share the shards."""
+    """A folder a stage is made in here, with `manifest/` beside them."""
     seed: int = 0
     """Of sampling, drawing and shuffling."""
     shard_rows: PositiveInt = 1000
-    """Rows of a shard: what a kill costs at most, and what one worker takes at a time."""
+    """Rows of a shard: what a worker's death costs at most, and what one worker takes at a time."""
     format: Literal["jsonl", "parquet"] = "jsonl"
     """Of the shards. Parquet has null where JSON lines have no key; such keys are left out again when read."""
-    lease_s: PositiveFloat = 120.0
-    """A worker on another machine that gives no sign of life for so long loses its shard to the next."""
+    executor: AnyExecutor = LocalExecutor()
+    """Who makes the shards; changes no row."""
     plugins: tuple[str, ...] = Field(default=(), strict=False)
     """Python files (relative to the pipeline) imported first: where your own stages, signals and rules live."""
     stages: tuple[dict[str, Any], ...] = Field(strict=False, min_length=1)
@@ -63,6 +64,12 @@ class Pipeline:
     def directory(self) -> Path:
         return Path(self.settings.output_dir)
 
+    @property
+    def plugins(self) -> tuple[Path, ...]:
+        """The files of `plugins`, absolute."""
+        folder = Path(self.source).parent
+        return tuple((folder / plugin).resolve() for plugin in self.settings.plugins)
+
     def index(self, id_: str) -> int:
         """The place of a stage. Raises: ConfigError naming the nearest."""
         ids = [each.id for each in self.stages]
@@ -91,14 +98,26 @@ def parse_pipeline(document: Document, path: Path) -> Pipeline:
     try:
         settings = PipelineSettings.model_validate(document.raw)
     except ValidationError as error:
-        known = set(PipelineSettings.model_fields)
-        problems += [explain(item, document, known) for item in error.errors()]
+        problems += [explain(item, document, _own_keys(document, item)) for item in error.errors()]
     problems += plugin_problems(document, path)
     items = document.raw.get("stages")
     stages = _bind(items if isinstance(items, list) else [], document, problems)
     if problems or settings is None:
         raise ConfigError(problems, source=str(path))
     return Pipeline(settings, tuple(stages), str(path))
+
+
+def _own_keys(document: Document, item: Mapping[str, Any]) -> set[str]:
+    """The keys that are known where an error of the pipeline's own settings is."""
+    if item["loc"][0] != "executor" or len(item["loc"]) == 1:
+        return set(PipelineSettings.model_fields)
+    chosen = document.raw["executor"].get("name", "local")
+    return {
+        key
+        for each in (LocalExecutor, RayExecutor)
+        if choice_name(each) == chosen
+        for key in each.model_fields
+    }
 
 
 def presets() -> dict[str, Path]:
@@ -180,7 +199,6 @@ def _bind(items: Sequence[Any], document: Document, problems: list[str]) -> list
 def _is_folder_name(text: str) -> bool:
     return text.replace("-", "").replace("_", "").isalnum() and text not in (
         "manifest",
-        "leases",
         "logs",
     )
 

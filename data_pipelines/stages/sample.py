@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PositiveInt
 
-from data_pipelines.base import Dropped, Place, Result, StageSettings
+from data_pipelines.base import Dropped, Needs, Place, Result, StageSettings
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, pack_ids
 from prefopt.errors import ConfigError, ModelError
@@ -132,6 +132,12 @@ class Sample(StageSettings):
             "tokenizer": tokenizer_hash(load_tokenizer(policy)),
             "renderer": RENDERER_VERSION,
         }
+
+    def needs(self) -> Needs:
+        engine: Any = self.engine
+        servers = getattr(engine, "num_servers", 1) * getattr(engine, "tensor_parallel_size", 1)
+        elsewhere = getattr(engine, "urls", ()) or getattr(engine, "device", None) == "cpu"
+        return Needs(stays=True, num_gpus=0 if elsewhere else servers)
 
     def recorded(self) -> dict[str, Any]:
         settings = super().recorded()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from data_pipelines.base import Dropped, Place, Result, StageSettings
+from data_pipelines.base import Dropped, Needs, Place, Result, StageSettings
 from data_pipelines.candidates import READS_IDS, candidates
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, responses_of, with_responses
@@ -136,6 +136,11 @@ class Score(StageSettings):
                 "renderer": RENDERER_VERSION,
             }
         return found
+
+    def needs(self) -> Needs:
+        models = [entry for entry in self.signals if entry["name"] in _MODELS]
+        on_gpu = any(entry.get("device") != "cpu" for entry in models)
+        return Needs(stays=bool(models), num_gpus=int(on_gpu))
 
     def recorded(self) -> dict[str, Any]:
         entries = [

@@ -1,0 +1,107 @@
+"""Two machines of a real Ray cluster, both this one: what they make, and what the loss of one of them changes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.pipelines.pipelines import (
+    build,
+    is_alive,
+    made,
+    once,
+    processes,
+    refused,
+    wait_until,
+    without_name,
+    write_pipeline,
+)
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
+GROUPS: list[dict[str, Any]] = [{"stage": "made_up", "num_rows": 70}]
+NODE = {
+    "num_cpus": 1,
+    "object_store_memory": 80 << 20,
+    "include_dashboard": False,
+    "node_ip_address": "127.0.0.1",
+}
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A head with one core, bound to 127.0.0.1; nothing of it looks for the network."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # For the processes it starts, and for this one, which may have imported ray already: the name notwithstanding,
+    # off makes 127.0.0.1 the address of every machine.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    from ray._private import ray_constants
+    from ray.cluster_utils import Cluster
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: sockets lie in it
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "temp_dir": folder})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("stays", [False, True], ids=["tasks", "actors"])
+def test_a_machine_is_lost_in_the_middle_and_the_bytes_are_those_of_a_calm_run(
+    tmp_path: Path, cluster: Cluster, caplog: pytest.LogCaptureFixture, stays: bool
+) -> None:
+    """Both machines are at a shard when one is killed; the other makes that shard again, and the rest."""
+    second = cluster.add_node(**NODE)
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    slow = {"stage": "slow", "log": str(log), "gate": str(gate), "stays": stays}
+    path = write_pipeline(tmp_path / "p.yaml", [*GROUPS, slow], shard_rows=20)
+
+    def lose_one() -> None:
+        cluster.remove_node(second, allow_graceful=False)
+        wait_until(lambda: not all(map(is_alive, processes(log))), "the end of its worker")
+        gate.touch()
+
+    with once(lambda: len(processes(log)) == 2, lose_one):
+        folder = build(path, "executor.name=ray", f"executor.address={cluster.address}")
+    first = [line.split()[0] for line in log.read_text().splitlines()]
+    assert sorted(first.count(each) for each in set(first)) == [1, 1, 1, 2]
+    assert "the shard is made again" in caplog.text
+    calm = build(
+        write_pipeline(tmp_path / "calm.yaml", [*GROUPS, {"stage": "slow"}], shard_rows=20)
+    )
+    assert without_name(made(folder)) == without_name(made(calm))
+
+
+def test_what_goes_wrong_on_the_cluster_is_said_as_on_one_machine(
+    tmp_path: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_pipeline(tmp_path / "p.yaml", [*GROUPS, {"stage": "slow"}], shard_rows=100)
+    ray = ("executor.name=ray", f"executor.address={cluster.address}", "executor.max_retries=1")
+    said = refused(capsys, path, *ray, "stages.slow.lose=true", code=1)
+    assert "stage 'slow' answered 63 times for 64 rows" in said
+    said = refused(capsys, path, *ray, "--from", "slow", "stages.slow.deadly=q0", code=1)
+    assert "stage 'slow', shard 0 (" in said and "2 workers died on it" in said
+    said = refused(capsys, path, *ray, "executor.num_gpus=1", code=1)
+    assert "no machine of the Ray cluster has 1 cores and 1 GPUs" in said
+
+
+def test_a_cluster_that_is_not_there_is_known_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_pipeline(tmp_path / "p.yaml", [*GROUPS, {"stage": "slow"}])
+    assert "executor.address is missing" in refused(capsys, path, "executor.name=ray")
+    ray = ("executor.name=ray", "executor.address=127.0.0.1:9")
+    assert "no Ray cluster answers there" in refused(capsys, path, *ray)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install 'prefopt[ray]'" in refused(capsys, path, *ray)
+    assert not (tmp_path / "p-out").exists()

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+from data_pipelines.manifest import write_record
 from prefopt.cli import main
 
 # One process imports what a build needs; a build of its own then starts in milliseconds.
@@ -60,6 +61,20 @@ def building(path: Path, *arguments: str, dies_at: int | None = None) -> Iterato
     finally:
         process.kill()
         process.join()
+
+
+def interrupted(path: Path, *arguments: str, shards: int) -> None:
+    """A build in this process that Ctrl-C ends once so many shards of `map` stages are recorded."""
+    left = iter(range(shards))
+
+    def write(*record: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write_record(*record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_pipelines.map_stage.write_record", write)
+        assert main(["data", "build", str(path), *arguments]) == 130
 
 
 def _build(path: Path, arguments: tuple[str, ...], dies_at: int | None) -> None:

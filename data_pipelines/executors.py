@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -54,7 +54,9 @@ AnyExecutor = Annotated[LocalExecutor | RayExecutor, ByName()]
 class Executor(Protocol):
     """Makes shards, wherever."""
 
-    def make(self, order: Order, settings: StageSettings, jobs: Sequence[Job]) -> Iterator[Made]:
+    def make(
+        self, order: Order, settings: StageSettings, jobs: Sequence[Job]
+    ) -> Generator[Made, None, None]:
         """The shards in whatever order they are done. Raises: DataError for a shard whose workers died once too
         often; whatever the stage raises."""
         ...
@@ -67,7 +69,9 @@ class Executor(Protocol):
 class ThisProcess:
     """No other process: shard after shard."""
 
-    def make(self, order: Order, settings: StageSettings, jobs: Sequence[Job]) -> Iterator[Made]:
+    def make(
+        self, order: Order, settings: StageSettings, jobs: Sequence[Job]
+    ) -> Generator[Made, None, None]:
         worker = ShardWorker(order, settings)
         try:
             for job in jobs:

@@ -9,7 +9,7 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from multiprocessing.connection import Connection, wait
 
 from data_pipelines.base import StageSettings
@@ -30,7 +30,9 @@ class LocalWorkers:
     def __init__(self, section: LocalExecutor) -> None:
         self.section = section
 
-    def make(self, order: Order, settings: StageSettings, jobs: Sequence[Job]) -> Iterator[Made]:
+    def make(
+        self, order: Order, settings: StageSettings, jobs: Sequence[Job]
+    ) -> Generator[Made, None, None]:
         del settings  # each process makes its own
         retries = Retries(order.place.id, self.section.max_retries)
         waiting = deque(jobs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from typing import Any
@@ -30,9 +31,10 @@ def run_map(
     bar.update(sum(record["rows_in"] for record in records.values() if record))
     shutil.rmtree(order.place.scratch, ignore_errors=True)  # of an attempt that was cut short
     todo = [job for job in jobs if records[job.number] is None]
-    for made in executor.make(order, settings, todo):
-        records[made.job.number] = _put_in_place(made, order, folder)
-        bar.update(made.tally.rows_in)
+    with contextlib.closing(executor.make(order, settings, todo)) as found:
+        for made in found:
+            records[made.job.number] = _put_in_place(made, order, folder)
+            bar.update(made.tally.rows_in)
     shutil.rmtree(order.place.scratch, ignore_errors=True)
     return _record(settings, folder, [record for record in records.values() if record])
 

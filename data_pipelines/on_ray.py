@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from data_pipelines.base import StageSettings
@@ -43,7 +43,9 @@ class RayCluster:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(_no_cluster(section.address, error)) from error
 
-    def make(self, order: Order, settings: StageSettings, jobs: Sequence[Job]) -> Iterator[Made]:
+    def make(
+        self, order: Order, settings: StageSettings, jobs: Sequence[Job]
+    ) -> Generator[Made, None, None]:
         del settings  # each worker makes its own
         retries = Retries(order.place.id, self.section.max_retries)
         crew = _Crew(self.ray, self.section, order)

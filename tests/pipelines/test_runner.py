@@ -371,6 +371,23 @@ def test_all_problems_of_a_pipeline_come_at_once_with_their_lines(
 
 
 @pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("lease_s=60", "there are no leases: one command hands out the shards"),
+        ("executor.name=rya", "must be 'local' or 'ray'; did you mean 'ray'?"),
+        ("executor.worker=2", "unknown key; did you mean 'workers'?"),
+        ("executor.address=head:6379", "executor.address: unknown key"),
+        ("executor.workers=0", "executor.workers = 0: must be > 0"),
+    ],
+)
+def test_an_executor_that_cannot_be_meant_is_refused(
+    pipeline: Path, capsys: pytest.CaptureFixture[str], setting: str, says: str
+) -> None:
+    assert says in refused(capsys, pipeline, setting)
+    assert not output(pipeline).exists()
+
+
+@pytest.mark.parametrize(
     ("stages", "says"),
     [
         ([{"stage": "pair"}], "needs rows; start with one of"),

@@ -211,7 +211,7 @@ def _objective_problems(file: RestFile, recipe: Recipe, gives: RowKind | None) -
     where = file.document.origin(("recipe", "objective"))
     if recipe.stage == "sft":
         return
-    name = recipe.objective["name"] if recipe.objective else None
+    name = recipe.objective.name if recipe.objective else None
     if not reads_samples(recipe):
         yield (
             f"{where}objective.name = {name!r}, stage = {recipe.stage!r}: does not train on one response a row, "

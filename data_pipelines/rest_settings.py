@@ -9,14 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
 from data_pipelines.pipeline import override_numbers
 from data_pipelines.stages.threshold import RULES
 from prefopt.errors import ConfigError
-from prefopt.recipe.explain import explain
+from prefopt.recipe.load import load_settings
 from prefopt.recipe.schema import NonNegativeFloat, PathText, Section, SourceSection
-from prefopt.recipe.yaml_file import Document, KeyPath, apply_overrides, read_yaml
+from prefopt.recipe.yaml_file import Document, apply_overrides, read_yaml
 
 _Percent = Annotated[float, Field(ge=0, le=100)]
 _Gamma = Annotated[float, Field(ge=0, le=1)]
@@ -148,14 +148,8 @@ def load_rest(path: Path, overrides: Sequence[str] = ()) -> RestFile:
     grow = document.raw.get("grow")
     stages = grow.get("stages") if isinstance(grow, dict) else None
     document = apply_overrides(document, override_numbers(overrides, stages, "grow.stages"))
-    problems = list(document.problems)
-    try:
-        settings = RestSettings.model_validate(document.raw)
-    except ValidationError as error:
-        problems += [explain(item, document, _known(item["loc"])) for item in error.errors()]
-        raise ConfigError(problems, source=str(path)) from error
-    problems += _problems(settings, document)
-    if problems:
+    settings = load_settings(RestSettings, document, path)
+    if problems := list(_problems(settings, document)):
         raise ConfigError(problems, source=str(path))
     return RestFile(settings, document, path)
 
@@ -165,21 +159,6 @@ def part(document: Document, *keys: str | int, raw: Mapping[str, Any]) -> Docume
     depth = len(keys)
     origins = {at[depth:]: line for at, line in document.origins.items() if at[:depth] == keys}
     return Document(dict(raw), origins)
-
-
-def _known(path: KeyPath) -> set[str]:
-    section: Any = RestSettings
-    for key in path[:-1]:
-        field = section.model_fields.get(key) if isinstance(key, str) and section else None
-        section = _section(field.annotation) if field else section if isinstance(key, int) else None
-    return set(section.model_fields) if section else set()
-
-
-def _section(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    arguments = getattr(annotation, "__args__", ())
-    return next((found for each in arguments if (found := _section(each))), None)
 
 
 def _problems(settings: RestSettings, document: Document) -> Iterator[str]:

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt
 
 from data_pipelines.filling import filled, final_policy, set_to_train, with_plugins
 from data_pipelines.pipeline import Pipeline, parse_pipeline
 from data_pipelines.rows import RowKind
 from data_pipelines.steps import Files
 from prefopt.errors import ConfigError
-from prefopt.recipe.explain import explain
-from prefopt.recipe.load import draft_document
+from prefopt.recipe.load import draft_document, load_settings
 from prefopt.recipe.schema import PathText, Section
 from prefopt.recipe.yaml_file import Document, apply_overrides, read_yaml
 
@@ -95,20 +94,13 @@ class Round:
 def load_rounds(path: Path, overrides: Sequence[str] = ()) -> RoundsSettings:
     """The settings of a rounds file. Raises: ConfigError with every problem and its line."""
     document = apply_overrides(read_yaml(path), overrides)
-    problems = list(document.problems)
-    try:
-        settings = RoundsSettings.model_validate(document.raw)
-    except ValidationError as error:
-        known = set(RoundsSettings.model_fields)
-        problems += [explain(item, document, known) for item in error.errors()]
-        raise ConfigError(problems, source=str(path)) from error
+    settings = load_settings(RoundsSettings, document, path)
     if bool(settings.launch) != (settings.script is not None):
-        problems.append(
+        raise ConfigError(
             f"{document.origin(('launch',))}launch = {settings.launch!r}, script = {settings.script!r}: are given "
-            "together, e.g. `accelerate launch --config_file accelerate_configs/zero3.yaml` and recipes/dpo.py"
+            "together, e.g. `accelerate launch --config_file accelerate_configs/zero3.yaml` and recipes/dpo.py",
+            source=str(path),
         )
-    if problems:
-        raise ConfigError(problems, source=str(path))
     return settings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +18,8 @@ from pydantic_core import CoreSchema, core_schema
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+FlipProbability = Annotated[float, Field(ge=0, lt=0.5)]
+"""Share of pairs whose label is taken to be wrong."""
 # A hub id has no ~, so one type serves for what may be either.
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 
@@ -33,6 +35,14 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """Marks a key that says where, or how patiently, and not what: it may change between a kill and a resume."""
+
+    on: Literal["run", "rows", "both"] = "both"
+    """What it has no effect on: what training computes, the rows that a pipeline stage makes, or both."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from data_pipelines.base import Needs
+from data_pipelines.registry import get_stage
 from tests.pipelines.conftest import NODE
 from tests.pipelines.pipelines import (
     build,
@@ -64,6 +66,31 @@ def test_what_goes_wrong_on_the_cluster_is_said_as_on_one_machine(
     assert "stage 'slow', shard 0 (" in said and "2 workers died on it" in said
     said = refused(capsys, path, *ray, "executor.num_gpus=1", code=1)
     assert "no machine of the Ray cluster has 1 cores and 1 GPUs" in said
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "needs"),
+    [
+        ("sample", {"engine": {"name": "hf"}}, Needs(True, 1)),
+        ("sample", {"engine": {"name": "hf", "device": "cpu"}}, Needs(True, 0)),
+        ("sample", {"engine": {"name": "vllm", "tensor_parallel_size": 2}}, Needs(True, 2)),
+        (
+            "sample",
+            {"engine": {"name": "vllm_server", "num_servers": 2, "tensor_parallel_size": 4}},
+            Needs(True, 8),
+        ),
+        ("sample", {"engine": {"name": "vllm_server", "urls": ["http://a:1"]}}, Needs(True, 0)),
+        ("score", {"signals": [{"name": "reward_model", "path": "m"}]}, Needs(True, 1)),
+        ("score", {"signals": [{"name": "length_penalty"}]}, Needs(False, 0)),
+        ("advantage", {"head": "h"}, Needs(True, 1)),
+        ("filter", {"min_margin": 1.0}, Needs(False, 0)),
+    ],
+)
+def test_a_stage_says_what_its_workers_take_up(
+    stage: str, keys: dict[str, Any], needs: Needs
+) -> None:
+    model = {"model": {"path": "m"}} if stage == "sample" else {}
+    assert get_stage(stage).settings.model_validate({**model, **keys}).needs() == needs
 
 
 def test_a_cluster_that_is_not_there_is_known_before_anything_starts(

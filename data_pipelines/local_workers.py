@@ -52,6 +52,7 @@ class LocalWorkers:
                     elif (died := each.died()) is not None:
                         retries.died(each.job, died)
                         waiting.appendleft(each.job)
+                        each.kill()
                         team[place] = _Process(order)
             for each in team:
                 each.finish()

@@ -1,6 +1,7 @@
 """A Ray cluster makes the shards: each a task, or the next one of an actor where the stage keeps a model.
 
 Ray's own retries are off: a shard whose worker or machine is lost is sent again from here, and counted.
+What a worker writes it leaves on storage that all machines share; only names and counts travel through Ray.
 """
 
 from __future__ import annotations

@@ -376,7 +376,7 @@ def test_all_problems_of_a_pipeline_come_at_once_with_their_lines(
         ("lease_s=60", "there are no leases: one command hands out the shards"),
         ("executor.name=rya", "must be 'local' or 'ray'; did you mean 'ray'?"),
         ("executor.worker=2", "unknown key; did you mean 'workers'?"),
-        ("executor.address=head:6379", "executor.address: unknown key"),
+        ("executor.address=head:6379", "belongs to executor.name = 'ray'"),
         ("executor.workers=0", "executor.workers = 0: must be > 0"),
     ],
 )

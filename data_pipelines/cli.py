@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefopt.cli import guarded
-
-logger = logging.getLogger("prefopt.data")
 
 SUMMARY = "Builds preference data from prompts or rated responses, stage by stage; says what is in a pair set."
 
@@ -22,7 +17,8 @@ examples:
   prefopt data check gsm8k_verifiable
   prefopt data build PIPELINE.yaml output_dir=data/first stages.sample.model.path=runs/sft
   prefopt data build PIPELINE.yaml --from score       redo a stage and what follows; the old ones are kept
-  prefopt data build PIPELINE.yaml --workers 4        four processes here; the same line on other machines joins
+  prefopt data build PIPELINE.yaml --workers 4        four processes make its shards
+  prefopt data build PIPELINE.yaml executor.name=ray executor.address=HEAD:6379    a Ray cluster does
   prefopt data status PIPELINE.yaml                   rows in and out of each stage, by reason
   prefopt data round ROUNDS.yaml                      sample, score, pair, train, and again with the new policy
   prefopt data rest REST.yaml                         sample, train on what exceeds rising thresholds, again
@@ -89,54 +85,32 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
 def _build(argv: Sequence[str]) -> None:
     parser = _parser(
         "build",
-        "Runs a pipeline, or goes on with it. The same command on other machines shares the work.",
+        "Runs a pipeline, or goes on with it: on this machine, or on a Ray cluster (executor.name=ray).",
         "prefopt data build PIPELINE.yaml output_dir=data/first",
     )
     parser.add_argument(
         "--from", dest="start", metavar="STAGE", help="redo this stage and those after it"
     )
     parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes on this machine (default: 1)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="as executor.workers=N: most shards at once (default: 1)",
     )
     arguments = _parse(parser, argv)
     from data_pipelines.pipeline import load_pipeline
-    from data_pipelines.runner import build, redo
+    from data_pipelines.runner import build
     from data_pipelines.show import print_record, print_use
 
-    pipeline = load_pipeline(arguments.pipeline, arguments.overrides)
-    if arguments.workers < 1:
-        parser.error(f"--workers {arguments.workers}: must be >= 1")
-    if arguments.start:
-        redo(pipeline, arguments.start)
-    helpers = _start_helpers(arguments)
-    try:
-        build(pipeline)
-    finally:
-        _end_helpers(helpers)
+    overrides = list(arguments.overrides)
+    if arguments.workers is not None:
+        if arguments.workers < 1:
+            parser.error(f"--workers {arguments.workers}: must be >= 1")
+        overrides.append(f"executor.workers={arguments.workers}")
+    pipeline = load_pipeline(arguments.pipeline, overrides)
+    build(pipeline, start=arguments.start)
     print_record(pipeline)
     print_use(pipeline)
-
-
-def _start_helpers(arguments: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
-    """Further workers: this very command, for one process each, without a bar."""
-    command = [sys.executable, "-m", "prefopt.cli", "data", "build", str(arguments.pipeline)]
-    command += arguments.overrides
-    return [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(arguments.workers - 1)
-    ]
-
-
-def _end_helpers(helpers: list[subprocess.Popen[bytes]]) -> None:
-    """Ends workers that still wait for something; one that failed by itself is told of: others did its work."""
-    for helper in helpers:
-        code = helper.poll()
-        if code:
-            logger.warning(
-                "a worker process ended with exit code %d; its shards were made by others", code
-            )
-        helper.terminate()
-        helper.wait()
 
 
 def _check(argv: Sequence[str]) -> None:

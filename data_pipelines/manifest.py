@@ -6,7 +6,6 @@ import ast
 import hashlib
 import inspect
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,41 +23,17 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def write_record(path: Path, record: Mapping[str, Any], *, exclusive: bool = False) -> bool:
-    """Writes a sealed record, whole or not at all.
-
-    Args:
-        path: of the record.
-        record: JSON.
-        exclusive: write only where there is none yet; of several writers one succeeds.
-
-    Returns: False if ``exclusive`` and there was one. Raises: DataError if it cannot be written.
-    """
-    record = {**record, SEAL: digest(record)}
-    text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a sealed record, whole or not at all. Raises: DataError if it cannot be written."""
+    text = json.dumps({**record, SEAL: digest(record)}, ensure_ascii=False, indent=1) + "\n"
     try:
-        if not exclusive:
-            with atomic_write(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-            return True
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-        try:
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(draft, path)
-        except FileExistsError:
-            return False
-        finally:
-            draft.unlink(missing_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"{path}: cannot be written: {error.strerror or error}. Make room and run the same command again: it "
             "goes on from here"
         ) from error
-    return True
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

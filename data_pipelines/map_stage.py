@@ -1,186 +1,73 @@
-"""Runs a `map` stage: each shard is leased, made, written and recorded, and never half of it."""
+"""Runs a `map` stage: workers make its shards, and this process alone puts them in place and records them."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Sequence
+import contextlib
+import os
+import shutil
 from typing import Any
 
-from data_pipelines.base import Dropped, MapWorker, Place, Tally
-from data_pipelines.folder import StageFolder, dropped_line
-from data_pipelines.leases import Leases
+from data_pipelines.base import StageSettings, Tally
+from data_pipelines.executors import Executor
+from data_pipelines.folder import StageFolder
 from data_pipelines.manifest import read_record, write_record
-from data_pipelines.pipeline import BoundStage, PipelineSettings
-from data_pipelines.rows import Row, require_columns
-from data_pipelines.shards import ShardFile, Shards, read_shard, shard_name, write_shard
+from data_pipelines.shard_work import Job, Made, Order
+from data_pipelines.shards import Shards, shard_name
 from prefopt.errors import DataError
-
-logger = logging.getLogger("prefopt.data")
-_POLL_S = 0.5
 
 
 def run_map(
-    stage: BoundStage,
-    place: Place,
-    folder: StageFolder,
-    leases: Leases,
-    settings: PipelineSettings,
-    bar: Any,
+    settings: StageSettings, order: Order, folder: StageFolder, executor: Executor, bar: Any
 ) -> dict[str, Any]:
-    """Makes every shard that nobody has made; returns when all are there, whoever made them.
+    """Makes every shard that has no record yet.
 
     Returns: ``shards``, ``counts`` and, where the stage gives one, its ``report``.
     Raises: DataError; whatever the stage raises.
     """
-    shards = place.input
+    shards = order.place.input
     assert isinstance(shards, Shards)
-    job = _Job(stage, place, folder, leases, settings, shards, bar)
+    jobs = [Job(number, source) for number, source in enumerate(shards.files)]
+    records = {job.number: read_record(folder.shard_record(job.number)) for job in jobs}
+    bar.update(sum(record["rows_in"] for record in records.values() if record))
+    shutil.rmtree(order.place.scratch, ignore_errors=True)  # of an attempt that was cut short
+    todo = [job for job in jobs if records[job.number] is None]
+    with contextlib.closing(executor.make(order, settings, todo)) as found:
+        for made in found:
+            records[made.job.number] = _put_in_place(made, order, folder)
+            bar.update(made.tally.rows_in)
+    shutil.rmtree(order.place.scratch, ignore_errors=True)
+    return _record(settings, folder, [record for record in records.values() if record])
+
+
+def _put_in_place(made: Made, order: Order, folder: StageFolder) -> dict[str, Any]:
+    """The record of a shard, written once the shard lies where it belongs. Raises: DataError."""
+    number = made.job.number
+    path = folder.shards / shard_name(number, order.format)
+    folder.write_dropped(number, made.dropped)
     try:
-        while job.pending():
-            if not job.round():
-                job.wait()
-    finally:
-        job.close()
-    return job.record()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(made.path, path)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"stage {folder.id!r}, shard {number}: a worker wrote {made.path}, and it is not here. "
+            "output_dir must lie on storage that all machines see under one path"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+    record = {
+        "file": path.name,
+        "input": made.job.source.sha256,
+        "sha256": made.sha256,
+        **made.tally.record(),
+    }
+    write_record(folder.shard_record(number), record)
+    return record
 
 
-class _Job:
-    def __init__(
-        self,
-        stage: BoundStage,
-        place: Place,
-        folder: StageFolder,
-        leases: Leases,
-        settings: PipelineSettings,
-        shards: Shards,
-        bar: Any,
-    ) -> None:
-        self.stage = stage
-        self.place = place
-        self.folder = folder
-        self.leases = leases
-        self.settings = settings
-        self.shards = shards
-        self.bar = bar
-        self.records: dict[int, dict[str, Any]] = {}
-        self._worker: MapWorker | None = None
-        self._told = False
-
-    def pending(self) -> list[int]:
-        """Shards without a record, those of other workers looked up anew."""
-        for number in range(len(self.shards.files)):
-            if number not in self.records:
-                self._look_up(number)
-        return [n for n in range(len(self.shards.files)) if n not in self.records]
-
-    def round(self) -> int:
-        """Tries every pending shard once; returns how many this worker made."""
-        made = 0
-        for number in self.pending():
-            with self.leases.hold(f"{self.place.id}/{number:05d}") as mine:
-                if mine and self._look_up(number) is None:
-                    self._make(number)
-                    made += 1
-        return made
-
-    def wait(self) -> None:
-        """Others have what is left: waits for them, or for a lease to run out."""
-        if not self._told:
-            self._told = True
-            logger.info(
-                "%s: waiting for %s", self.place.id, ", ".join(self.leases.holders()) or "others"
-            )
-        time.sleep(_POLL_S)
-
-    def record(self) -> dict[str, Any]:
-        records = [self.records[number] for number in sorted(self.records)]
-        tallies = [Tally(r["rows_in"], r["rows_out"], dict(r["dropped"])) for r in records]
-        result = {"shards": records, "counts": Tally().add(tallies).record()}
-        rows = self.folder.output(result).rows()
-        report = self.stage.settings.report(rows, Tally().add(tallies))
-        return result | ({"report": report} if report else {})
-
-    def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-
-    def _look_up(self, number: int) -> dict[str, Any] | None:
-        record = read_record(self.folder.shard_record(number))
-        if record is not None and number not in self.records:
-            self.records[number] = record
-            self.bar.update(record["rows_in"])
-        return record
-
-    def _make(self, number: int) -> None:
-        source = self.shards.files[number]
-        rows = read_shard(source)
-        results = self._open().process(rows)
-        if len(results) != len(rows):
-            raise DataError(
-                f"stage {self.place.id!r} answered {len(results)} times for {len(rows)} rows: a stage gives a "
-                "row, a list of rows or Dropped for each of its rows"
-            )
-        kept, dropped = self._sort(rows, results)
-        self._hand_in(number, source, kept, dropped)
-
-    def _open(self) -> MapWorker:
-        if (
-            self._worker is None
-        ):  # models load with the first shard, not where there is none to make
-            self._worker = self.stage.settings.open(self.place)
-        assert self._worker is not None
-        return self._worker
-
-    def _sort(
-        self, rows: Sequence[Row], results: Sequence[Any]
-    ) -> tuple[list[Row], list[tuple[Dropped, Row]]]:
-        kept: list[Row] = []
-        dropped: list[tuple[Dropped, Row]] = []
-        for row, result in zip(rows, results, strict=True):
-            found = [result] if isinstance(result, (dict, Dropped)) else list(result)
-            if not found:
-                raise DataError(
-                    f"stage {self.place.id!r}: row {row['id']} came to nothing without a reason: give "
-                    "Dropped(reason)"
-                )
-            for each in found:
-                if isinstance(each, Dropped):
-                    dropped.append((each, row))
-                    continue
-                require_columns(each, self.stage.gives, f"stage {self.place.id!r}, row {row['id']}")
-                kept.append(each)
-        return kept, dropped
-
-    def _hand_in(
-        self, number: int, source: ShardFile, kept: list[Row], dropped: list[tuple[Dropped, Row]]
-    ) -> None:
-        """Writes shard and record. A worker that has lost its lease meanwhile throws its own away."""
-        if not self.leases.holds(f"{self.place.id}/{number:05d}"):
-            logger.warning(
-                "%s: another worker has taken over shard %d, because this one gave no sign of life for lease_s = "
-                "%g s; what was made here is thrown away", self.place.id, number, self.settings.lease_s,
-            )  # fmt: skip
-            return
-        path = self.folder.shards / shard_name(number, self.settings.format)
-        lines = [dropped_line(each, each.id or row["id"]) for each, row in dropped]
-        self.folder.write_dropped(number, lines)
-        shard = write_shard(path, kept)
-        tally = Tally(source.rows, len(kept))
-        for each, _ in dropped:
-            tally.drop(each.reason)
-        record = {
-            "file": path.name,
-            "input": source.sha256,
-            "sha256": shard.sha256,
-            **tally.record(),
-        }
-        if not write_record(self.folder.shard_record(number), record, exclusive=True):
-            found = read_record(self.folder.shard_record(number))
-            if found != record:
-                raise DataError(
-                    f"{path}: two workers made this shard at once, and differently. Delete it and its record "
-                    f"{self.folder.shard_record(number)}, raise lease_s = {self.settings.lease_s:g}, and run "
-                    "the same command again"
-                )
-        self._look_up(number)
+def _record(
+    settings: StageSettings, folder: StageFolder, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    tallies = [Tally(r["rows_in"], r["rows_out"], dict(r["dropped"])) for r in records]
+    result = {"shards": records, "counts": Tally().add(tallies).record()}
+    report = settings.report(folder.output(result).rows(), Tally().add(tallies))
+    return result | ({"report": report} if report else {})

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
 from data_pipelines.base import StageSettings
+from data_pipelines.executors import AnyExecutor, LocalExecutor
 from data_pipelines.registry import StageSpec, get_stage, stage_names
 from data_pipelines.rows import RowKind
 from prefopt.errors import ConfigError, suggest
@@ -25,16 +26,15 @@ class PipelineSettings(Section):
     """A pipeline: where it writes, and its stages in order."""
 
     output_dir: PathText
-    """A folder a stage is made in here, with `manifest/` beside them. On shared storage several machines may run
-    the same command: they share the shards."""
+    """A folder a stage is made in here, with `manifest/` beside them."""
     seed: int = 0
     """Of sampling, drawing and shuffling."""
     shard_rows: PositiveInt = 1000
-    """Rows of a shard: what a kill costs at most, and what one worker takes at a time."""
+    """Rows of a shard: what a worker's death costs at most, and what one worker takes at a time."""
     format: Literal["jsonl", "parquet"] = "jsonl"
     """Of the shards. Parquet has null where JSON lines have no key; such keys are left out again when read."""
-    lease_s: PositiveFloat = 120.0
-    """A worker on another machine that gives no sign of life for so long loses its shard to the next."""
+    executor: AnyExecutor = LocalExecutor()
+    """Who makes the shards; changes no row."""
     plugins: tuple[str, ...] = Field(default=(), strict=False)
     """Python files (relative to the pipeline) imported first: where your own stages, signals and rules live."""
     stages: tuple[dict[str, Any], ...] = Field(strict=False, min_length=1)
@@ -64,6 +64,12 @@ class Pipeline:
     @property
     def directory(self) -> Path:
         return Path(self.settings.output_dir)
+
+    @property
+    def plugins(self) -> tuple[Path, ...]:
+        """The files of `plugins`, absolute."""
+        folder = Path(self.source).parent
+        return tuple((folder / plugin).resolve() for plugin in self.settings.plugins)
 
     def index(self, id_: str) -> int:
         """The place of a stage. Raises: ConfigError naming the nearest."""
@@ -179,7 +185,6 @@ def _bind(items: Sequence[Any], document: Document, problems: list[str]) -> list
 def _is_folder_name(text: str) -> bool:
     return text.replace("-", "").replace("_", "").isalnum() and text not in (
         "manifest",
-        "leases",
         "logs",
     )
 

@@ -1,7 +1,8 @@
-"""Runs a pipeline, or goes on with it: stage by stage, shard by shard, alone or beside other workers."""
+"""Runs a pipeline, or goes on with it, stage by stage. Of a folder's records this process is the only writer."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -12,11 +13,12 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipelines.base import Place
-from data_pipelines.folder import StageFolder, write_manifest
-from data_pipelines.leases import Leases
-from data_pipelines.manifest import Change, changes, code_hash, digest, read_record, write_record
+from data_pipelines.executors import Executor, open_executor
+from data_pipelines.folder import StageFolder, only_driver, write_manifest
+from data_pipelines.manifest import Change, changes, digest, read_record, write_record
 from data_pipelines.map_stage import run_map
 from data_pipelines.pipeline import BoundStage, Pipeline
+from data_pipelines.shard_work import Order, stage_code
 from data_pipelines.shards import Shards
 from data_pipelines.whole_stage import run_whole
 from prefopt.errors import ConfigError, DataError
@@ -24,14 +26,25 @@ from prefopt.errors import ConfigError, DataError
 logger = logging.getLogger("prefopt.data")
 
 
-def build(pipeline: Pipeline) -> dict[str, Any]:
-    """Runs what is not done yet; returns the last stage's record.
+def build(pipeline: Pipeline, *, start: str | None = None) -> dict[str, Any]:
+    """Runs what is not done yet; returns the last stage's record. After a kill it goes on at the last whole shard.
 
-    The same command on several machines shares the work; after a kill it goes on at the last whole shard.
-    Raises: ConfigError if a stage was made of something else; DataError for files that are broken, changed
-        or in use; whatever a stage raises.
+    Args:
+        pipeline: what to run, and who makes its shards.
+        start: move this stage and those after it to ``replaced/`` first, and make them again.
+
+    Raises: ConfigError if a stage was made of something else, or for a stage there is none of; DataError for
+        files that are broken, changed or in use, or a shard that its workers die on; whatever a stage raises.
     """
-    leases = _leases(pipeline)
+    with contextlib.ExitStack() as held:
+        executor = held.enter_context(contextlib.closing(open_executor(pipeline.settings.executor)))
+        held.enter_context(only_driver(pipeline.directory))
+        if start is not None:
+            _set_aside(pipeline, start)
+        return _build(pipeline, executor)
+
+
+def _build(pipeline: Pipeline, executor: Executor) -> dict[str, Any]:
     depends = [_depends(pipeline, stage) for stage in pipeline.stages]
     _check_unchanged(pipeline, depends)
     done: list[tuple[str, dict[str, Any]]] = []
@@ -41,8 +54,8 @@ def build(pipeline: Pipeline) -> dict[str, Any]:
         record = folder.done()
         if record is None:
             basis = {**basis, "input": digest(done[-1][1]) if done else None}
-            _open_record(folder, basis)
-            record = _run(pipeline, stage, folder, basis, shards, leases)
+            write_record(folder.stage_record, basis)
+            record = _run(pipeline, stage, folder, basis, shards, executor)
         done.append((stage.id, record))
         shards = folder.output(record)
         _require_rows(stage, record)
@@ -59,13 +72,12 @@ def status(pipeline: Pipeline) -> list[tuple[str, dict[str, Any] | None]]:
 
 def _depends(pipeline: Pipeline, stage: BoundStage) -> dict[str, Any]:
     """What a stage's output depends on beside its input."""
-    things = (type(stage.settings), *stage.settings.code())
     return json.loads(
         json.dumps(
             {
                 "stage": stage.spec.name,
                 "settings": stage.settings.recorded(),
-                "code": {f"{t.__module__}": code_hash(t) for t in things},
+                "code": stage_code(stage.settings),
                 "depends": dict(stage.settings.basis()),
                 "seed": pipeline.settings.seed,
                 "shard_rows": pipeline.settings.shard_rows,
@@ -119,24 +131,13 @@ def _refuse(stage: BoundStage, found: Sequence[Change]) -> None:
         )
 
 
-def _open_record(folder: StageFolder, basis: dict[str, Any]) -> None:
-    """Writes down what a stage is about to be made of, unless another worker has."""
-    if not write_record(folder.stage_record, basis, exclusive=True):
-        found = changes(read_record(folder.stage_record), basis)
-        if found:
-            raise ConfigError(
-                f"stage {folder.id!r}: another worker makes it differently: {found[0]}. Run the same pipeline "
-                "file with the same code everywhere"
-            )
-
-
 def _run(
     pipeline: Pipeline,
     stage: BoundStage,
     folder: StageFolder,
     basis: dict[str, Any],
     shards: Shards | None,
-    leases: Leases,
+    executor: Executor,
 ) -> dict[str, Any]:
     place = Place(
         id=stage.id,
@@ -148,15 +149,30 @@ def _run(
         folder=folder.shards,
     )
     started = time.perf_counter()
-    run = run_map if stage.spec.works == "map" else run_whole
     with tqdm(desc=stage.id, unit="row", total=stage.settings.num_rows_in(place)) as bar:
-        record = run(stage, place, folder, leases, pipeline.settings, bar)
+        if stage.spec.works == "map":
+            order = _order(pipeline, stage, place, basis["code"])
+            record = run_map(stage.settings, order, folder, executor, bar)
+        else:
+            record = run_whole(stage, place, folder, pipeline.settings, bar)
     record = {"gives": str(stage.gives), "basis": digest(basis), **record}
-    write_record(folder.done_record, record, exclusive=True)
+    write_record(folder.done_record, record)
     logger.info("%s", _summary(stage.id, record, time.perf_counter() - started))
-    found = folder.done()
-    assert found is not None  # just written, by this worker or by another
-    return found
+    return record
+
+
+def _order(pipeline: Pipeline, stage: BoundStage, place: Place, code: dict[str, str]) -> Order:
+    keys = pipeline.settings.stages[pipeline.index(stage.id)]
+    return Order(
+        stage=stage.spec.name,
+        keys={key: value for key, value in keys.items() if key not in ("stage", "id")},
+        plugins=pipeline.plugins,
+        code=code,
+        gives=stage.gives,
+        place=place,
+        format=pipeline.settings.format,
+        needs=stage.settings.needs(),
+    )
 
 
 def _summary(id_: str, record: dict[str, Any], seconds: float) -> str:
@@ -179,24 +195,10 @@ def _require_rows(stage: BoundStage, record: dict[str, Any]) -> None:
         )
 
 
-def _leases(pipeline: Pipeline) -> Leases:
-    return Leases(pipeline.directory / "leases", pipeline.settings.lease_s)
-
-
-def redo(pipeline: Pipeline, start: str) -> None:
-    """Moves ``start`` and what comes after it to ``replaced/``, for `build` to make again.
-
-    Raises: ConfigError for a stage there is none of; DataError while others work on them.
-    """
-    leases = _leases(pipeline)
-    stages = pipeline.stages[pipeline.index(start) :]
-    ids = {stage.id for stage in stages}
-    busy = [each for each in leases.holders() if each.split("/")[0] in ids]
-    if busy:
-        raise DataError(
-            f"--from {start}: others are at work on it: {', '.join(busy)}. Stop them first"
-        )
-    for stage in reversed(stages):  # cut short, what is left is a pipeline that ends earlier
+def _set_aside(pipeline: Pipeline, start: str) -> None:
+    """Moves ``start`` and what follows to ``replaced/``. Raises: ConfigError for a stage there is none of."""
+    for stage in reversed(pipeline.stages[pipeline.index(start) :]):
+        # cut short, what is left is a pipeline that ends earlier
         moved = StageFolder(pipeline.directory, stage.id).set_aside()
         if moved:
             logger.info("%s: what there was is in %s", stage.id, moved[0].parent)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data_pipelines.folder import StageFolder
 from data_pipelines.pipeline import Pipeline, presets
 from data_pipelines.registry import StageSpec, get_stage, stage_names
 from data_pipelines.rows import RowKind
@@ -59,7 +60,7 @@ def print_record(pipeline: Pipeline) -> None:
         table.add_column(name, justify="right" if name in ("in", "out") else "left")
     for id_, record in status(pipeline):
         if record is None:
-            table.add_row(id_, "", "", "", "not finished")
+            table.add_row(id_, "", "", "", _unfinished(pipeline, id_))
             continue
         counts = record["counts"]
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in counts["dropped"].items())
@@ -71,6 +72,12 @@ def print_record(pipeline: Pipeline) -> None:
     for id_, record in status(pipeline):
         for name, found in ((record or {}).get("report") or {}).items():
             console.print(_report(f"{id_}: {name}", found))
+
+
+def _unfinished(pipeline: Pipeline, id_: str) -> str:
+    """How far a stage is that is not done: shards that have a record."""
+    shards = StageFolder(pipeline.directory, id_).num_recorded()
+    return f"not finished: {shards:,} shards made" if shards else "not finished"
 
 
 def _report(title: str, found: Any) -> Table | str:

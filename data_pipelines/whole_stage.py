@@ -1,57 +1,26 @@
-"""Runs a `whole` stage: one worker, one pass, shards as the rows come; cut short, it starts over."""
+"""Runs a `whole` stage: one pass, shards as the rows come; cut short, it starts over."""
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterator
 from typing import IO, Any
 
 from data_pipelines.base import Dropped, Place, Tally
 from data_pipelines.folder import StageFolder, dropped_line
-from data_pipelines.leases import Leases
 from data_pipelines.pipeline import BoundStage, PipelineSettings
 from data_pipelines.rows import Row, require_columns
 from data_pipelines.shards import in_shards, shard_name, write_shard
 from prefopt.storage.cache import atomic_write
 
-logger = logging.getLogger("prefopt.data")
-_POLL_S = 0.5
-_RESULT = ("shards", "counts", "report")
-
 
 def run_whole(
-    stage: BoundStage,
-    place: Place,
-    folder: StageFolder,
-    leases: Leases,
-    settings: PipelineSettings,
-    bar: Any,
+    stage: BoundStage, place: Place, folder: StageFolder, settings: PipelineSettings, bar: Any
 ) -> dict[str, Any]:
-    """Makes all shards of the stage, or waits for the worker that does.
+    """Makes all shards of the stage.
 
     Returns: ``shards``, ``counts`` and, where the stage gives one, its ``report``.
     Raises: DataError; whatever the stage raises.
     """
-    told = False
-    while True:
-        with leases.hold(f"{place.id}/whole") as mine:
-            done = folder.done()
-            if done is not None:
-                return {key: value for key, value in done.items() if key in _RESULT}
-            if mine:
-                return _make(stage, place, folder, settings, bar)
-        if not told:
-            told = True
-            logger.info(
-                "%s: waiting for %s", place.id, ", ".join(leases.holders()) or "another worker"
-            )
-        time.sleep(_POLL_S)
-
-
-def _make(
-    stage: BoundStage, place: Place, folder: StageFolder, settings: PipelineSettings, bar: Any
-) -> dict[str, Any]:
     tally = Tally()
     folder.records.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Any]] = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable
+from typing import Any
 
 
 class PrefoptError(Exception):
@@ -25,6 +27,9 @@ class ConfigError(PrefoptError):
         count = len(self.problems)
         title = f"{head}{count} problem{'s' if count != 1 else ''}"
         super().__init__("\n".join([title, *(f"  - {problem}" for problem in self.problems)]))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # for another process to raise it again
+        return functools.partial(type(self), source=self.source), (self.problems,)
 
 
 class DataError(PrefoptError):

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PositiveInt
 
-from data_pipelines.base import Dropped, MapWorker, Place, Result, RowByRow, StageSettings, Tally
+from data_pipelines.base import (
+    Dropped,
+    MapWorker,
+    Needs,
+    Place,
+    Result,
+    RowByRow,
+    StageSettings,
+    Tally,
+)
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, responses_of, user_fields
 from data_pipelines.stages.filter import number_at
@@ -107,6 +116,9 @@ class Advantage(StageSettings):
                 "set advantage.head, or advantage.value"
             )
         return found
+
+    def needs(self) -> Needs:
+        return Needs(self.head is not None, int(self.head is not None and self.device != "cpu"))
 
     def basis(self) -> Mapping[str, Any]:
         """Raises: ModelError for a head that is not there, or belongs to another model."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PositiveInt
 
-from data_pipelines.base import Dropped, Place, Result, StageSettings
+from data_pipelines.base import Dropped, Needs, Place, Result, StageSettings
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, pack_ids
 from prefopt.errors import ConfigError, ModelError
@@ -132,6 +132,9 @@ class Sample(StageSettings):
             "tokenizer": tokenizer_hash(load_tokenizer(policy)),
             "renderer": RENDERER_VERSION,
         }
+
+    def needs(self) -> Needs:
+        return Needs(stays=True, num_gpus=self.engine.num_gpus)
 
     def open(self, place: Place) -> SampleWorker:
         """Starts the engine. Raises: ModelError, EngineError; ConfigError if its context is too short."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from data_pipelines.base import Dropped, Place, Result, StageSettings
+from data_pipelines.base import Dropped, Needs, Place, Result, StageSettings
 from data_pipelines.candidates import READS_IDS, candidates
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, responses_of, with_responses
@@ -114,6 +114,11 @@ class Score(StageSettings):
                 "renderer": RENDERER_VERSION,
             }
         return found
+
+    def needs(self) -> Needs:
+        models = [entry.given for entry in self.signals if entry.name in _MODELS]
+        on_gpu = any(given.get("device") != "cpu" for given in models)
+        return Needs(stays=bool(models), num_gpus=int(on_gpu))
 
     def code(self) -> tuple[Any, ...]:
         return (candidates, *(entry.fn for entry in self.signals))
@@ -227,7 +232,7 @@ def _contents(entry: BoundSignal) -> dict[str, str]:
             found[key] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif known or path.is_dir():
             try:
-                found[key] = resolve_source(value, entry.get("revision")).content
+                found[key] = resolve_source(value, entry.given.get("revision")).content
             except ModelError:
                 if known:
                     raise

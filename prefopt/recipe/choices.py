@@ -103,6 +103,11 @@ class EngineSection(Section):
         """The package without which this engine cannot be started here."""
         return self.package
 
+    @property
+    def num_gpus(self) -> int:
+        """GPUs it takes where there are any."""
+        return 1
+
 
 class HFSection(EngineSection):
     """Hugging Face generate, in this process; in one of its own where `regime.max_lag` > 0, or where it has a
@@ -122,6 +127,10 @@ class HFSection(EngineSection):
     batch_size: PositiveInt = 256
     """Most responses generated at once."""
 
+    @property
+    def num_gpus(self) -> int:
+        return 0 if self.device == "cpu" else 1
+
 
 class VllmKeys(EngineSection):
     """What vLLM is started with, in process and as a server."""
@@ -138,6 +147,10 @@ class VllmKeys(EngineSection):
     """Start vLLM without compiling or capturing graphs: starts faster, generates slower."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further vLLM engine arguments, as vLLM names them (`max_num_seqs: 64`)."""
+
+    @property
+    def num_gpus(self) -> int:
+        return self.tensor_parallel_size
 
 
 class VllmSection(VllmKeys):
@@ -160,6 +173,10 @@ class VllmServerSection(VllmKeys):
     @property
     def starts(self) -> str | None:
         return None if self.urls else self.package
+
+    @property
+    def num_gpus(self) -> int:
+        return 0 if self.urls else self.num_servers * self.tensor_parallel_size
 
 
 Engine = Annotated[HFSection | VllmSection | VllmServerSection, ByName()]

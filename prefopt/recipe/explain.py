@@ -28,6 +28,8 @@ RENAMED = {
     "fp16": "write train.precision: fp16",
     "gamma_beta_ratio": "here it is objective.gamma = gamma_beta_ratio * beta",
     "gradient_accumulation_steps": "it is derived from train.global_batch_size; leave it out",
+    "lease_s": "there are no leases: one command hands out the shards, on several machines through "
+    "executor.name=ray; leave it out",
     "load_in_4bit": "write model.quantization: 4bit",
     "load_in_8bit": "write model.quantization: 8bit",
     "logging_steps": "here it is train.log_every",

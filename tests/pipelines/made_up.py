@@ -1,13 +1,15 @@
-"""A plugin for tests of the runner: rows out of nothing, and a stage whose speed and failures can be set."""
+"""A plugin for tests of the runner: rows out of nothing, and a stage whose failures can be set."""
 
 from __future__ import annotations
 
 import os
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from data_pipelines.base import Dropped, Place, Result, StageSettings
+from data_pipelines.base import Dropped, Needs, Place, Result, StageSettings
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind
 
@@ -41,16 +43,27 @@ class MadeUp(StageSettings):
 class Slow(StageSettings):
     """Adds a drawn number to every row; writes down which process did which shard."""
 
-    shard_s: float = 0.0
-    """Seconds a shard takes."""
     log: str | None = None
     """File that each shard's first row and process are added to."""
     company: bool = False
     """Begin only once two processes have written themselves into the log: a busy machine starts them slowly."""
+    gate: str | None = None
+    """Begin only once there is such a file."""
+    deadly: str | None = None
+    """The shard whose first row has this id kills its worker."""
+    stays: bool = False
+    """Say that the worker holds a model."""
     lose: bool = False
     """Forget a row of each shard, as a broken stage would."""
     silent: bool = False
     """Answer for a row with nothing at all."""
+
+    def recorded(self) -> dict[str, Any]:
+        """Without what changes no row."""
+        return {"lose": self.lose, "silent": self.silent}
+
+    def needs(self) -> Needs:
+        return Needs(stays=self.stays)
 
     def open(self, place: Place) -> Worker:
         return Worker(self, place)
@@ -62,15 +75,16 @@ class Worker:
         self.place = place
 
     def process(self, rows: Sequence[Row]) -> Sequence[Result]:
-        time.sleep(self.settings.shard_s)
         if self.settings.log is not None:
             log = Path(self.settings.log)
-            with log.open("a") as file:
+            with log.open("a") as file:  # one write: processes share it
                 file.write(f"{rows[0]['id']} {os.getpid()}\n")
-            deadline = time.monotonic() + 120
-            while self.settings.company and len(_processes(log)) < 2:
-                assert time.monotonic() < deadline, "no second process came"
-                time.sleep(0.02)
+            if self.settings.company:
+                _wait(lambda: len({line.split()[-1] for line in log.read_text().splitlines()}) > 1)
+        if rows[0]["id"] == self.settings.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (gate := self.settings.gate) is not None:
+            _wait(Path(gate).exists)
         results: list[Result] = [
             {**row, "drawn": self.place.rng(row["id"]).random()} for row in rows
         ]
@@ -82,5 +96,9 @@ class Worker:
         """Nothing to free."""
 
 
-def _processes(log: Path) -> set[str]:
-    return {line.split()[1] for line in log.read_text().splitlines() if len(line.split()) == 2}
+def _wait(reached: Callable[[], bool]) -> None:
+    """Until it is so; a machine that is busy may take its time."""
+    deadline = time.monotonic() + 240
+    while not reached():
+        assert time.monotonic() < deadline, "what was waited for never came"
+        time.sleep(0.02)

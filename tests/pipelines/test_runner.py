@@ -9,15 +9,27 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_pipelines.leases import Leases
 from prefopt.cli import main
-from tests.pipelines.pipelines import build, counts, made, output, refused, rows, write_pipeline
+from tests.pipelines.pipelines import (
+    build,
+    building,
+    counts,
+    is_alive,
+    made,
+    once,
+    output,
+    processes,
+    refused,
+    rows,
+    wait_until,
+    without_name,
+    write_pipeline,
+)
 
 GROUPS: list[dict[str, Any]] = [{"stage": "made_up", "num_rows": 230}]
 PAIRS = [*GROUPS, {"stage": "slow"}, {"stage": "pair"}]
@@ -90,137 +102,121 @@ def test_the_folder_of_a_stage_is_a_data_source(pipeline: Path) -> None:
 
 
 def test_killed_twenty_times_the_files_are_those_of_a_calm_run(tmp_path: Path) -> None:
-    """Ten thousand rows, SIGKILL at random moments of every stage; leases of the dead are taken over."""
+    """A hundred shards a stage, SIGKILL at drawn steps of writing them."""
     stages = [
-        {"stage": "made_up", "num_rows": 10_600},
-        {"stage": "slow", "shard_s": 0.03},
+        {"stage": "made_up", "num_rows": 2_120},
+        {"stage": "slow"},
         {"stage": "pair"},
         {"stage": "order", "by": {"margin": 1.0}, "keep_frac": 0.9},
         {"stage": "filter", "min_margin": 2.0},
     ]
-    settings = {"shard_rows": 100, "seed": 3}
+    settings = {"shard_rows": 20, "seed": 3}
     calm = build(write_pipeline(tmp_path / "calm.yaml", stages, **settings))
     harsh = write_pipeline(tmp_path / "harsh.yaml", stages, **settings)
     draw, kills = random.Random(0), 0
     while kills < 20:
-        process = subprocess.Popen(
-            command(harsh), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(draw.uniform(0.25, 0.9))
-        if (
-            process.poll() is not None
-        ):  # done: begin again, so that every kill hits a pipeline at work
-            assert process.returncode == 0
+        with building(harsh, dies_at=draw.randint(1, 400)) as process:
+            process.join()
+        if process.exitcode == 0:  # done: begin again, so that every kill hits a pipeline at work
             assert made(output(harsh)).keys() >= made(calm).keys()
             shutil.rmtree(output(harsh))
             continue
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.exitcode == -signal.SIGKILL
         kills += 1
-    assert main(["data", "build", str(harsh)]) == 0
-    assert _without_name(made(output(harsh))) == _without_name(made(calm))
-    assert (
-        sum(len(file.splitlines()) for name, file in made(calm).items() if name.startswith("slow/"))
-        > 10_000
-    )
+    build(harsh)
+    assert without_name(made(output(harsh))) == without_name(made(calm))
+    assert len(list((calm / "slow").glob("*.jsonl"))) == 100
 
 
-def _without_name(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Without the manifest of the whole, which has the file's name in it, and temporary files of the killed."""
-    return {
-        name: data
-        for name, data in files.items()
-        if name != "manifest.json" and "/.tmp-" not in name and not name.startswith(".scratch")
-    }
-
-
-def test_workers_share_shards_and_do_none_twice(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    stages = [*GROUPS, {"stage": "slow", "company": True, "log": str(log)}, {"stage": "pair"}]
-    path = write_pipeline(tmp_path / "p.yaml", stages, shard_rows=10)
-    workers = [subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [worker.communicate()[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0, 0], said
-    lines = [line.split() for line in log.read_text().splitlines()]
-    shards = [first for first, _ in lines]
-    assert len(set(shards)) == len(shards) == -(-counts(output(path), "made_up")["rows_out"] // 10)
-    assert len({process for _, process in lines}) > 1
-    alone = build(
-        write_pipeline(
-            tmp_path / "alone.yaml", [*GROUPS, {"stage": "slow"}, {"stage": "pair"}], shard_rows=10
-        )
-    )
-    assert rows(output(path) / "pair") == rows(alone / "pair")
-
-
-def test_workers_of_one_command_make_what_one_process_makes(tmp_path: Path) -> None:
+def test_workers_make_what_one_process_makes_and_no_shard_twice(tmp_path: Path) -> None:
     """Also where a stage is made again."""
     log = tmp_path / "log"
     stages = [*GROUPS, {"stage": "slow", "company": True, "log": str(log)}, {"stage": "pair"}]
     path = write_pipeline(tmp_path / "p.yaml", stages, shard_rows=20)
-    folder = build(path, "--workers", "3")
-    alone = build(write_pipeline(tmp_path / "alone.yaml", PAIRS, shard_rows=20))
-    assert rows(folder / "pair") == rows(alone / "pair")
-    log.unlink()
-    build(path, "--workers", "3", "--from", "slow")
-    lines = [line.split() for line in log.read_text().splitlines()]
+    calm = build(write_pipeline(tmp_path / "calm.yaml", PAIRS, shard_rows=20))
+    for again in ((), ("--from", "slow")):
+        log.unlink(missing_ok=True)
+        folder = build(path, "--workers", "2", *again)
+        first = [line.split()[0] for line in log.read_text().splitlines()]
+        assert len(set(first)) == len(first) == 11 and len(processes(log)) == 2
+        assert without_name(made(folder), "replaced") == without_name(made(calm))
+
+
+def gated(tmp_path: Path, **settings: Any) -> tuple[Path, Path, Path]:
+    """A pipeline whose `slow` shards wait for a file, its log, and that file."""
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    slow = {"stage": "slow", "log": str(log), "gate": str(gate)}
+    path = write_pipeline(tmp_path / "p.yaml", [*GROUPS, slow, {"stage": "pair"}], **settings)
+    return path, log, gate
+
+
+def test_a_worker_that_is_killed_is_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, log, gate = gated(tmp_path, shard_rows=20)
+
+    def kill_one() -> None:
+        os.kill(processes(log)[0], signal.SIGKILL)
+        gate.touch()
+
+    with once(lambda: len(processes(log)) == 2, kill_one):
+        folder = build(path, "--workers", "2")
+    lost = log.read_text().split()[0]
+    first = [line.split()[0] for line in log.read_text().splitlines()]
+    assert first.count(lost) == 2 and len(first) == 12
+    assert "(killed by SIGKILL); the shard is made again" in caplog.text
+    calm = build(write_pipeline(tmp_path / "calm.yaml", PAIRS, shard_rows=20))
+    assert without_name(made(folder)) == without_name(made(calm))
+
+
+def test_a_shard_that_kills_its_workers_ends_the_build_and_the_rest_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_pipeline(tmp_path / "p.yaml", PAIRS, shard_rows=100)
+    said = refused(
+        capsys, path, "--workers", "2", "stages.slow.deadly=q0", "executor.max_retries=1", code=1
+    )
     assert (
-        len({first for first, _ in lines}) == len(lines)
-        and len({worker for _, worker in lines}) > 1
+        "stage 'slow', shard 0 (" in said and "made_up/00000.jsonl): 2 workers died on it" in said
     )
-    assert rows(folder / "pair") == rows(alone / "pair")
+    assert "executor.max_retries = 1; the last one: killed by SIGKILL" in said
+    folder = build(path)  # the same command without what was wrong
+    calm = build(write_pipeline(tmp_path / "calm.yaml", PAIRS, shard_rows=100))
+    assert without_name(made(folder)) == without_name(made(calm))
 
 
-def test_a_lease_of_a_living_worker_is_respected_and_that_of_a_dead_one_taken_over(
-    tmp_path: Path,
+def test_what_a_stage_raises_in_a_worker_is_what_the_command_says(
+    pipeline: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine, other = Leases(tmp_path, 60), Leases(tmp_path, 60)
-    with mine.hold("s/0") as got, other.hold("s/0") as second:
-        assert got and not second
-        assert other.holders() == [f"s/0 (process {os.getpid()} on {os.uname().nodename})"]
-    script = (
-        "import os, sys, pathlib; from data_pipelines.leases import Leases\n"
-        "with Leases(pathlib.Path(sys.argv[1]), 60).hold('s/0') as got: print(got, flush=True); os._exit(9)"
-    )
-    dead = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True
-    )
-    assert dead.stdout.strip() == "True" and (tmp_path / "s" / "0.lease").exists()
-    with mine.hold("s/0") as got:
-        assert got
+    said = refused(capsys, pipeline, "--workers", "2", "stages.slow.lose=true", code=1)
+    assert "answered 19 times for 20 rows" in said
 
 
-def test_a_lease_of_another_machine_runs_out_by_the_storages_clock(tmp_path: Path) -> None:
-    lease = tmp_path / "s" / "0.lease"
-    lease.parent.mkdir()
-    lease.write_text(
-        json.dumps({"token": "t", "host": "elsewhere", "boot": "b", "pid": 1, "started": "0"})
-    )
-    with Leases(tmp_path, 30).hold("s/0") as got:
-        assert not got
-    past = time.time() - 31
-    os.utime(lease, (past, past))
-    with Leases(tmp_path, 30).hold("s/0") as got:
-        assert got
-
-
-def test_a_worker_whose_lease_was_taken_over_throws_its_shard_away(
-    pipeline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_killed_driver_takes_its_workers_along_and_the_next_one_repeats_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another machine takes shard 0 over while this one stands still: what counts is the other's."""
-    holds, taken = Leases.holds, []
+    path, log, gate = gated(tmp_path, shard_rows=20)
+    with building(path, "--workers", "2") as driver:
+        wait_until(lambda: len(processes(log)) == 2, "two workers")
+        said = refused(capsys, path, code=1)
+        assert f"another build is at work here (process {driver.pid} on " in said
+        workers = processes(log)
+        driver.kill()
+        driver.join()
+    wait_until(lambda: not any(map(is_alive, workers)), "the workers' end")
+    assert not list((output(path) / "slow").glob("*"))
+    gate.touch()
+    folder = build(path)
+    calm = build(write_pipeline(tmp_path / "calm.yaml", PAIRS, shard_rows=20))
+    assert without_name(made(folder)) == without_name(made(calm))
 
-    def taken_over_once(self: Leases, name: str) -> bool:
-        if name == "slow/00000" and not taken:
-            taken.append(name)
-            return False
-        return holds(self, name)
 
-    monkeypatch.setattr(Leases, "holds", taken_over_once)
-    with caplog.at_level("WARNING"):
-        folder = build(pipeline)
-    assert "another worker has taken over shard 0" in caplog.text
-    assert len(rows(folder / "slow")) == counts(folder, "made_up")["rows_out"]
+def test_status_says_how_far_a_stage_is(pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = build(pipeline) / "manifest" / "slow"
+    for name in ("done", "00003"):
+        (records / f"{name}.json").unlink()
+    assert main(["data", "status", str(pipeline)]) == 0
+    assert "not finished: 10 shards made" in capsys.readouterr().out
 
 
 # -- changed, edited, broken ---------------------------------------------------------------------------------
@@ -310,28 +306,6 @@ def test_a_changed_shard_is_refused_when_it_is_read(
     assert f"{shard}: was changed since it was written" in said and "--from slow" in said
 
 
-def test_two_workers_that_made_one_shard_differently_are_told_apart(
-    pipeline: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from data_pipelines import map_stage
-
-    write = map_stage.write_shard
-
-    def overtaken(path: Path, found: list[dict[str, Any]]) -> Any:
-        """Another worker hands in a shard of its own between this one's shard and record."""
-        shard = write(path, found)
-        record = output(pipeline) / "manifest" / path.parent.name / f"{path.stem}.json"
-        if path.parent.name == "slow" and path.stem == "00001":
-            map_stage.write_record(
-                record, {"file": path.name, "rows_in": 20, "rows_out": 0, "dropped": {}}
-            )
-        return shard
-
-    monkeypatch.setattr(map_stage, "write_shard", overtaken)
-    said = refused(capsys, pipeline, code=1)
-    assert "two workers made this shard at once, and differently" in said and "lease_s" in said
-
-
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
@@ -394,6 +368,23 @@ def test_all_problems_of_a_pipeline_come_at_once_with_their_lines(
     assert "line 9: stages.2.stage = 'pair': takes groups, and the stage before gives pairs" in said
     assert "line 11: filter.accuracy_band: would be ignored" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("lease_s=60", "there are no leases: one command hands out the shards"),
+        ("executor.name=rya", "must be 'local' or 'ray'; did you mean 'ray'?"),
+        ("executor.worker=2", "unknown key; did you mean 'workers'?"),
+        ("executor.address=head:6379", "belongs to executor.name = 'ray'"),
+        ("executor.workers=0", "executor.workers = 0: must be > 0"),
+    ],
+)
+def test_an_executor_that_cannot_be_meant_is_refused(
+    pipeline: Path, capsys: pytest.CaptureFixture[str], setting: str, says: str
+) -> None:
+    assert says in refused(capsys, pipeline, setting)
+    assert not output(pipeline).exists()
 
 
 @pytest.mark.parametrize(

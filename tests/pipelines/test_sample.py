@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,10 +16,20 @@ import prefopt.engines.start as start
 from data_pipelines.rows import unpack_ids
 from prefopt.engines.base import SamplingSpec
 from tests.engines.policies import sampled_logps
-from tests.pipelines.pipelines import build, counts, made, refused, rows, write_pipeline
-from tests.recipes.commands import prefopt
+from tests.pipelines.pipelines import (
+    build,
+    counts,
+    interrupted,
+    made,
+    refused,
+    rows,
+    write_pipeline,
+)
 from tests.unit.tiny_models import tiny_model
 from tests.unit.tiny_tokenizers import TokenizerFactory
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 GIVEN = str(Path(__file__).with_name("given.py"))
 TEXTS = [
@@ -134,20 +143,17 @@ def test_shards_change_no_response(pipeline: Pipeline) -> None:
     assert len({text for group in texts for text in group}) > 15  # 21 samples of a random model
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(pipeline: Pipeline, tmp_path: Path) -> None:
-    prompts = [{"id": f"q{i}", "prompt": f"What about {i}?"} for i in range(30)]
-    path = pipeline("p", {"max_new_tokens": 60}, prompts=prompts, shard_rows=1)
-    undisturbed = made(build(path))
-    killed = tmp_path / "killed"
-    shards, arguments = killed / "sample0", ("data", "build", str(path), f"output_dir={killed}")
-    with prefopt(*arguments, log=tmp_path / "log") as command:
-        command.wait_until(lambda: (shards / "00002.jsonl").exists(), "the third shard")
-        command.send(signal.SIGKILL)
-        assert command.wait() == -signal.SIGKILL
-    assert 3 <= len(list(shards.glob("0*.jsonl"))) < len(prompts)
-    build(path, f"output_dir={killed}")
-    found = made(killed)  # a killed writer leaves its draft, which nothing reads
-    assert {name: data for name, data in found.items() if "/.tmp-" not in name} == undisturbed
+def test_a_run_that_was_cut_short_goes_on_to_the_same_bytes(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """Of kills proper: test_runner."""
+    path = pipeline("p", {"samples_per_seed": 2}, shard_rows=1)
+    calm = made(build(path))
+    short = tmp_path / "short"
+    interrupted(path, f"output_dir={short}", shards=3)
+    assert len(list((short / "sample0").glob("*.jsonl"))) == 4  # the last one without a record
+    build(path, f"output_dir={short}")
+    assert made(short) == calm
 
 
 def test_a_second_stage_appends_another_models_responses(pipeline: Pipeline) -> None:
@@ -303,6 +309,19 @@ def test_settings_that_cannot_be_meant_are_refused(
     pipeline: Pipeline, keys: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert said in refused(capsys, pipeline("p", keys))
+
+
+@pytest.mark.slow  # starts vLLM on a cluster
+def test_vllm_on_ray_samples_what_it_samples_here(pipeline: Pipeline, cluster: Cluster) -> None:
+    vllm = {"name": "vllm", "enforce_eager": True, "options": {"max_num_seqs": 16}}
+    path = pipeline("vllm", {"engine": vllm, "temperatures": [0, 1.0]}, shard_rows=4)
+    here = made(build(path))
+    there = path.with_name("there")
+    ray = ("executor.name=ray", f"executor.address={cluster.address}")
+    build(path, f"output_dir={there}", *ray)
+    assert {n: d for n, d in made(there).items() if n.split("/")[0] != "logs"} == {
+        n: d for n, d in here.items() if n.split("/")[0] != "logs"
+    }
 
 
 @pytest.mark.slow  # starts vLLM, which `make quickstart-prompts` samples with in CI

@@ -14,7 +14,15 @@ import pytest
 
 from prefopt.cli import main
 from prefopt.values.saved import ValueModel, read_head
-from tests.pipelines.pipelines import build, counts, made, refused, rows, write_pipeline
+from tests.pipelines.pipelines import (
+    build,
+    counts,
+    interrupted,
+    made,
+    refused,
+    rows,
+    write_pipeline,
+)
 from tests.recipes.commands import prefopt
 from tests.unit.tiny_models import tiny_model
 from tests.unit.tiny_tokenizers import TokenizerFactory
@@ -264,19 +272,14 @@ def test_samples_and_pairs_are_weighed_as_groups_are(tmp_path: Path, head: Path)
     assert chosen["advantage"] - rejected["advantage"] == pytest.approx(0.6)
 
 
-def test_advantages_killed_halfway_are_those_of_a_calm_run(tmp_path: Path, head: Path) -> None:
-    found = [{**row, "id": f"{row['id']}/{n}"} for row in mixed() for n in range(12)]
-    path = weigh(tmp_path, found, head=str(head))
+def test_advantages_cut_short_are_those_of_a_calm_run(tmp_path: Path, head: Path) -> None:
+    path = weigh(tmp_path, mixed(), head=str(head))
     calm = made(build(path))
-    killed = tmp_path / "killed"
-    arguments = ("data", "build", str(path), f"output_dir={killed}", "shard_rows=4")
-    with prefopt(*arguments, log=tmp_path / "log") as command:
-        command.wait_until((killed / "advantage" / "00002.jsonl").exists, "the third shard")
-        command.send(signal.SIGKILL)
-        assert command.wait() == -signal.SIGKILL
-    assert not (killed / "manifest.json").exists()
-    build(path, f"output_dir={killed}")
-    assert {name: data for name, data in made(killed).items() if "/.tmp-" not in name} == calm
+    short = tmp_path / "short"
+    interrupted(path, f"output_dir={short}", shards=1)
+    assert not (short / "manifest.json").exists()
+    build(path, f"output_dir={short}")
+    assert made(short) == calm
 
 
 def test_weighed_rows_train_as_they_stand(tmp_path: Path, head: Path, policies: Path) -> None:

@@ -96,29 +96,29 @@ def metric_chart(task: TaskComparison, name: str) -> Markup:
 def step_chart(comparison: Comparison, task: TaskComparison) -> Markup | str:
     """The headline by step, a line a run; nothing where no run has three checkpoints."""
     found = dict(_having(task.results, task.headline))
-    runs: dict[str, list[tuple[int, Metric]]] = {}
-    for output in comparison.outputs:
+    runs: dict[str, list[tuple[int, str, Metric]]] = {}
+    for output in sorted(comparison.outputs, key=lambda output: output.step or 0):
         if output.step is not None and output.name in found:
-            runs.setdefault(output.run, []).append((output.step, found[output.name]))
-    curves = {Path(run).name: sorted(each, key=lambda at: at[0]) for run, each in runs.items()}
-    curves = {name: curve for name, curve in curves.items() if len(curve) > 2}
+            runs.setdefault(output.run, []).append((output.step, output.name, found[output.name]))
+    curves = {run: curve for run, curve in runs.items() if len(curve) > 2}
     points = [
         charts.Point(
-            step, metric.value, "", series, y_interval=interval_of(metric),
-            title=f"{name}, step {step}: {metric_text(metric)}",
+            step, metric.value, "", series, y_interval=interval_of(metric), title=f"{name}: {metric_text(metric)}"
         )
-        for series, (name, curve) in enumerate(curves.items())
-        for step, metric in curve
+        for series, curve in enumerate(curves.values())
+        for step, name, metric in curve
     ]  # fmt: skip
     if not points:
         return ""
     lines = [
-        Line(tuple((step, metric.value) for step, metric in curve), series)
+        Line(tuple((step, metric.value) for step, _, metric in curve), series)
         for series, curve in enumerate(curves.values())
     ]
+    # The names of two runs' checkpoints are long enough to tell the runs apart; of one run, ``step-100``.
+    names = [curve[0][1].rpartition("/")[0] or Path(run).name for run, curve in curves.items()]
     title = f"{task.headline} by step{_bars(found.values())}"
     return charts.xy(
-        points, lines, title=title, x_label="step", y_label=task.headline, series=list(curves)
+        points, lines, title=title, x_label="step", y_label=task.headline, series=names
     )
 
 
@@ -234,24 +234,26 @@ def frontier_rows(found: Frontier) -> list[list[str]]:
 
 # -- what it was made with, and examples ---------------------------------------------------------------------
 
-Facts = list[tuple[str, list[str]]]
-"""A key, and its value in each result."""
 
-
-def made_of_results(comparison: Comparison) -> Facts:
-    """What each whole result was made with."""
+def made_of_results(comparison: Comparison) -> list[list[str]]:
+    """What each whole result was made with: a key, and its value in each."""
     return _facts([_flat(output.head) for output in comparison.outputs])
 
 
-def made_of_task(task: TaskComparison) -> Facts:
+def made_of_task(task: TaskComparison) -> list[list[str]]:
     """What one task's results were made with."""
     results = task.results.values()
     return _facts([{"version": r.version, "kind": r.kind, **_flat(r.made)} for r in results])
 
 
-def _facts(facts: Sequence[Mapping[str, str]]) -> Facts:
-    keys = dict.fromkeys(key for each in facts for key in each)
-    return [(key, [each.get(key, "–") for each in facts]) for key in keys]
+def _facts(facts: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """A row a key; what differs from the first result is marked."""
+    other = Markup('<span class="warn">{}</span>')
+    rows = []
+    for key in dict.fromkeys(key for each in facts for key in each):
+        first, *rest = (each.get(key, "–") for each in facts)
+        rows.append([key, first, *(v if v == first else other.format(v) for v in rest)])
+    return rows
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -219,9 +219,21 @@ def test_the_headline_of_checkpoints_is_drawn_by_step(tmp_path: Path) -> None:
     inside = Tree(page(found)).figure(caption)
     assert [e.words for e in inside if "key" in e.classes] == ["long"]
     titles = [e.words.split(":")[0] for e in inside if e.tag == "title"]
-    assert titles == ["long, step 1", "long, step 3", "long, step 20"]
+    assert titles == ["long/step-1", "step-3", "step-20"]
     assert len([e for e in inside if e.tag == "polyline"]) == 1
     assert len([e for e in inside if "bar" in e.classes]) == 3
+
+
+def test_runs_of_one_folder_name_have_a_curve_each(tmp_path: Path) -> None:
+    for run in ("one/run", "two/run"):
+        for step in (1, 2, 3):
+            checkpoint(tmp_path / run / f"step-{step}", [step, step + 1.0], [step, step + 0.1])
+    found = compare([tmp_path / "one" / "run", tmp_path / "two" / "run"], force=False)
+    inside = Tree(page(found)).figure(
+        "reward by step, bars: 95 % intervals (± 1.96 standard errors)"
+    )
+    assert [e.words for e in inside if "key" in e.classes] == ["one/run", "two/run"]
+    assert [e.classes for e in inside if e.tag == "polyline"] == [["s0"], ["s1"]]
 
 
 def test_the_same_results_make_the_same_page(tmp_path: Path) -> None:

@@ -215,7 +215,8 @@ def _compare(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     from eval.comparison.compare import compare, comparison_json, print_comparison
-    from eval.comparison.page import write_page
+    from eval.comparison.page import page
+    from prefopt.report.pages import write_text
 
     found = compare(
         arguments.results, force=arguments.force, seed=arguments.seed, reward=arguments.reward
@@ -225,10 +226,9 @@ def _compare(argv: Sequence[str]) -> None:
     else:
         print_comparison(found)
     if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
         text = json.dumps(comparison_json(found), indent=1, ensure_ascii=False)
-        (arguments.output / "comparison.json").write_text(f"{text}\n", encoding="utf-8")
-        write_page(found, arguments.output / "comparison.html")
+        write_text(arguments.output / "comparison.json", f"{text}\n")
+        write_text(arguments.output / "comparison.html", page(found))
         print(f"wrote {arguments.output / 'comparison.html'}", file=sys.stderr)
 
 

@@ -26,6 +26,7 @@ ROOMS = (
     "errors",
     "types",
     "storage",
+    "report",
     "recipe",
     "objectives",
     "credit",

@@ -8,13 +8,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data_pipelines.card.findings import Card, Verdict
-from data_pipelines.card.page import page
+from data_pipelines.card.findings import SEVERITY, Card, TableView, Verdict
 from data_pipelines.card.pairs import PairSource
-from prefopt.errors import ConfigError, DataError
-from prefopt.storage.cache import atomic_write
+from prefopt.errors import ConfigError
+from prefopt.report.charts import histogram
+from prefopt.report.pages import render, write_text
 
 JSON_FILE, PAGE_FILE = "card.json", "card.html"
+_TEMPLATE = Path(__file__).with_name("card.html.j2")
+_WORDS: dict[Verdict, str] = {"ok": "ok", "look": "look", "stop": "stop", "none": "no data"}
 _COLOURS: dict[Verdict, str] = {"ok": "green", "look": "yellow", "stop": "bold red", "none": "dim"}
 
 
@@ -35,17 +37,33 @@ def default_folder(source: PairSource) -> Path:
 
 def write_card(card: Card, folder: Path) -> None:
     """Writes both files, each whole or not at all. Raises: DataError if one cannot be written."""
-    text = json.dumps(card.record(), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    for name, content in ((JSON_FILE, text), (PAGE_FILE, page(card))):
-        path = folder / name
-        try:
-            with atomic_write(path) as temporary:
-                temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be written: {error.strerror or error}. Make room, or name another folder with "
-                "--output"
-            ) from error
+    text = json.dumps(card.record(), ensure_ascii=False, indent=1, allow_nan=False)
+    write_text(folder / JSON_FILE, f"{text}\n")
+    write_text(folder / PAGE_FILE, page(card))
+
+
+def page(card: Card) -> str:
+    """The page's HTML: the verdict, what needs attention, gravest first, then section by section."""
+    gravest = sorted(card.checks, key=lambda check: -SEVERITY[check.verdict])
+    counts = {word: sum(c.verdict == each for c in card.checks) for each, word in _WORDS.items()}
+    return render(
+        _TEMPLATE,
+        card=card,
+        words=_WORDS,
+        counts=", ".join(f"{count} {word}" for word, count in counts.items() if count),
+        urgent=[check for check in gravest if check.verdict in ("look", "stop")],
+        histogram=histogram,
+        num_text_columns=_num_text_columns,
+    )
+
+
+def _num_text_columns(table: TableView) -> int:
+    """All but the last columns that hold numbers alone: those stand to the right."""
+    numbers = [
+        all(row[index][:1] in "+-−0123456789" for row in table.rows)
+        for index in range(len(table.headers))
+    ]
+    return max((index + 1 for index, each in enumerate(numbers) if not each), default=1)
 
 
 def print_card(card: Card) -> None:

@@ -8,18 +8,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from eval.comparison.frontier import Frontier, root
-from eval.comparison.paired import Difference
-from eval.comparison.tree import Comparison, Pair, TaskComparison, oriented
+from eval.comparison.tree import Comparison, TaskComparison
 from eval.comparison.wording import (
     FORCED,
     PERCENT,
-    TESTS,
+    comparison_remarks,
+    metric_cell,
+    metric_names,
     metric_text,
     number,
-    p_text,
-    pair_remarks,
-    spread_text,
+    pair_cells,
     task_remarks,
+    tests_text,
 )
 
 _MAX_COLUMNS = 5
@@ -50,9 +50,8 @@ def _metrics(comparison: Comparison) -> Table:
     for output in comparison.outputs:
         table.add_column(escape(output.name), justify="right", overflow="fold")
     for task in comparison.tasks:
-        names = dict.fromkeys(name for each in task.results.values() for name in each.metrics)
-        for index, name in enumerate(names):
-            cells = [_cell(task, output.name, name) for output in comparison.outputs]
+        for index, name in enumerate(metric_names(task)):
+            cells = [metric_cell(task, output.name, name) for output in comparison.outputs]
             mark = " *" if name == task.headline else ""
             table.add_row(_task_name(task) if index == 0 else "", escape(name) + mark, *cells)
         table.add_section()
@@ -67,14 +66,9 @@ def _headlines(comparison: Comparison) -> Table:
             f"{_task_name(task)}\n{escape(task.headline)}", justify="right", overflow="fold"
         )
     for output in comparison.outputs:
-        cells = [_cell(task, output.name, task.headline) for task in comparison.tasks]
+        cells = [metric_cell(task, output.name, task.headline) for task in comparison.tasks]
         table.add_row(escape(output.name), *cells)
     return table
-
-
-def _cell(task: TaskComparison, name: str, metric: str) -> str:
-    found = task.results[name].metrics.get(metric) if name in task.results else None
-    return "–" if found is None else metric_text(found)
 
 
 def _differences(comparison: Comparison) -> Table:
@@ -91,39 +85,20 @@ def _differences(comparison: Comparison) -> Table:
         table.add_row(f"[bold]{_task_name(task)}[/bold]")
         for pair in task.pairs:
             names = f"{escape(pair.second)} - {escape(pair.first)}"
-            table.add_row(names, *_pair_cells(task, pair))
+            cells = pair_cells(task, pair)
+            marks = ("↑", "↓", "=") if task.direction == "none" else ("", "", "")
+            counts = "/".join(f"{n}{mark}" for n, mark in zip(cells[4:], marks, strict=True))
+            table.add_row(names, *cells[:4], counts)
     return table
-
-
-def _pair_cells(task: TaskComparison, pair: Pair) -> list[str]:
-    difference = pair.difference
-    if difference is None:
-        return ["–", "0", "–", "–", "–"]
-    return [
-        spread_text(difference.mean, difference.interval, signed=True),
-        f"{difference.n:,}",
-        p_text(difference.p_value),
-        p_text(pair.p_holm),
-        _counts(task, difference),
-    ]
-
-
-def _counts(task: TaskComparison, difference: Difference) -> str:
-    counts = [f"{count:,}" for count in oriented(difference, task.direction)]
-    marks = ("↑", "↓", "=") if task.direction == "none" else ("", "", "")
-    return "/".join(f"{count}{mark}" for count, mark in zip(counts, marks, strict=True))
 
 
 def _print_remarks(console: Console, comparison: Comparison) -> None:
     lines = []
     for task in comparison.tasks:
-        tests = sorted({TESTS[pair.difference.test] for pair in task.pairs if pair.difference})
-        if tests:
-            lines.append(f"{task.name}: differences in {task.unit}; p of {' and '.join(tests)}")
+        if tests := tests_text(task):
+            lines.append(f"{task.name}: differences in {task.unit}; p of {tests}")
         lines += [f"{task.name}: {line}" for line in task_remarks(task)]
-        lines += [f"{task.name}: {line}" for pair in task.pairs for line in pair_remarks(pair)]
-    lines += comparison.remarks
-    lines += [f"{task}: only {name} has it" for task, name in comparison.alone.items()]
+    lines += comparison_remarks(comparison)
     for line in lines:
         console.print(escape(line), soft_wrap=True)
 

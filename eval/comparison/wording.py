@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from eval.base import Metric
 from eval.comparison.outputs import TaskResult
 from eval.comparison.paired import LEVEL
-from eval.comparison.tree import Pair, TaskComparison
+from eval.comparison.tree import Comparison, Pair, TaskComparison, oriented
 
 FORCED = "FORCED: these results are not of the same measurement; what differs:"
 
 PERCENT = f"{100 * LEVEL:.0f} %"
 """The level of every interval here."""
+ALPHA = f"{1 - LEVEL:.2g}"
+"""The level of every test here."""
 
 _USUAL = {"num_answers", "num_tokens"}
 
@@ -67,22 +69,45 @@ def p_text(p_value: float | None) -> str:
     return f"{p_value:.4f}" if p_value < 0.01 else f"{p_value:.3f}"
 
 
-def pair_remarks(pair: Pair) -> list[str]:
-    """What was not paired, and how much of it."""
-    names = f"{pair.second} − {pair.first}"
-    lines = [f"{names}: {pair.unpaired}"] if pair.unpaired else []
-    for count, what in (
-        (pair.num_only_first, f"only {pair.first} has"),
-        (pair.num_only_second, f"only {pair.second} has"),
-        (pair.num_without_value, "without a value on one side or both"),
-    ):
-        if count:
-            lines.append(f"{names}: {count:,} example{'s' if count > 1 else ''} {what}, left out")
-    return lines
+def metric_names(task: TaskComparison) -> list[str]:
+    """Of all results, in their order."""
+    return list(dict.fromkeys(name for each in task.results.values() for name in each.metrics))
+
+
+def metric_cell(task: TaskComparison, result: str, metric: str) -> str:
+    """One number of a table; an en dash where a result has none."""
+    found = task.results[result].metrics.get(metric) if result in task.results else None
+    return "–" if found is None else metric_text(found)
+
+
+def pair_cells(task: TaskComparison, pair: Pair) -> list[str]:
+    """Difference, number of examples, p, Holm's p, won, lost and tied."""
+    difference = pair.difference
+    if difference is None:
+        return ["–", "0", *["–"] * 5]
+    return [
+        spread_text(difference.mean, difference.interval, signed=True),
+        f"{difference.n:,}",
+        p_text(difference.p_value),
+        p_text(pair.p_holm),
+        *(f"{count:,}" for count in oriented(difference, task.direction)),
+    ]
+
+
+def tests_text(task: TaskComparison) -> str:
+    """What the p-values of a task's pairs come from; empty if there are none."""
+    return " and ".join(sorted({TESTS[p.difference.test] for p in task.pairs if p.difference}))
+
+
+def comparison_remarks(comparison: Comparison) -> list[str]:
+    """What differs beside the tasks' settings, and what was left out."""
+    alone = comparison.alone.items()
+    lines = [f"{task}: only {name} has it; not compared" for task, name in alone]
+    return [*comparison.remarks, *lines]
 
 
 def task_remarks(task: TaskComparison) -> list[str]:
-    """What a reader must know to read a task's numbers."""
+    """What a reader must know to read a task's numbers and differences."""
     lines = []
     if not task.of_rows and any(pair.difference for pair in task.pairs):
         lines.append(
@@ -94,7 +119,22 @@ def task_remarks(task: TaskComparison) -> list[str]:
     for name, result in task.results.items():
         dropped = dropped_text(result.counts)
         lines += [f"{name}: {dropped}"] if dropped else []
-    return lines + _notes(task.results)
+    lines += _notes(task.results)
+    return lines + [line for pair in task.pairs for line in _pair_remarks(pair)]
+
+
+def _pair_remarks(pair: Pair) -> list[str]:
+    """What was not paired, and how much of it."""
+    names = f"{pair.second} − {pair.first}"
+    lines = [f"{names}: {pair.unpaired}"] if pair.unpaired else []
+    for count, what in (
+        (pair.num_only_first, f"only {pair.first} has"),
+        (pair.num_only_second, f"only {pair.second} has"),
+        (pair.num_without_value, "without a value on one side or both"),
+    ):
+        if count:
+            lines.append(f"{names}: {count:,} example{'s' if count > 1 else ''} {what}, left out")
+    return lines
 
 
 def _notes(results: Mapping[str, TaskResult]) -> list[str]:

@@ -2,70 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from eval.base import Metric, Row, Summary
 from eval.comparison.compare import compare, print_comparison
-from eval.comparison.page import page, write_page
-from eval.comparison.plots import Mark, PlotRow, dot_plot, ticks
+from eval.comparison.page import page
 from eval.statistics import group_means, mean_metric
-from prefopt.errors import DataError
+from prefopt.cli import main
 from tests.eval.result_dirs import A, B, checkpoint, entry, scored, write_output
-
-VOID = {"meta", "br", "hr"}
-
-
-@dataclass
-class Element:
-    """A tag with its attributes, and the text below it."""
-
-    tag: str
-    attributes: dict[str, str | None]
-    parents: tuple[str, ...]
-    text: list[str] = field(default_factory=list)
-
-    @property
-    def classes(self) -> list[str]:
-        return (self.attributes.get("class") or "").split()
-
-    @property
-    def words(self) -> str:
-        return "".join(self.text)
-
-
-class Tree(HTMLParser):
-    """Every element of a page; an unbalanced tag is an AssertionError."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[Element] = []
-        self._open: list[Element] = []
-        self.feed(html)
-        self.close()
-        assert not self._open, [each.tag for each in self._open]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = Element(tag, dict(attrs), tuple(each.tag for each in self._open))
-        self.elements.append(found)
-        if tag not in VOID:
-            self._open.append(found)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop().tag == tag
-
-    def handle_data(self, data: str) -> None:
-        for each in self._open:
-            each.text.append(data)
-
-    def all(self, tag: str, class_: str | None = None) -> list[Element]:
-        return [
-            e for e in self.elements if e.tag == tag and (class_ is None or class_ in e.classes)
-        ]
+from tests.unit.html_tree import Element, Tree, assert_asks_for_nothing_and_runs_nothing
 
 
 @pytest.fixture
@@ -74,28 +21,13 @@ def plain(tmp_path: Path) -> Tree:
 
 
 def test_page_asks_for_nothing_and_runs_nothing(plain: Tree) -> None:
-    assert {e.tag for e in plain.elements}.isdisjoint(
-        {"script", "link", "img", "iframe", "object", "base", "form"}
-    )
-    for element in plain.elements:
-        for name, value in element.attributes.items():
-            assert not name.startswith("on") and name not in ("src", "srcset", "style", "action")
-            assert name != "href" or (value or "").startswith("#")
-    (style,) = plain.all("style")
-    assert "url(" not in style.words and "@import" not in style.words
-    policy = [e for e in plain.all("meta") if e.attributes.get("http-equiv")]
-    assert "default-src 'none'" in (policy[0].attributes["content"] or "")
+    assert_asks_for_nothing_and_runs_nothing(plain)
 
 
-def test_page_follows_dark_mode_and_small_screens(plain: Tree) -> None:
-    (style,) = plain.all("style")
-    assert "prefers-color-scheme:dark" in style.words
-    light, dark = re.findall(r"--s0:(#\w+)", style.words)
-    assert light != dark
-    assert any(e.attributes.get("name") == "viewport" for e in plain.all("meta"))
-    # Nothing with a fixed width but tables, which scroll in their own box.
+def test_nothing_is_wider_than_a_phone_but_tables_that_scroll(plain: Tree) -> None:
     assert all("div" in e.parents for e in plain.all("table"))
-    assert not [e for e in plain.all("svg") if "width" in e.attributes]
+    sized = [e for e in plain.elements if e.tag in ("svg", "table", "figure", "div")]
+    assert {e.attributes.get("width") for e in sized} <= {None, "100%"}
 
 
 def test_links_lead_to_places_on_the_page(plain: Tree) -> None:
@@ -121,7 +53,7 @@ def test_texts_of_models_stay_texts(tmp_path: Path) -> None:
         tmp_path / "<i>a", {"quiz": (entry(summary), rows)}, texts, model={"path": HOSTILE}
     )
     tree = Tree(page(compare([first, scored(tmp_path / "b", B, texts=texts)], force=False)))
-    assert not tree.all("script") and not [e for e in tree.elements if "onclick" in e.attributes]
+    assert_asks_for_nothing_and_runs_nothing(tree)
     shown = "<script>alert('x')</script></div><b onclick=\"go()\">&amp; “q” \ufffd\ufffd"
     answers = [e.words for e in tree.all("div", "text")]
     assert f"prompt {shown}" in answers and f"answer {shown}" in answers
@@ -132,8 +64,8 @@ def test_texts_of_models_stay_texts(tmp_path: Path) -> None:
 def test_half_characters_do_not_stop_the_page(tmp_path: Path) -> None:
     texts = dict.fromkeys(A, ("\ud83d half", "whole 😀"))
     outputs = [scored(tmp_path / n, v, texts=texts) for n, v in (("a", A), ("b", B))]
-    write_page(compare(outputs, force=False), tmp_path / "page.html")
-    written = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert main(["eval", "compare", *map(str, outputs), "--output", str(tmp_path / "made")]) == 0
+    written = (tmp_path / "made" / "comparison.html").read_text(encoding="utf-8")
     assert "\ufffd half" in written and "whole 😀" in written
 
 
@@ -154,7 +86,7 @@ def test_a_forced_comparison_says_so_wherever_it_shows_a_number(tmp_path: Path) 
     assert "forced" in tree.all("h1")[0].words
     (section,) = [e for e in tree.all("h2") if e.attributes.get("id") == "task-0"]
     assert "forced" in section.words
-    assert [e for e in tree.all("text") if e.words.startswith("quiz, forced: b − a")]
+    assert [e for e in tree.all("span", "label") if e.words.startswith("quiz, forced: b − a")]
 
 
 def test_an_honest_comparison_is_not_marked(plain: Tree) -> None:
@@ -182,7 +114,7 @@ def test_provenance_marks_what_differs(tmp_path: Path) -> None:
         scored(tmp_path / "a", A),
         scored(tmp_path / "b", B, head={"model": {"path": "models/other", "hash": "9" * 64}}),
     ]
-    marked = [e.words for e in Tree(page(compare(outputs, force=False))).all("span", "other")]
+    marked = [e.words for e in Tree(page(compare(outputs, force=False))).all("span", "warn")]
     assert "models/other" in marked and "9" * 64 in marked
     assert "float32" not in marked
 
@@ -190,17 +122,10 @@ def test_provenance_marks_what_differs(tmp_path: Path) -> None:
 # -- plots -----------------------------------------------------------------------------------------------------
 
 
-def places(tree: Tree, plot: int = 0) -> tuple[dict[str, float], list[Element]]:
-    """Where a dot plot's axis has its numbers, and its elements: all between two figures."""
-    starts = [i for i, e in enumerate(tree.elements) if e.tag == "svg"]
-    ends = [*starts[1:], len(tree.elements)]
-    inside = [e for e in tree.elements[starts[plot] : ends[plot]] if "svg" in e.parents]
-    axis = {
-        e.words.replace("−", "-"): float(e.attributes["x"] or 0)
-        for e in inside
-        if e.tag == "text" and e.attributes.get("text-anchor") == "middle"
-    }
-    return axis, inside
+def places(inside: list[Element]) -> dict[str, float]:
+    """Where the horizontal axis of a chart has its numbers."""
+    marked = [e for e in inside if e.tag == "text" and e.attributes["text-anchor"] == "middle"]
+    return {e.words.replace("−", "-"): e.number("x") for e in marked}
 
 
 def test_forest_draws_differences_and_intervals_where_the_axis_says(tmp_path: Path) -> None:
@@ -208,19 +133,19 @@ def test_forest_draws_differences_and_intervals_where_the_axis_says(tmp_path: Pa
     found = compare(outputs, force=False)
     difference = found.tasks[0].pairs[0].difference
     assert difference is not None and difference.interval is not None
-    axis, inside = places(Tree(page(found)))
-    (low, x_low), (high, x_high) = sorted((float(k), v) for k, v in axis.items())[:2]
+    inside = Tree(page(found)).figure("Second − first, in percentage points")
+    (low, x_low), (high, x_high) = sorted((float(k), v) for k, v in places(inside).items())[:2]
 
-    def value(x: str | None) -> float:
-        return low + (float(x or 0) - x_low) / (x_high - x_low) * (high - low)
+    def value(x: float) -> float:
+        return low + (x - x_low) / (x_high - x_low) * (high - low)
 
     (dot,) = [e for e in inside if e.tag == "circle"]
     (bar,) = [e for e in inside if e.tag == "line" and "bar" in e.classes]
     (zero,) = [e for e in inside if e.tag == "line" and "zero" in e.classes]
-    assert value(dot.attributes["cx"]) == pytest.approx(difference.mean, abs=0.1)
-    drawn = (value(bar.attributes["x1"]), value(bar.attributes["x2"]))
+    assert value(dot.number("cx")) == pytest.approx(difference.mean, abs=0.1)
+    drawn = (value(bar.number("x1")), value(bar.number("x2")))
     assert drawn == pytest.approx(difference.interval, abs=0.1)
-    assert value(zero.attributes["x1"]) == pytest.approx(0, abs=0.1)
+    assert value(zero.number("x1")) == pytest.approx(0, abs=0.1)
     assert "hollow" in dot.classes  # p = 0.6
 
 
@@ -228,7 +153,7 @@ def test_a_dot_is_filled_where_the_difference_is_significant(tmp_path: Path) -> 
     few = {f"k{n}": float(n < 5) for n in range(60)}
     many = {f"k{n}": float(n < 40) for n in range(60)}
     found = compare([scored(tmp_path / "a", few), scored(tmp_path / "b", many)], force=False)
-    _, inside = places(Tree(page(found)))
+    inside = Tree(page(found)).figure("Second − first, in percentage points")
     assert [e.classes for e in inside if e.tag == "circle"] == [["dot"]]
 
 
@@ -243,10 +168,9 @@ def test_groups_are_plotted_by_category(tmp_path: Path) -> None:
         return write_output(tmp_path / name, {"quiz": (entry(summary), rows)})
 
     tree = Tree(page(compare([output("a", A), output("b", B)], force=False)))
-    captions = [e.words for e in tree.all("figcaption")]
-    _, inside = places(tree, captions.index("accuracy by group"))
+    inside = tree.figure("accuracy by group")
     assert len([e for e in inside if e.tag == "circle"]) == 4
-    words = [e.words for e in inside if e.tag == "text"]
+    words = [e.words for e in inside if e.tag == "span"]
     assert {"maths", "law", "50.00 | 100.00", "33.33 | 66.67"} <= set(words)
 
 
@@ -275,45 +199,41 @@ def test_frontier_rings_the_front_and_names_its_points(tmp_path: Path) -> None:
     for step, reward in ((1, 0.5), (2, 2.0), (3, 1.0)):
         checkpoint(tmp_path / "run" / f"step-{step}", [step, step + 1.0], [reward, reward + 0.1])
     tree = Tree(page(compare([tmp_path / "run"], force=False)))
-    captions = [e.words for e in tree.all("figcaption")]
     for axis in ("KL", "sqrt(KL)"):
-        plot = captions.index(f"signals.reward against {axis}")
-        _, inside = places(tree, plot)
+        inside = tree.figure(f"signals.reward against {axis}")
         assert len([e for e in inside if "ring" in e.classes]) == 2
         assert len([e for e in inside if "dot" in e.classes]) == 3
-        labels = {e.words for e in inside if e.tag == "text"}
+        labels = {e.words for e in inside if e.tag in ("text", "p")}
         assert {"step-1", "step-2", "step-3", axis} <= labels
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 10, (0, 2, 4, 6, 8, 10)),
-        (-0.3, 1.1, (0.0, 0.5, 1.0)),
-        (21, 58, (30, 40, 50)),
-        (-1e-3, 1e-3, (-1e-3, -5e-4, 0, 5e-4, 1e-3)),
-    ],
-)
-def test_ticks_are_few_round_numbers_within_the_axis(
-    low: float, high: float, expected: tuple[float, ...]
-) -> None:
-    assert ticks(low, high) == pytest.approx(expected)
+def test_the_headline_of_checkpoints_is_drawn_by_step(tmp_path: Path) -> None:
+    """Three checkpoints of a run make a curve; the one alone, and two of another run, do not."""
+    rewards = {1: 0.5, 20: 2.0, 3: 1.0}
+    for step, reward in rewards.items():
+        checkpoint(tmp_path / "long" / f"step-{step}", [step, step + 1.0], [reward, reward + 0.1])
+    for step in (1, 2):
+        checkpoint(tmp_path / "short" / f"step-{step}", [step, step + 1.0], [step, step + 0.1])
+    found = compare([tmp_path / "long", tmp_path / "short"], force=False)
+    caption = "reward by step, bars: 95 % intervals (± 1.96 standard errors)"
+    inside = Tree(page(found)).figure(caption)
+    assert [e.words for e in inside if "key" in e.classes] == ["long"]
+    titles = [e.words.split(":")[0] for e in inside if e.tag == "title"]
+    assert titles == ["long/step-1", "step-3", "step-20"]
+    assert len([e for e in inside if e.tag == "polyline"]) == 1
+    assert len([e for e in inside if "bar" in e.classes]) == 3
 
 
-@pytest.mark.parametrize("values", [(5.0,), (0.0, 0.0), (1e-9, 2e-9), (-3e6, 4e6)])
-def test_plots_of_any_numbers_stay_inside_their_frame(values: tuple[float, ...]) -> None:
-    rows = [PlotRow("x", "", (Mark(value, None, 0, ""),)) for value in values]
-    tree = Tree(dot_plot(rows, title="t"))
-    for circle in tree.all("circle"):
-        assert 0 <= float(circle.attributes["cx"] or "nan") <= 520
-    assert len(tree.all("circle")) == len(values)
-
-
-def test_a_page_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
-    found = compare([scored(tmp_path / "a", A), scored(tmp_path / "b", B)], force=False)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"page\.html: cannot be written"):
-        write_page(found, tmp_path / "file" / "page.html")
+def test_runs_of_one_folder_name_have_a_curve_each(tmp_path: Path) -> None:
+    for run in ("one/run", "two/run"):
+        for step in (1, 2, 3):
+            checkpoint(tmp_path / run / f"step-{step}", [step, step + 1.0], [step, step + 0.1])
+    found = compare([tmp_path / "one" / "run", tmp_path / "two" / "run"], force=False)
+    inside = Tree(page(found)).figure(
+        "reward by step, bars: 95 % intervals (± 1.96 standard errors)"
+    )
+    assert [e.words for e in inside if "key" in e.classes] == ["one/run", "two/run"]
+    assert [e.classes for e in inside if e.tag == "polyline"] == [["s0"], ["s1"]]
 
 
 def test_the_same_results_make_the_same_page(tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ import pytest
 from data_pipelines.card.build import CardSettings, held_out_set, make_card
 from data_pipelines.card.findings import Card, Check, Section
 from data_pipelines.card.ngrams import log_odds
+from data_pipelines.card.outputs import page
 from data_pipelines.card.pairs import PairSource, PairView
 from data_pipelines.card.sketch import BottomSample
 from data_pipelines.card.texts import Markers
 from prefopt.cli import main
 from prefopt.errors import ConfigError, DataError
 from tests.pipelines.pipelines import build, write_pipeline
+from tests.unit.html_tree import Tree, assert_asks_for_nothing_and_runs_nothing
 from tests.unit.tiny_tokenizers import TokenizerFactory
 
 Pairs = Callable[..., Path]
@@ -329,15 +331,34 @@ def test_the_page_fetches_nothing_and_shows_markup_as_text(
 ) -> None:
     hostile = "<script>alert(1)</script>"
     rows = [(f"{hostile} {n}", f"{hostile} yes {n}", f"[bold]no[/bold] {n}") for n in range(30)]
-    code, out, _ = run(capsys, pairs(*rows), "--output", tmp_path / "card")
-    page = (tmp_path / "card" / "card.html").read_text()
+    code, out, _ = run(capsys, pairs(*rows, name="<u>pairs.jsonl"), "--output", tmp_path / "card")
+    tree = Tree((tmp_path / "card" / "card.html").read_text())
     assert code == 0 and "the page:" in out
-    assert "<script" not in page and "http://" not in page and "https://" not in page
-    assert "script" in page  # as a word that gives a side away, escaped
+    assert_asks_for_nothing_and_runs_nothing(tree)
+    assert not tree.all("u") and "<u>pairs.jsonl" in tree.all("h1")[0].words
+    cells = [e.words for e in tree.all("td")]
+    assert any("script" in cell for cell in cells)  # as a word that gives a side away
     record = json.loads((tmp_path / "card" / "card.json").read_text())
     names = [check["name"] for each in record["sections"] for check in each["checks"]]
     assert {"does longer win?", "margins", "refusals", "language"} <= set(names)
-    assert all(name in page for name in names)
+    assert set(names) <= {e.words for e in tree.all("b") if "li" in e.parents}
+
+
+def test_the_page_shows_every_check_table_and_histogram(pairs: Pairs) -> None:
+    """Each check with its verdict in words; the bars of a histogram are the counts that are not 0."""
+    found = card(pairs(*plain(20), ("q", "<b>", "<b>")))
+    tree = Tree(page(found))
+    items = [e.words for e in tree.all("li")]
+    shown = {"none": "no data"}
+    for each in found.checks:
+        start = f"{shown.get(each.verdict, each.verdict)}{each.name}: {each.value}"
+        assert any(item.replace("\n", "").startswith(start) for item in items), start
+    assert found.worst() in tree.all("h1")[0].words.split()
+    titles = [e.words for e in tree.all("h3")]
+    assert titles == [table.title for each in found.sections for table in each.tables]
+    for plot in [plot for each in found.sections for plot in each.histograms]:
+        bars = [e for e in tree.figure(plot.title) if e.tag == "rect"]
+        assert len(bars) == sum(count > 0 for counts in plot.series.values() for count in counts)
 
 
 def test_the_same_rows_give_the_same_bytes(

@@ -1,0 +1,1 @@
+"""Pages that people read: one HTML file each, made of a template and charts; nothing fetched, nothing run."""

@@ -76,7 +76,8 @@ def _without_body(function: ast.FunctionDef) -> ast.FunctionDef:
 def _bindings(tree: ast.Module, bare: ast.FunctionDef) -> list[ast.stmt]:
     """The statements of the module's head that bind what ``bare`` mentions, and what those mention, in order."""
     binds = {name: node for node in tree.body for name in _bound_names(node)}
-    wanted, needed = [bare], {bare}
+    wanted: list[ast.stmt] = [bare]
+    needed: set[ast.stmt] = {bare}
     while wanted:
         for name in _mentioned(wanted.pop()):
             node = binds.get(name)

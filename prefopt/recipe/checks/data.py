@@ -105,7 +105,7 @@ def _is_trained_on(recipe: Recipe, key: str) -> bool:
     """False for sources of prompts: rollouts read those without their responses, or with one of them."""
     if key.startswith(("data.prompts", PROBE_PROMPTS)):
         return False
-    only_prompts = recipe.has_rollouts and not recipe.regime.offline_pairs
+    only_prompts = recipe.rollouts is not None and not recipe.rollouts.offline_pairs
     return not (only_prompts and key.startswith("data.train"))
 
 

@@ -232,7 +232,7 @@ def _contents(entry: BoundSignal) -> dict[str, str]:
             found[key] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif known or path.is_dir():
             try:
-                found[key] = resolve_source(value, entry.given.get("revision")).content
+                found[key] = resolve_source(value, entry.params.get("revision")).content
             except ModelError:
                 if known:
                     raise

@@ -55,13 +55,13 @@ def draft_document(document: Document, path: Path) -> Draft:
     """As `draft_recipe`, of a file that has been read; plugins are relative to ``path``."""
     from_plugins = plugin_problems(document, path)
     found = validated(Recipe, document.raw, document)
-    broken = found.broken | (set(REGISTRIES) if from_plugins else set())
+    broken = found.broken | frozenset(REGISTRIES if from_plugins else ())
     recipe = found.value or _sound_sections(document.raw, broken)
     return Draft(
         recipe,
         document,
         (*document.problems, *found.problems, *from_plugins),
-        frozenset(broken),
+        broken,
     )
 
 
@@ -115,7 +115,7 @@ def load_settings(
     return found.value
 
 
-def _sound_sections(raw: Mapping[str, Any], broken: set[str]) -> Recipe:
+def _sound_sections(raw: Mapping[str, Any], broken: frozenset[str]) -> Recipe:
     """The recipe without its broken sections, unvalidated as a whole."""
     sound = {}
     for name, field in Recipe.model_fields.items():

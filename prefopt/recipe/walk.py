@@ -72,7 +72,8 @@ def owners(schema: Schema, path: KeyPath, raw: Any) -> tuple[str, list[str]] | N
     section, annotation = _walk(schema, path, raw)
     members = choices(annotation) if is_choice(choices(annotation)) else ()
     having = [choice_name(each) for each in members if path[-1] in each.model_fields]
-    return (choice_name(section), having) if section in members and having else None
+    chosen = [choice_name(each) for each in members if each is section]
+    return (chosen[0], having) if chosen and having else None
 
 
 def at(raw: Any, path: Sequence[str | int]) -> Any:

@@ -209,7 +209,7 @@ def test_async_tldr_is_the_authors_configuration() -> None:
 def test_a_lol_presets_are_the_papers_settings() -> None:
     """The settings of LoL-RL@9f8d816; steps and draws as its code has them."""
     hh = load_recipe(ROOT / "recipes" / "a_lol" / "hh-qlora.yaml")
-    assert hh.objective == {"name": "a_lol", "epsilon": 0.9}
+    assert hh.model_dump()["objective"] == {"name": "a_lol", "epsilon": 0.9}
     assert (hh.train.learning_rate, hh.train.global_batch_size, hh.train.max_steps) == (
         2e-4,
         16,

@@ -198,7 +198,7 @@ class ObjectiveOutput:
 
     losses: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Per-pair (P,) detached values, named ``area/name``; averaged over pairs since the last row of metrics."""
+    """Per-pair (P,) detached values, named ``area/name``; a row of metrics holds their mean over its pairs."""
     token_losses: Tensor | None = None
     sample_losses: Tensor | None = None
     """(R,) one loss a response, zero where ``samples`` is False; divided by the number of samples of the
@@ -207,7 +207,7 @@ class ObjectiveOutput:
     """(R,) each response's sum over its tokens, zero where ``samples`` is False; divided by the number of tokens
     of the samples of the global batch."""
     sample_metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Per-response (R,) detached values, averaged over the samples since the last row of metrics."""
+    """Per-response (R,) detached values, a row of metrics holds their mean over its samples."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ from prefopt.engines.policy_copy import (
     generation_copy,
     load_adapter_files,
     load_model_files,
-    load_tensors,
     prepared_for_generation,
 )
 from prefopt.engines.sampling import SeededSampler
@@ -94,7 +93,7 @@ class HFEngine:
 
         Args:
             share_trainable: generate with the weights in training themselves (``sync_every = 1``, synchronous):
-                a push is then `set_version`, and what `load_policy` is given is not read.
+                what `load_policy` is given is then not read, but for its version.
 
         Raises: EngineError for a policy sharded by ZeRO-3 or FSDP.
         """
@@ -192,26 +191,6 @@ class HFEngine:
             else:
                 load_model_files(self.model, policy.path, self.model.dtype)
         self._version = policy.version
-
-    def load_state(self, version: int, tensors: Mapping[str, Tensor]) -> None:
-        """Takes a version's trainable parameters from memory, named as in the policy; they are copied.
-
-        Raises: EngineError if they are not exactly this policy's trainable parameters.
-        """
-        if not self.shares_weights:
-            load_tensors(self.model, tensors)
-        self._version = version
-
-    def set_version(self, version: int) -> None:
-        """Says which version the weights are that this engine shares with the trainer.
-
-        Raises: EngineError if it has weights of its own: those must be loaded.
-        """
-        if not self.shares_weights:
-            raise EngineError(
-                "this hf engine has weights of its own: use load_state or load_policy"
-            )
-        self._version = version
 
     def close(self) -> None:
         self.model = None

@@ -7,7 +7,6 @@ of that may reach `generate`, and nothing that `generate` sets may reach the tra
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +55,6 @@ def prepared_for_generation(model: Any) -> Any:
     # `generate` fills what our configuration leaves open from this one: a repetition penalty, forced tokens
     causal_lm.generation_config = GenerationConfig()
     return model
-
-
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies named tensors into the model's trainable parameters, all of them or none.
-
-    Raises: EngineError naming those that are missing, unknown or of another shape.
-    """
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    odd = sorted(own.keys() ^ tensors.keys())
-    odd += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    if odd:
-        raise EngineError(
-            f"the pushed weights are not those of this policy: {len(odd)} tensors are missing, unknown or of "
-            f"another shape, e.g. {odd[:2]}"
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
 
 
 def load_adapter_files(model: Any, directory: Path) -> PeftModel:

@@ -79,22 +79,6 @@ def save_adapter(
     _compare(target, expected)
 
 
-def verify_saved(directory: str | Path, state: Mapping[str, Tensor] | nn.Module) -> None:
-    """Returns if every tensor of ``state`` is on disk with its shape and bits.
-
-    Args:
-        state: the model, or its (gathered) parameters by their names in the model.
-
-    Raises: TrainingError naming the tensors that are missing, cut, empty or different.
-    """
-    if isinstance(state, nn.Module):
-        names = dict(state.named_parameters())
-        adapter = isinstance(state, PeftModel)
-        state = {name: p.detach() for name, p in names.items() if p.requires_grad or not adapter}
-    _refuse_empty(state)
-    _compare(Path(directory), state)
-
-
 def merged_into_base(model: PeftModel) -> PreTrainedModel:
     """The base with the adapter added to its weights; ``model`` is used up.
 
@@ -173,12 +157,12 @@ def _refuse_empty(state: Mapping[str, Tensor]) -> None:
 
 
 def _compare(directory: Path, state: Mapping[str, Tensor]) -> None:
-    """Raises TrainingError unless every tensor of ``state`` is in ``directory``, bit for bit."""
-    waiting = _by_saved_name(state)
+    """Raises TrainingError unless every tensor of ``state`` is in ``directory`` by its name, bit for bit."""
+    waiting = dict(state)
     try:
         for name, saved in saved_tensors(directory):
-            for own in (key for key in _names_in_memory(name) if key in waiting):
-                _same(directory, name, saved, waiting.pop(own))
+            if name in waiting:
+                _same(directory, name, saved, waiting.pop(name))
         if waiting and not (directory / ADAPTER_CONFIG).is_file():
             waiting = _compare_reloaded(directory, waiting)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -187,19 +171,6 @@ def _compare(directory: Path, state: Mapping[str, Tensor]) -> None:
         raise TrainingError(
             f"{directory} lacks {len(waiting)} of {len(state)} trained tensors, e.g. {sorted(waiting)[:3]}"
         )
-
-
-def _by_saved_name(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the adapter's own (``lora_A.default.weight`` is saved as ``lora_A.weight``)."""
-    return {
-        name.replace(".modules_to_save.default", "").replace(".default", ""): tensor
-        for name, tensor in state.items()
-    }
-
-
-def _names_in_memory(saved: str) -> tuple[str, ...]:
-    # a DoRA magnitude is a module in memory and a bare tensor on disk; saved token rows likewise
-    return saved, f"{saved}.weight"
 
 
 def _same(directory: Path, name: str, saved: Tensor, own: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from prefopt.signals.constraint_checks import CHECKS, NEEDS_LANGUAGE
+from prefopt.signals.constraint_checks import CHECKS
 from prefopt.signals.sentences import Splitter, split_sentences
 
 SENTENCES = "length_constraints:number_sentences"
@@ -30,15 +30,10 @@ class Instruction:
         """What stands before the colon."""
         return self.id.split(":")[0]
 
-    @property
-    def needs_language(self) -> bool:
-        """Does its check ask `prefopt.signals.language`?"""
-        return self.id in NEEDS_LANGUAGE
-
     def follows(self, text: str, split: Splitter = split_sentences) -> bool:
         """Whether ``text`` follows it, IFEval's strict reading; an empty text follows nothing.
 
-        Raises: ConfigError if `needs_language` and langdetect is not installed.
+        Raises: ConfigError if its check asks for the language and langdetect is not installed.
         """
         how = {"split": split} if self.id == SENTENCES else {}
         return bool(text.strip()) and CHECKS[self.id](text, **self.arguments, **how)

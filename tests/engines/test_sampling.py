@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefopt.engines.base import PolicyFiles, Request, SamplingSpec
 from prefopt.engines.hf import HFEngine
 from prefopt.engines.sampling import draw_uniforms, inverse_cdf, tempered_logps
 from prefopt.errors import EngineError
+from prefopt.model.adapters import save_adapter
 from prefopt.model.attention import is_packed
 from prefopt.model.logps import LogpModel
 from tests.unit.tiny_models import ARCHITECTURES, tiny_model
@@ -119,36 +122,42 @@ def test_only_the_adapter_is_copied_and_the_trainers_module_is_left_as_it_was() 
     engine.generate(REQUESTS, SPEC)
 
 
-def test_weights_in_training_reach_a_copy_by_push_and_a_shared_engine_at_once() -> None:
+def test_weights_in_training_reach_a_copy_by_push_and_a_shared_engine_at_once(
+    tmp_path: Path,
+) -> None:
     policy = lora_model()
     copy = HFEngine.sharing(policy, share_trainable=False, pad_id=0)
     shared = HFEngine.sharing(policy, share_trainable=True, pad_id=0)
     old = copy.generate(REQUESTS, SPEC)
     assert shared.generate(REQUESTS, SPEC) == old
-    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     with torch.no_grad():
-        for parameter in trained.values():
-            parameter.add_(0.5)
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5)
     new = shared.generate(REQUESTS, SPEC)
     assert new != old
     assert copy.generate(REQUESTS, SPEC) == old
-    copy.load_state(4, trained)
-    shared.set_version(4)
+    save_adapter(policy, tmp_path / "v4")
+    copy.load_policy(PolicyFiles(4, tmp_path / "v4", is_adapter=True))
+    shared.load_policy(PolicyFiles(4, Path("/unread"), is_adapter=True))
     assert copy.generate(REQUESTS, SPEC) == new
     assert copy.version == shared.version == 4
 
 
-def test_a_push_of_other_tensors_changes_nothing() -> None:
+def test_a_push_of_other_tensors_is_an_error_and_no_version(tmp_path: Path) -> None:
     policy = lora_model()
     engine = HFEngine.sharing(policy, share_trainable=False, pad_id=0)
-    before = engine.generate(REQUESTS, SPEC)
-    tensors = {name: p + 1 for name, p in policy.named_parameters() if p.requires_grad}
-    tensors.pop(next(iter(tensors)))
-    with pytest.raises(EngineError, match="missing"):
-        engine.load_state(1, tensors)
-    with pytest.raises(EngineError, match="weights of its own"):
-        engine.set_version(1)
-    assert engine.generate(REQUESTS, SPEC) == before and engine.version is None
+    save_adapter(policy, tmp_path / "v1")
+    file = tmp_path / "v1" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(name := next(iter(tensors)))
+    save_file(tensors, file)
+    with pytest.raises(
+        EngineError, match=re.escape(f"cannot load the adapter {tmp_path / 'v1'}")
+    ) as error:
+        engine.load_policy(PolicyFiles(1, tmp_path / "v1", is_adapter=True))
+    assert name.removesuffix(".weight").split(".")[-2] in str(error.value)
+    assert engine.version is None
 
 
 def test_a_sharded_policy_is_refused_with_the_way_out() -> None:

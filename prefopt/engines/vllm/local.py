@@ -7,11 +7,9 @@ import itertools
 import logging
 import multiprocessing
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _SETTING = " (engine.max_model_len)"
-_SHARED_MEMORY = Path("/dev/shm")
 _POLL_S = 0.2
 _CLOSE_S = 15.0
 
@@ -129,25 +126,6 @@ class VllmEngine:
         self._call(self._load, f"to load policy version {policy.version}", policy)
         self._policy, self._version = policy, policy.version
 
-    def load_state(self, version: int, tensors: Mapping[str, Any]) -> None:
-        """Takes a full policy's weights from memory, named as in the trainer's model.
-
-        They pass through shared memory. An engine that dies afterwards cannot be given them again.
-        Raises: EngineError if vLLM cannot load them, or serves adapters.
-        """
-        if self.arguments.get("enable_lora"):
-            raise EngineError("the vllm engine serves adapters: load_policy takes one from disk")
-        from safetensors.torch import save_file
-
-        place = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
-        with tempfile.TemporaryDirectory(prefix="prefopt-push-", dir=place) as directory:
-            contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, Path(directory) / "model.safetensors")
-            del contiguous
-            files = PolicyFiles(version, Path(directory), is_adapter=False)
-            self._call(self._load, f"to take policy version {version}", files)
-        self._policy, self._version = None, version
-
     def close(self) -> None:
         llm, self._llm, self._lora = self._llm, None, None
         if llm is not None:
@@ -245,10 +223,6 @@ class VllmEngine:
     def _restart_or_raise(self, what: str, error: _EngineDied) -> None:
         self.close()
         reason = f"vLLM's subprocess died when asked {what}: {error}"
-        if self._version is not None and self._policy is None:
-            raise EngineError(
-                f"{reason}\nVersion {self._version} came from memory and cannot be loaded again"
-            ) from None
         if self.restarts_left <= 0:
             raise EngineError(f"{reason}\nNo restart is left (engine.max_restarts)") from None
         self.restarts_left -= 1

@@ -11,7 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -88,10 +88,16 @@ class Command:
 
 
 @contextlib.contextmanager
-def prefopt(*arguments: str, log: Path, **environment: str) -> Iterator[Command]:
-    """Starts ``prefopt ARGUMENTS`` with its output in ``log``; it does not outlive the block."""
+def prefopt(
+    *arguments: str, log: Path, entry: Callable[[Sequence[str]], int] = main, **environment: str
+) -> Iterator[Command]:
+    """Starts ``prefopt ARGUMENTS`` with its output in ``log``; it does not outlive the block.
+
+    ``entry`` stands for the command's own `main` where a test starts what it starts by other means.
+    """
     variables = {"OMP_NUM_THREADS": "1", **environment}
-    process = _CONTEXT.Process(target=_run, args=(arguments, str(log), variables), daemon=True)
+    given = (arguments, str(log), variables, entry)
+    process = _CONTEXT.Process(target=_run, args=given, daemon=True)
     log.touch()
     process.start()
     try:
@@ -108,7 +114,12 @@ def run(*arguments: str, log: Path, **environment: str) -> tuple[int, str]:
         return command.wait(), command.output
 
 
-def _run(arguments: tuple[str, ...], log: str, environment: Mapping[str, str]) -> None:
+def _run(
+    arguments: tuple[str, ...],
+    log: str,
+    environment: Mapping[str, str],
+    entry: Callable[[Sequence[str]], int],
+) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -116,4 +127,4 @@ def _run(arguments: tuple[str, ...], log: str, environment: Mapping[str, str]) -
     import torch
 
     torch.set_num_threads(1)
-    raise SystemExit(main(arguments))
+    raise SystemExit(entry(arguments))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, PositiveInt
 
@@ -19,6 +19,9 @@ NOTHING = Document({})
 
 class StepSettings(Section):
     """What every kind of step has. A kind says what its file holds, what is run and what came of it."""
+
+    FILLED: ClassVar[tuple[str, ...]] = ()
+    """Keys that hold placeholders and are no part of what its file holds."""
 
     name: str
     """Of the step; later steps name what it came to as `${NAME}`."""

@@ -67,7 +67,10 @@ def run_schedule(schedule: Schedule, start: Start | None = None) -> Walk:
         for a step that failed: the same command goes on there.
     """
     check_schedule(schedule)
-    return Walk(schedule, partial(_run, start or run_command)).take()
+    walk = Walk(schedule, partial(_run, start or run_command)).take()
+    if walk.problems:
+        raise ConfigError(walk.problems, source=str(schedule.source))
+    return walk
 
 
 def done_so_far(schedule: Schedule) -> Walk:

@@ -79,10 +79,17 @@ def set_to_train(raw: dict[str, Any], policy: str, bases: Mapping[str, str]) -> 
         bases: the full model below each adapter that is yet to be made.
     """
     base = bases.get(policy) or _base(policy)
-    model = dict(raw.get("model") or {})
     if base is not None and raw.get("peft"):
         raw["peft"] = {"adapter": policy}
-    raw["model"] = {**model, "path": base if base is not None and raw.get("peft") else policy}
+        policy = base
+    put(raw, "model", path=policy)
+
+
+def put(raw: dict[str, Any], section: str, **keys: Any) -> None:
+    """Sets keys of a section; what is no section is left to be refused."""
+    found = raw.get(section) or {}
+    if isinstance(found, dict):
+        raw[section] = {**found, **keys}
 
 
 def final_policy(path: str) -> str:

@@ -9,7 +9,7 @@ import shlex
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -17,7 +17,7 @@ from data_pipelines.folder import StageFolder
 from data_pipelines.pipeline import Pipeline, parse_pipeline
 from data_pipelines.rows import RowKind
 from data_pipelines.schedule.base import Found, StepSettings, Task
-from data_pipelines.schedule.filling import final_policy, set_to_train, with_plugins
+from data_pipelines.schedule.filling import final_policy, put, set_to_train, with_plugins
 from prefopt.cli import RECIPE_SCRIPTS, script_of
 from prefopt.errors import ConfigError
 from prefopt.recipe.checks.rules import Surroundings, apply_rules
@@ -110,6 +110,8 @@ class PipelineStep(StepSettings):
 class RecipeStep(StepSettings, LaunchSettings):
     """A recipe of any stage and regime, as of `prefopt train`; `${NAME}` is the policy that comes of it."""
 
+    FILLED: ClassVar = ("trains", "launch", "script")
+
     recipe: PathText | dict[str, Any]
     """A YAML file, or the recipe itself; its output_dir is the schedule's to set."""
     settings: tuple[str, ...] = Field(default=(), strict=False)
@@ -122,9 +124,9 @@ class RecipeStep(StepSettings, LaunchSettings):
         raw = with_plugins(task.raw, task.step.source)
         if self.trains is not None:
             set_to_train(raw, final_policy(self.trains), task.known.bases)
-        raw["run"] = {**(raw.get("run") or {}), "output_dir": str(task.output)}
-        if raw.get("peft"):
-            task.known.bases[self.result(task)] = str((raw.get("model") or {}).get("path"))
+        put(raw, "run", output_dir=str(task.output))
+        if raw.get("peft") and isinstance(raw.get("model"), dict):
+            task.known.bases[self.result(task)] = str(raw["model"].get("path"))
 
     def result(self, task: Task) -> str:
         return str(task.output / "final")
@@ -171,6 +173,8 @@ class RecipeStep(StepSettings, LaunchSettings):
 class EvalStep(StepSettings):
     """An evaluation, as of `prefopt eval`; `${NAME}` is its folder, `${NAME.score}` its first task's headline."""
 
+    FILLED: ClassVar = ("eval", "tasks", "settings")
+
     eval: str
     """What is measured, e.g. `${sft}`."""
     tasks: str
@@ -183,9 +187,6 @@ class EvalStep(StepSettings):
 
     def result(self, task: Task) -> str:
         return str(task.output)
-
-    def problems(self, task: Task) -> Iterator[str]:
-        yield from ()
 
     def is_scored(self, task: Task) -> bool:
         return True

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.pipeline import override_numbers
-from data_pipelines.schedule.base import Loop, LoopSettings, Schedule, Step
-from data_pipelines.schedule.filling import filled, final_policy
+from data_pipelines.schedule.base import BestSettings, Loop, LoopSettings, Schedule, Step
+from data_pipelines.schedule.filling import filled, final_policy, put
 from data_pipelines.schedule.kinds import PipelineStep, RecipeStep
 from data_pipelines.schedule.rest_settings import RestSettings, ValidationSection, rest_problems
 from data_pipelines.schedule.settings import part, validated
@@ -44,7 +44,10 @@ def validation_pipeline(document: Document, section: ValidationSection, policy: 
     stages = [prompts]
     for each in rest:
         if _asks_policy(each):
-            stages.append({**each, **sampled, "seeds": list(each.get("seeds") or [0])[:1]})
+            seeds = each.get("seeds") or [0]
+            stages.append(
+                {**each, **sampled, "seeds": seeds[:1] if isinstance(seeds, list) else seeds}
+            )
         elif each.get("stage") == "score":
             stages.append(each)
     # The names of the grow step are of another policy than the one that is measured.
@@ -65,39 +68,38 @@ class _Rest:
         thresholds = {"threshold": [improve.stage(number) for number in numbers]}
         rates = {"rate": [improve.learning_rate(number) for number in numbers]}
         data = "${output_dir}/grow-${grow}/data/improve-${improve}"
-        start, before, values = (
-            {"train": "${policy}"},
-            {"train": self.first},
-            {"policy": "${best.train}"},
-        )
-        ends: dict[str, Any] = {}
+        start: dict[str, Any] = {"train": "${policy}"}
+        before: dict[str, Any] = {"train": self.first}
+        values = {"policy": "${best.train}"}
+        end_of_step = end = None
         if section is not None:
             start["validation.score"] = "${reward}"
             before["validation.score"] = "${validation-0.score}"
             values["reward"] = "${best.validation.score}"
-            ends = {"by": "validation", "min_gain": section.min_gain}
-        patience = {**ends, "patience": section.patience} if section else None
+            end = BestSettings(by="validation", min_gain=section.min_gain)
+            end_of_step = end.model_copy(update={"patience": section.patience})
+        inner = {"start": start, "values": {"data": data}, "best": end_of_step}
+        training = [self._training(), *self._validation("validation", "${train}")]
         grow = [
             Loop(LoopSettings(name="improve", each=thresholds), [self._samples()]),
-            Loop(
-                LoopSettings(
-                    name="improve", each=rates, start=start, values={"data": data}, best=patience
-                ),
-                [self._training(), *self._validation("validation", "${train}")],
-            ),
+            Loop(LoopSettings(name="improve", each=rates, **inner), training),
         ]
-        seed, steps = self.document.raw["grow"].get("seed", 0), self.settings.grow.steps
-        seeds = [seed + number if isinstance(seed, int) else seed for number in range(steps)]
+        seed = self.document.raw["grow"].get("seed", 0)
+        seeds = [
+            seed + n if isinstance(seed, int) else seed for n in range(self.settings.grow.steps)
+        ]
         outer = LoopSettings(
-            name="grow", each={"seed": seeds}, start=before, values=values, best=ends or None
+            name="grow", each={"seed": seeds}, start=before, values=values, best=end
         )
-        steps = [
-            *self._validation("validation-0", self.first, "grow-0/improve-0/"),
-            Loop(outer, grow),
-        ]
-        output_dir, names = Path(self.settings.output_dir), {"first": self.first}
-        problems = list(_grow_problems(self.document))
-        return Schedule("ReST", self.path, output_dir, steps, names, problems)
+        first = self._validation("validation-0", self.first, "grow-0/improve-0/")
+        return Schedule(
+            "ReST",
+            self.path,
+            Path(self.settings.output_dir),
+            [*first, Loop(outer, grow)],
+            {"first": self.first},
+            list(_grow_problems(self.document)),
+        )
 
     def _samples(self) -> Step:
         raw = _grow_pipeline(self.document)
@@ -109,7 +111,7 @@ class _Rest:
     def _training(self) -> Step:
         settings = self.settings
         raw = dict(settings.recipe)
-        raw["train"] = {**(raw.get("train") or {}), "learning_rate": "${rate}"}
+        put(raw, "train", learning_rate="${rate}")
         trains = "${first}" if settings.improve.start == "base" else "${previous.train}"
         launch: dict[str, Any] = {"launch": settings.launch, "script": settings.script}
         own = RecipeStep(name="train", recipe=raw, trains=trains, **launch)

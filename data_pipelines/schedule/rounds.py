@@ -99,5 +99,5 @@ def _evaluation(settings: RoundsSettings) -> Iterator[Step]:
         yield Step(own, NOTHING, Path(), "eval")
 
 
-def _step(own: StepSettings, path: Path, **places: str) -> Step:
-    return Step(own, read_yaml(path), path, str(path), **places)
+def _step(own: StepSettings, path: Path, file: str = "", output: str = "") -> Step:
+    return Step(own, read_yaml(path), path, str(path), file=file, output=output)

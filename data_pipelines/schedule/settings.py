@@ -80,14 +80,9 @@ def validated(
     further: Callable[[Settings, Document], Iterator[str]] = lambda *_: iter(()),
 ) -> Settings:
     """The settings of a file. Raises: ConfigError with every problem and its line, ``further`` ones too."""
-    problems = list(document.problems)
-    try:
-        settings = model.model_validate(document.raw)
-        problems += further(settings, document)
-    except ValidationError as error:
-        problems += [explain(item, document, _known(model, item["loc"])) for item in error.errors()]
-        raise ConfigError(problems, source=str(path)) from error
-    if problems:
+    settings, problems = _read(model, document.raw, document)
+    problems = [*document.problems, *problems, *(further(settings, document) if settings else ())]
+    if settings is None or problems:
         raise ConfigError(problems, source=str(path))
     return settings
 
@@ -136,11 +131,14 @@ def _bind(
                 f"{where}.name = {name!r}: takes letters, digits, - and _, and is none of {', '.join(_TAKEN)}"
             )
         model: Any = KINDS.get(kinds[0], LoopSettings)
-        try:
-            settings = model.model_validate(item)
-        except ValidationError as error:
-            errors = [{**each, "loc": (*here, *each["loc"])} for each in error.errors()]
-            problems += [explain(e, document, _known(model, e["loc"][len(here) :])) for e in errors]
+        if kinds[0] in ("pipeline", "recipe") and not isinstance(item[kinds[0]], str | dict):
+            problems.append(
+                f"{where}.{kinds[0]}: is the path of a YAML file, or what would be in it"
+            )
+            continue
+        settings, wrong = _read(model, item, document, here)
+        problems += wrong
+        if settings is None:
             continue
         own = part(document, *here, raw=item)
         if isinstance(settings, LoopSettings):
@@ -186,6 +184,17 @@ def _loop_problems(settings: LoopSettings, steps: Sequence[Step | Loop]) -> Iter
     names = {step.settings.name for step in all_steps(steps)}
     if settings.best is not None and settings.best.by not in names:
         yield f"best.by = {settings.best.by!r}: no step of the loop; {suggest(settings.best.by, names)}"
+
+
+def _read(
+    model: type[Settings], raw: Mapping[str, Any], document: Document, at: KeyPath = ()
+) -> tuple[Settings | None, list[str]]:
+    """A section that stands at ``at``, or what is wrong with it."""
+    try:
+        return model.model_validate(raw), []
+    except ValidationError as error:
+        items = [{**each, "loc": (*at, *each["loc"])} for each in error.errors()]
+        return None, [explain(e, document, _known(model, e["loc"][len(at) :])) for e in items]
 
 
 def _known(model: type[BaseModel], path: Sequence[str | int]) -> set[str]:

@@ -1,10 +1,10 @@
-"""What came of a schedule: a table with a line a turn, and the same as JSON."""
+"""What came of a schedule: a table with a line a step, and the same as JSON."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -48,29 +48,25 @@ def commands_page(tasks: Sequence[Task]) -> str:
 
 
 def print_walk(walk: Walk) -> None:
-    """A line a turn: its numbers and values, and what each of its steps came to; then what the names stand for."""
-    lines: dict[str, dict[str, Any]] = {}
-    for task, found in walk.found:
-        line = lines.setdefault(str(task.place.folder), {})
-        line |= task.place.turns
-        line |= {k: v for k, v in task.place.values.items() if not isinstance(v, dict | list)}
-        line |= _cells(task.settings.name, found.numbers, found.score)
-    columns = list(dict.fromkeys(name for line in lines.values() for name in line))
+    """A line a step: its turn, its score, its numbers; then what the names of steps stand for."""
     table = Table(title=walk.schedule.title)
-    for name in columns:
-        table.add_column(name, justify="right")
-    for line in lines.values():
-        table.add_row(*(_shown(line[name]) if name in line else "" for name in columns))
+    for name in ("turn", "step", "score", "came to"):
+        table.add_column(name, justify="right" if name == "score" else "left")
+    shown = None
+    for task, found in walk.found:
+        values = (
+            f"{k} {v}" for k, v in task.place.values.items() if not isinstance(v, dict | list)
+        )
+        turn = ", ".join(filter(None, (task.place.title, *values)))
+        score = "" if found.score is None else f"{found.score:.4g}"
+        numbers = ", ".join(f"{name} {_shown(value)}" for name, value in found.numbers.items())
+        table.add_row("" if turn == shown else turn, task.settings.name, score, numbers)
+        shown = turn
     console = Console()
     console.print(table)
     steps = {name: walk.names[name] for name in walk.names if name in walk.schedule.names}
     for text in (*walk.ended, *(f"{name}: {value}" for name, value in steps.items())):
         console.print(text, highlight=False, soft_wrap=True)
-
-
-def _cells(step: str, numbers: Mapping[str, Any], score: float | None) -> dict[str, Any]:
-    scored = {} if score is None or score in numbers.values() else {"score": score}
-    return {f"{step}: {name}": value for name, value in {**numbers, **scored}.items()}
 
 
 def _shown(value: Any) -> str:

@@ -60,8 +60,8 @@ class Walk:
                 self._step(item, place)
 
     def _step(self, step: Step, place: Place) -> None:
-        fixed = {"name", "when", "also", "pipeline", "recipe"}
-        own = self._fill(step.settings.model_dump(exclude=fixed), place.names, step.own, step.label)
+        own = step.settings.model_dump(include=set(step.settings.FILLED))
+        own = self._fill(own, place.names, step.own, step.label)
         settings = step.settings.model_copy(update=own)
         raw = self._fill(step.document.raw, place.names, step.document, step.label)
         task = Task(step, settings, place, raw, self._known)

@@ -108,9 +108,11 @@ def prefopt(
         process.join()
 
 
-def run(*arguments: str, log: Path, **environment: str) -> tuple[int, str]:
+def run(
+    *arguments: str, log: Path, entry: Callable[[Sequence[str]], int] = main, **environment: str
+) -> tuple[int, str]:
     """``(exit code, output)`` of ``prefopt ARGUMENTS``."""
-    with prefopt(*arguments, log=log, **environment) as command:
+    with prefopt(*arguments, log=log, entry=entry, **environment) as command:
         return command.wait(), command.output
 
 

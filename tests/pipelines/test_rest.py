@@ -191,23 +191,32 @@ def test_validation_is_the_mean_score_of_held_out_answers(
     assert result["names"]["validation.score"] == max(means)
 
 
-def test_a_killed_schedule_ends_with_the_same_weights(tmp_path: Path, model: Path) -> None:
+def test_a_killed_schedule_ends_with_the_same_weights_and_decisions(
+    tmp_path: Path, model: Path
+) -> None:
     """SIGKILL to the whole at random moments."""
-    paths = []
+    outs = []
     for name in ("calm", "killed"):
         raw = schedule(tmp_path / name, model)
         raw["grow"]["steps"] = 1
         raw["recipe"]["peft"] = LORA
-        paths.append(write(tmp_path / name, raw))
-    log = tmp_path / "log"
-    code, said = run("data", "rest", str(paths[0]), log=log, entry=schedules.main)
-    assert code == 0, said
-    calm, killed = (path.parent / "out" for path in paths)
-    num_files = schedules.count_files(calm)
-    schedules.run_and_kill(paths[1], killed, num_files, command="rest", seed=2, kills=3)
-    calm, killed = weights(calm), weights(killed)
+        held_out = {"path": str(tmp_path / name / "held_out.jsonl")}
+        raw["validation"] = {"sources": [held_out], "patience": 2}
+        path, out = write(tmp_path / name, raw), tmp_path / name / "out"
+        if name == "calm":
+            code, said = run(
+                "data", "rest", str(path), log=path.with_suffix(".log"), entry=schedules.main
+            )
+            assert code == 0, said
+        else:
+            num_files = schedules.count_files(outs[0])
+            schedules.run_and_kill(path, out, num_files, command="rest", seed=2, kills=3)
+        outs.append(out)
+    calm, killed = map(weights, outs)
     assert calm.keys() == killed.keys() and len(calm) > 8
     assert {name for name in calm if calm[name] != killed[name]} == set()
+    records = [(out / "schedule.json").read_text().replace(str(out.parent), "") for out in outs]
+    assert records[0] == records[1] and "validation.score" in records[0]
 
 
 @pytest.mark.slow  # every step starts a Python

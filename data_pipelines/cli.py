@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,8 @@ def main(argv: Sequence[str]) -> int:
         "build": _build,
         "check": _check,
         "status": _status,
-        "schedule": _schedule,
-        "round": _round,
+        **{name: partial(_schedule, name) for name in ("schedule", "round", "rest")},
         "card": _card,
-        "rest": _rest,
         "stages": _stages,
         "presets": _presets,
         "keys": _keys,
@@ -167,36 +166,11 @@ def _status(argv: Sequence[str]) -> None:
     print_record(load_pipeline(arguments.pipeline, arguments.overrides))
 
 
-def _schedule(argv: Sequence[str]) -> None:
-    _run_schedule(
-        argv,
-        "schedule",
-        "Steps (pipelines, recipes, evaluations), each a process of its own, where later ones name what earlier "
-        "ones came to, in order and in loops. Killed, it goes on where it was.",
-        "prefopt data schedule recipes/schedule/quickstart/chain.yaml --dry-run",
-    )
+def _schedule(name: str, argv: Sequence[str]) -> None:
+    from data_pipelines.schedule.presets import FILES
 
-
-def _round(argv: Sequence[str]) -> None:
-    _run_schedule(
-        argv,
-        "round",
-        "Rounds: data from the newest policy, training on it, the next round. Killed, it goes on where it was.",
-        "prefopt data round recipes/iterative_dpo/quickstart/rounds.yaml num_rounds=2",
-    )
-
-
-def _rest(argv: Sequence[str]) -> None:
-    _run_schedule(
-        argv,
-        "rest",
-        "ReST, ReST-EM: grow a set of samples, improve on the best of it. Killed, it goes on where it was.",
-        "prefopt data rest recipes/rest/quickstart.yaml grow.steps=1",
-    )
-
-
-def _run_schedule(argv: Sequence[str], name: str, summary: str, example: str) -> None:
-    parser = _parser(name, summary, example, pipeline=False)
+    file = FILES[name]
+    parser = _parser(name, file.summary, file.example, pipeline=False)
     parser.add_argument("schedule", metavar=name.upper(), type=Path, help="a YAML file")
     for flag, says in (
         ("--keys", "print the file's keys, and stop"),
@@ -208,15 +182,14 @@ def _run_schedule(argv: Sequence[str], name: str, summary: str, example: str) ->
         ("--status", "what is done so far, and what came of it"),
     ):
         parser.add_argument(flag, action="store_true", help=says)
-    from data_pipelines.schedule.commands import check_schedule, done_so_far, run_schedule
-    from data_pipelines.schedule.presets import keys_page, load
-    from data_pipelines.schedule.show import commands_page, print_walk, write_record
-
     if "--keys" in argv:
-        print(keys_page(name))
+        print(file.keys_page())
         return
     arguments = _parse(parser, argv)
-    schedule = load(name, arguments.schedule, arguments.overrides)
+    from data_pipelines.schedule.commands import check_schedule, done_so_far, run_schedule
+    from data_pipelines.schedule.show import commands_page, print_walk, write_record
+
+    schedule = file.load(arguments.schedule, arguments.overrides)
     if arguments.status:
         print_walk(done_so_far(schedule))
     elif arguments.check or arguments.dry_run:

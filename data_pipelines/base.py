@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias
 
 from data_pipelines.rows import Row, RowKind
 from prefopt.recipe.schema import Section
+from prefopt.recipe.walk import recorded
 from prefopt.recipe.yaml_file import Document, KeyPath
 
 
@@ -37,8 +38,9 @@ class StageSettings(Section):
     """Base of every stage's keys. The keys of a stage are the fields of its class."""
 
     def recorded(self) -> dict[str, Any]:
-        """The settings that decide the output: a stage is not resumed under others. Time limits, say, are not."""
-        return self.model_dump(mode="json")
+        """The settings that decide the output: a stage is not resumed under others. Time limits, say, are marked
+        to have no effect (`prefopt.recipe.section.NoEffect`)."""
+        return recorded(type(self), self.model_dump(mode="json"), "rows")
 
     def basis(self) -> Mapping[str, Any]:
         """What the output depends on beside settings, input and code: hashes of files and weights.

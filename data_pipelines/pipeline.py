@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from data_pipelines.base import StageSettings
 from data_pipelines.registry import StageSpec, get_stage, stage_names
 from data_pipelines.rows import RowKind
 from prefopt.errors import ConfigError, suggest
-from prefopt.recipe.explain import explain
-from prefopt.recipe.load import plugin_problems
+from prefopt.recipe.load import plugin_problems, validated
 from prefopt.recipe.schema import PathText, Section
 from prefopt.recipe.yaml_file import Document, KeyPath, apply_overrides, read_yaml
+
+_OWN = frozenset({"stage", "id"})
+"""Keys of a stage that say which it is; the others are its settings."""
 
 
 class PipelineSettings(Section):
@@ -86,13 +88,8 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
 
 def parse_pipeline(document: Document, path: Path) -> Pipeline:
     """As `load_pipeline`, of a file that has been read; plugins are relative to ``path``."""
-    problems = list(document.problems)
-    settings: PipelineSettings | None = None
-    try:
-        settings = PipelineSettings.model_validate(document.raw)
-    except ValidationError as error:
-        known = set(PipelineSettings.model_fields)
-        problems += [explain(item, document, known) for item in error.errors()]
+    found = validated(PipelineSettings, document.raw, document)
+    settings, problems = found.value, [*document.problems, *found.problems]
     problems += plugin_problems(document, path)
     items = document.raw.get("stages")
     stages = _bind(items if isinstance(items, list) else [], document, problems)
@@ -162,8 +159,10 @@ def _bind(items: Sequence[Any], document: Document, problems: list[str]) -> list
             return found  # what comes after cannot be judged
         spec = get_stage(name)
         problems += _order_problems(spec, kind, number, where)
-        settings, own = _settings(spec, item, document, path)
-        problems += own
+        keys = {key: value for key, value in item.items() if key not in _OWN}
+        bound = validated(spec.settings, keys, document, place=path, also=_OWN)
+        settings = bound.value
+        problems += bound.problems
         if settings is None:
             kind = None if spec.gives in ("same", "either") else RowKind(spec.gives)
             if kind is None:
@@ -195,39 +194,6 @@ def _order_problems(spec: StageSpec, kind: RowKind | None, number: int, where: s
         takes = " or ".join(sorted(spec.reads))
         return [f"{where}.stage = {spec.name!r}: takes {takes}, and the stage before gives {kind}"]
     return []
-
-
-def _settings(
-    spec: StageSpec, item: Mapping[str, Any], document: Document, path: KeyPath
-) -> tuple[StageSettings | None, list[str]]:
-    keys = {key: value for key, value in item.items() if key not in ("stage", "id")}
-    try:
-        return spec.settings.model_validate(keys), []
-    except ValidationError as error:
-        items = [{**each, "loc": (*path, *each["loc"])} for each in error.errors()]
-        return None, [
-            explain(each, document, _known(spec.settings, each["loc"][2:])) for each in items
-        ]
-
-
-def _known(settings: type[BaseModel], path: Sequence[str | int]) -> set[str]:
-    """The keys of the section that the last key of ``path`` is in."""
-    section: Any = settings
-    for key in path[:-1]:
-        if isinstance(key, int):
-            continue
-        field = section.model_fields.get(key) if section else None
-        section = _section(field.annotation) if field else None
-    return (
-        {*section.model_fields, *({"stage", "id"} if len(path) == 1 else ())} if section else set()
-    )
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    arguments = getattr(annotation, "__args__", ())
-    return next((found for each in arguments if (found := _section(each))), None)
 
 
 def _gives(spec: StageSpec, settings: Any, kind: RowKind | None) -> RowKind:

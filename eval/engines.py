@@ -16,7 +16,7 @@ from eval.base import Answer, Decoding, Message
 from eval.models import run_condition
 from prefopt.data.render import Renderer, conditioned
 from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
-from prefopt.engines.saved import saved_policy_engine
+from prefopt.engines.start import Task, start_engine
 from prefopt.errors import DataError, ModelError
 from prefopt.model.load import load_tokenizer
 from prefopt.recipe.schema import EngineSection, ModelSection
@@ -84,18 +84,18 @@ class Generator:
 
         One that runs with less room than that is started again.
         """
-        if self.section.name != "hf" and longest > self._longest:
+        if self.section.fixed_context and longest > self._longest:
             self.close()
         if self._engine is None:
             self._longest = longest
-            self._engine, self._context = saved_policy_engine(
-                self.section,
+            task = Task(
                 self.policy,
                 pad_id=self.tokenizer.pad_token_id or 0,
-                max_model_len=self.section.max_model_len or longest,
+                max_model_len=longest,
                 device=self.device,
                 log_dir=self.log_dir,
             )
+            self._engine, self._context = start_engine(self.section, task)
 
     def answer(self, asks: Sequence[Ask]) -> list[list[Answer]]:
         """For each ask, in order, an answer a seed.

@@ -18,16 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt, ValidationError
+from pydantic import NonNegativeInt, PositiveInt
 
 from eval.harness_rows import HarnessResult, harness_entries
 from eval.models import Models
 from eval.provenance import digest, task_folder
 from eval.results import metrics_json
 from prefopt.errors import ConfigError
-from prefopt.recipe.explain import explain
+from prefopt.recipe.load import validated
 from prefopt.recipe.schema import PathText, Section
-from prefopt.recipe.yaml_file import Document
 from prefopt.storage.cache import atomic_write
 
 PREFIX = "lm_eval:"
@@ -64,11 +63,10 @@ def harness_problems(names: Sequence[str], options: Mapping[str, Any]) -> list[s
             f"--tasks {PREFIX}{names[0]}: needs lm-evaluation-harness, which is not installed. "
             'pip install "prefopt[eval]"'
         ]
-    try:
-        parsed = HarnessOptions.model_validate(dict(options))
-    except ValidationError as error:
-        items = [{**item, "loc": ("tasks", "lm_eval", *item["loc"])} for item in error.errors()]
-        return [explain(item, Document({}), set(HarnessOptions.model_fields)) for item in items]
+    found = validated(HarnessOptions, dict(options), place=("tasks", "lm_eval"))
+    parsed = found.value
+    if parsed is None:
+        return list(found.problems)
     if parsed.include_path is not None and not Path(parsed.include_path).is_dir():
         return [f"tasks.lm_eval.include_path = {parsed.include_path!r}: no such directory"]
     known = _task_manager(parsed.include_path).all_tasks
@@ -204,7 +202,7 @@ def _entry(
     )
     decoding = [{**each, **asked} for each in found.decoding]
     notes = [*found.summary.notes]
-    if models.engine.name != "hf":
+    if not models.engine.holds_weights:
         notes.append(f"run by transformers, not by {models.engine.name}")
     if tokenizer.chat_template is not None and template is None:
         notes.append("asked as plain text, without the model's chat template")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import BaseModel, ValidationError
+from typing import Any
 
 from eval.options import has_option
 from eval.settings import EvalSettings
 from prefopt.errors import ConfigError
-from prefopt.recipe.explain import explain
+from prefopt.recipe.load import load_settings as validated_settings
 from prefopt.recipe.yaml_file import Document, apply_overrides, read_yaml
 
 
@@ -30,20 +29,12 @@ def load_settings(
     """
     document = apply_overrides(read_yaml(config) if config else Document({}), overrides)
     raw = dict(document.raw)
-    problems = list(document.problems)
     for key, path in (("model", model), ("baseline", baseline)):
         if path is not None:
             section = raw.get(key) or {}
             raw[key] = {**section, "path": path} if isinstance(section, dict) else section
     raw |= {key: value for key, value in (("limit", limit), ("seed", seed)) if value is not None}
-    try:
-        settings = EvalSettings.model_validate(raw)
-    except ValidationError as error:
-        problems += [explain(item, document, _known(item["loc"])) for item in error.errors()]
-        raise ConfigError(problems, source=str(config) if config else None) from error
-    if problems:
-        raise ConfigError(problems, source=str(config) if config else None)
-    return settings
+    return validated_settings(EvalSettings, replace(document, raw=raw), config)
 
 
 def score_options(task: str, given: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -65,19 +56,3 @@ def score_options(task: str, given: Mapping[str, Any], overrides: Sequence[str])
     if problems:
         raise ConfigError(problems)
     return options
-
-
-def _known(path: Iterable[str | int]) -> set[str]:
-    """The keys of the section that the last key of ``path`` is in."""
-    section: Any = EvalSettings
-    for key in list(path)[:-1]:
-        field = section.model_fields.get(str(key)) if section else None
-        section = _section(field.annotation) if field else None
-    return set(section.model_fields) if section else set()
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    for each in (annotation, *get_args(annotation)):
-        if isinstance(each, type) and issubclass(each, BaseModel):
-            return each
-    return None

@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ConfigDict, ValidationError, create_model
-
 from eval.registry import TaskSpec, get_task
 from prefopt.errors import ConfigError
-from prefopt.recipe.explain import explain
+from prefopt.recipe.entries import parameters
+from prefopt.recipe.load import validated
 from prefopt.recipe.yaml_file import Document
 
 
@@ -32,16 +31,8 @@ def option_problems(
     spec: TaskSpec, options: Mapping[str, Any], document: Document | None = None
 ) -> list[str]:
     """What is wrong with a task's options, a sentence each."""
-    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    fields: Any = spec.fields
-    schema = create_model(f"{spec.name}_options", __config__=config, **fields)
-    try:
-        schema.model_validate(dict(options))
-    except ValidationError as error:
-        items = [{**item, "loc": ("tasks", spec.name, *item["loc"])} for item in error.errors()]
-        where = document or Document({})
-        return [explain(item, where, set(schema.model_fields)) for item in items]
-    return []
+    place = ("tasks", spec.name)
+    return list(validated(parameters(spec), dict(options), document, place=place).problems)
 
 
 def has_option(name: str, option: str) -> bool:

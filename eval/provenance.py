@@ -45,7 +45,7 @@ def describe_engine(section: EngineSection, policy: ModelSection) -> dict[str, A
     return {
         "name": section.name,
         "dtype": section.dtype if section.dtype != "auto" else policy.dtype,
-        "options": dict(section.options),
+        "options": section.model_dump().get("options", {}),
     }
 
 

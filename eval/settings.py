@@ -9,17 +9,25 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from prefopt.recipe.schema import EngineSection, ModelSection, NonNegativeFloat, PathText, Section
+from prefopt.recipe.schema import (
+    Engine,
+    HFSection,
+    ModelSection,
+    NoEffect,
+    NonNegativeFloat,
+    PathText,
+    Section,
+)
 
 
 class JudgeSection(Section):
     """The chat model that judges: any OpenAI-compatible endpoint."""
 
-    base_url: str
+    base_url: Annotated[str, NoEffect("rows")]
     """Up to and including the version, e.g. http://localhost:8000/v1 (``vllm`` serves the protocol, too)."""
     model: str
     """Name of the model there."""
-    api_key_env: str | None = None
+    api_key_env: Annotated[str | None, NoEffect("rows")] = None
     """Environment variable that holds the key; leave out for none. The key is never stored or logged."""
     temperature: NonNegativeFloat | None = None
     """Default: what the benchmark published."""
@@ -27,17 +35,17 @@ class JudgeSection(Section):
     """Longest answer; default: what the benchmark published."""
     sampling: dict[str, Any] = Field(default_factory=dict)
     """Further fields of the request (`{seed: 1}`); one that is null is taken out of the benchmark's own."""
-    concurrency: PositiveInt = 8
+    concurrency: Annotated[PositiveInt, NoEffect("rows")] = 8
     """Requests under way at a time."""
-    timeout_s: PositiveFloat = 120.0
+    timeout_s: Annotated[PositiveFloat, NoEffect("rows")] = 120.0
     """Longest wait for one answer."""
-    deadline_s: PositiveFloat = 900.0
+    deadline_s: Annotated[PositiveFloat, NoEffect("rows")] = 900.0
     """Longest wait for one request with its retries (429, 5xx, connection errors)."""
-    cache_dir: PathText | None = None
+    cache_dir: Annotated[PathText | None, NoEffect("rows")] = None
     """Of the answers; default: `$PREFOPT_CACHE` or `~/.cache/prefopt`."""
-    usd_per_million_prompt_tokens: NonNegativeFloat = 0.0
+    usd_per_million_prompt_tokens: Annotated[NonNegativeFloat, NoEffect("rows")] = 0.0
     """For the cost in the result."""
-    usd_per_million_completion_tokens: NonNegativeFloat = 0.0
+    usd_per_million_completion_tokens: Annotated[NonNegativeFloat, NoEffect("rows")] = 0.0
     """As above."""
 
 
@@ -63,7 +71,7 @@ class EvalSettings(Section):
     """What it is compared with: the other side of pairwise judges, the reference of implicit rewards and KL."""
     baseline_answers: PathText | None = None
     """A file of answers in place of a baseline that generates."""
-    engine: EngineSection = EngineSection()
+    engine: Engine = HFSection()
     """What generates."""
     judge: JudgeSection | None = None
     """Leave out where no task needs a judge."""

@@ -339,7 +339,7 @@ def script_of(recipe: Recipe) -> str:
     """The script under ``recipes/`` that trains a recipe, without ``.py``."""
     if recipe.has_rollouts:
         return "online_dpo"
-    found = recipe.objective["name"] if recipe.objective else recipe.stage
+    found = recipe.objective.name if recipe.objective else recipe.stage
     return RECIPE_SCRIPTS.get(found, "preference")
 
 
@@ -352,7 +352,7 @@ def _require_script(path: str, recipe: Recipe, trains: str) -> None:
         takes = "rollouts" if trains == "online_dpo" else "a fixed data set"
         found = f"regime.name = '{recipe.regime.name}', and this script trains on {takes}"
     else:
-        name = recipe.objective["name"] if recipe.objective else recipe.stage
+        name = recipe.objective.name if recipe.objective else recipe.stage
         found = f"trains '{name}', and this script trains '{trains}'"
     raise ConfigError(f"{found}. Launch recipes/{right}.py", source=path)
 

@@ -7,9 +7,11 @@ Shape letters: R responses, P pairs, T response tokens (padded width), N respons
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,16 +19,42 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 """One turn of a chat: role, content and what else a template reads."""
 
+TokenIds = np.ndarray | Sequence[int]
+"""(n,) int32, read only, wherever it is a field below: any sequence of ints that is given becomes that."""
 
-@dataclass(frozen=True)
-class Response:
+
+@dataclass(frozen=True, eq=False)
+class _WithTokenIds:
+    """Equality and hash by value, which numpy's arrays lack, for a frozen dataclass with fields of `TokenIds`."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def _values(self) -> tuple[Any, ...]:
+        values = (getattr(self, each.name) for each in fields(self) if each.compare)
+        return tuple(v.tobytes() if isinstance(v, np.ndarray) else v for v in values)
+
+    def _keep_ids(self, name: str) -> None:
+        # A view, so that only ours is read only.
+        ids = np.asarray(getattr(self, name), np.int32).view()
+        ids.flags.writeable = False
+        object.__setattr__(self, name, ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Response(_WithTokenIds):
     """One response as token ids, terminal EOS included, with an optional scalar score.
 
     A response that a policy sampled also says which one (``version``), with what log-probs, and, under a
     policy-gradient credit, its advantage.
     """
 
-    ids: tuple[int, ...]
+    ids: TokenIds
     score: float | None = None
     version: int | None = None
     """Optimizer step of the weights that sampled it; None for a response of a data set."""
@@ -35,13 +63,16 @@ class Response:
     advantage: float | None = None
     """In the units of the score; of a credit rule on rollouts, or a column of a data set's sample rows."""
 
+    def __post_init__(self) -> None:
+        self._keep_ids("ids")
+
     @property
     def is_sampled(self) -> bool:
         return self.version is not None
 
 
-@dataclass(frozen=True)
-class Group:
+@dataclass(frozen=True, eq=False)
+class Group(_WithTokenIds):
     """The responses to one prompt.
 
     ``pairs`` lists ``(chosen, rejected)`` indices into ``responses``: nothing anywhere infers a pair
@@ -50,9 +81,15 @@ class Group:
     """
 
     id: str
-    prompt_ids: tuple[int, ...]
+    prompt_ids: TokenIds
     responses: tuple[Response, ...]
     pairs: tuple[tuple[int, int], ...] = ()
+    source_row: tuple[Hashable, int] | None = field(default=None, compare=False, repr=False)
+    """Where it was read: what names a source's content, and its row there; None for fresh samples. Finds what is
+    kept by row."""
+
+    def __post_init__(self) -> None:
+        self._keep_ids("prompt_ids")
 
     @property
     def samples(self) -> tuple[bool, ...]:
@@ -81,8 +118,6 @@ class ResponseBatch:
     """(R,) fp32, NaN where a response has no score."""
     advantages: Tensor | None = None
     """(R,) fp32."""
-    reference_logps: Tensor | None = None
-    """(R, T) fp32, zero outside the response."""
     behavior_logps: Tensor | None = None
     """(R, T) fp32, log-probs of the policy that sampled, zero on other rows; None: no row is a sample."""
     samples: Tensor | None = None
@@ -151,7 +186,7 @@ class ObjectiveOutput:
 
     losses: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Per-pair (P,) detached values, named ``area/name``; averaged over the pairs of a logging window."""
+    """Per-pair (P,) detached values, named ``area/name``; averaged over the pairs since the last row of metrics."""
     token_losses: Tensor | None = None
     sample_losses: Tensor | None = None
     """(R,) one loss a response, zero where ``samples`` is False; divided by the number of samples of the
@@ -160,7 +195,7 @@ class ObjectiveOutput:
     """(R,) each response's sum over its tokens, zero where ``samples`` is False; divided by the number of tokens
     of the samples of the global batch."""
     sample_metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Per-response (R,) detached values, averaged over the samples of a logging window."""
+    """Per-response (R,) detached values, averaged over the samples since the last row of metrics."""
 
 
 @dataclass(frozen=True)

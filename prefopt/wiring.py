@@ -35,15 +35,15 @@ from prefopt.model.logps import LogpModel
 from prefopt.model.micro_batches import SplitLimits, longest_row_tokens
 from prefopt.recipe.checks import check
 from prefopt.recipe.load import load_recipe
-from prefopt.recipe.registry import BoundObjective, bind_objective
-from prefopt.recipe.schema import DEFAULT_MICRO_BATCH_TOKENS, EngineSection, Recipe, TrainSection
+from prefopt.recipe.registry import BoundObjective
+from prefopt.recipe.schema import DEFAULT_MICRO_BATCH_TOKENS, Recipe, TrainSection
+from prefopt.reference.base import Reference
 from prefopt.reference.choose import (
     live_reference,
     outside_model,
     stored_outside_reference,
     stored_reference,
 )
-from prefopt.reference.live import Reference
 from prefopt.rollouts.regime import RolloutRegime
 from prefopt.rollouts.setup import (
     build_rollouts,
@@ -84,10 +84,9 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     resume_from = find_checkpoint(run_dir, recipe.train.resume)
     tokenizer = load_tokenizer(recipe.model)
     data = load_run_data(recipe, tokenizer)
-    if recipe.objective is not None and data.train is not None and not recipe.has_rollouts:
-        objective = bind_objective(recipe.objective)
-        if objective.reads_samples:  # before a model is loaded in vain
-            check_labels(recipe.data, objective, data.train)
+    objective = recipe.objective
+    if objective is not None and objective.reads_samples and data.train and not recipe.has_rollouts:
+        check_labels(recipe.data, objective, data.train)  # before a model is loaded in vain
     accelerator = _accelerator(recipe)
     policy = load_policy(recipe.model, recipe.peft, seed=recipe.train.seed)
     check_vocabulary(policy.model, tokenizer)
@@ -149,7 +148,7 @@ def build_trainer(
         tokenizer: what rollouts and the generation probe are decoded with.
     """
     assert recipe.objective is not None  # the check has seen to it
-    settings, objective = recipe.train, bind_objective(recipe.objective)
+    settings, objective = recipe.train, recipe.objective
     engine = build_logp_model(policy.model, recipe.model.layout)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(policy.model)
@@ -171,7 +170,7 @@ def build_trainer(
         limits=regime.limits if isinstance(regime, OfflineRegime) else regime.splits,
         reference=reference,
         eval_source=eval_source,
-        importance_cap=recipe.regime.importance_cap,
+        importance_cap=None if recipe.rollouts is None else recipe.rollouts.importance_cap,
         eval_every=recipe.eval.every,
         probe=build_probe(recipe, policy, tokenizer, eval_source, accelerator),
     )
@@ -236,8 +235,9 @@ def _wire_rollouts(
 ) -> _Wired:
     """Fresh samples: the reference is computed when they arrive, by weights held beside the policy's."""
     recipe, accelerator = wiring.recipe, wiring.accelerator
+    assert recipe.rollouts is not None  # prompts are loaded for these alone
     # The sampler's log-probs are at its temperature; what they are compared with must be too.
-    engine.temperature = recipe.regime.temperature
+    engine.temperature = recipe.rollouts.temperature
     needed = most_group_tokens(recipe, wiring.objective, prompts, packed=engine.packed)
     sources = [s for s in (wiring.train_source, wiring.eval_source) if s is not None]
     longest = max([needed, *(longest_row_tokens(source, engine.packed) for source in sources)])
@@ -246,7 +246,7 @@ def _wire_rollouts(
     outside = None
     if wiring.objective.needs_reference and recipe.reference_name == "model":
         outside = outside_model(recipe, limits, accelerator)
-        outside.temperature = recipe.regime.temperature
+        outside.temperature = recipe.rollouts.temperature
     model, optimizer = _prepared(wiring, engine)
     reference: Reference | None = None
     if wiring.objective.needs_reference:
@@ -313,10 +313,10 @@ def _split_limits(
 
 def _longest_wait_s(recipe: Recipe) -> float:
     """How long other processes may wait while the main one starts an engine or samples."""
-    if not recipe.has_rollouts:
+    if recipe.rollouts is None:
         return 0.0
-    engine = recipe.engine or EngineSection()
-    jobs = 2 * (recipe.regime.max_lag + 2)  # a push and a batch each
+    engine = recipe.sampled_by
+    jobs = 2 * (recipe.rollouts.max_lag + 2)  # a push and a batch each
     return engine.startup_timeout_s + jobs * engine.timeout_s
 
 

@@ -46,8 +46,14 @@ ROOMS = (
 # Importable only below these modules: a thin, tested seam to what churns.
 SEAMS = {"trl": "prefopt.stages", "vllm": "prefopt.engines.vllm"}
 
-# The registry's table names modules as strings and imports them by name; nothing else may do that.
-LATE_IMPORTERS = {"prefopt", "prefopt.recipe.registry", "prefopt.recipe.load", "prefopt.data"}
+# Tables name modules as strings and import them by name; nothing else may do that.
+LATE_IMPORTERS = {
+    "prefopt",
+    "prefopt.data",
+    "prefopt.model.attention",
+    "prefopt.recipe.load",
+    "prefopt.recipe.registry",
+}
 
 
 def modules() -> dict[str, Path]:

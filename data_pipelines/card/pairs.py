@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from data_pipelines.rows import prompt_text
 from prefopt.data.formats import Reading, canonical, resolve
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, Reject, column, has_column, score
 from prefopt.data.sources import first_rows, open_source
-from prefopt.errors import ConfigError, DataError
-from prefopt.recipe.explain import explain
+from prefopt.errors import DataError
+from prefopt.recipe.load import load_settings
 from prefopt.recipe.schema import SourceSection
 from prefopt.recipe.yaml_file import Document, apply_overrides
 
@@ -75,16 +73,8 @@ class PairSource:
     def section(self) -> SourceSection:
         """The data source. Raises: ConfigError for settings that are none."""
         document = apply_overrides(Document({}), self.settings)
-        problems = list(document.problems)
-        try:
-            section = SourceSection.model_validate({"path": self.path, **document.raw})
-        except ValidationError as error:
-            known = set(SourceSection.model_fields)
-            problems += [explain(each, document, known) for each in error.errors()]
-            raise ConfigError(problems, source=self.path) from error
-        if problems:
-            raise ConfigError(problems, source=self.path)
-        return section
+        document = replace(document, raw={"path": self.path, **document.raw})
+        return load_settings(SourceSection, document, self.path)
 
     def num_rows(self) -> int | None:
         """About how many rows there are, for a progress bar."""

@@ -225,7 +225,7 @@ def _data_problems(task: Task, recipe: Recipe) -> Iterator[str]:
         return
     needs, of_samples = objective_needs(recipe), reads_samples(recipe)
     origin = task.document.origin(("objective",))
-    objective = f"objective.name = {recipe.objective['name']!r}"
+    objective = f"objective.name = {recipe.objective.name!r}"
     for number, source in enumerate(recipe.data.train):
         kind = task.known.kinds.get(source.path)
         holds = f"data.train.{number}.path = {source.path!r}: holds {kind}"

@@ -11,7 +11,7 @@ from data_pipelines.schedule.base import BestSettings, Loop, LoopSettings, Sched
 from data_pipelines.schedule.filling import filled, final_policy, put
 from data_pipelines.schedule.kinds import PipelineStep, RecipeStep
 from data_pipelines.schedule.rest_settings import RestSettings, ValidationSection, rest_problems
-from data_pipelines.schedule.settings import part, validated
+from data_pipelines.schedule.settings import part, sound_settings
 from prefopt.recipe.yaml_file import Document, apply_overrides, read_yaml
 
 
@@ -24,7 +24,7 @@ def load_rest(path: Path, overrides: Sequence[str] = ()) -> Schedule:
     grow = document.raw.get("grow")
     stages = grow.get("stages") if isinstance(grow, dict) else None
     document = apply_overrides(document, override_numbers(overrides, stages, "grow.stages"))
-    settings = validated(RestSettings, document, path, rest_problems)
+    settings = sound_settings(RestSettings, document, path, rest_problems)
     return _Rest(settings, document, path).schedule()
 
 

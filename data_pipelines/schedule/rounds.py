@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from data_pipelines.schedule.base import NOTHING, Loop, LoopSettings, Schedule, Step, StepSettings
 from data_pipelines.schedule.filling import final_policy
 from data_pipelines.schedule.kinds import EvalStep, LaunchSettings, PipelineStep, RecipeStep
-from data_pipelines.schedule.settings import launch_problems, validated
+from data_pipelines.schedule.settings import launch_problems, sound_settings
 from prefopt.recipe.schema import PathText, Section
 from prefopt.recipe.yaml_file import apply_overrides, read_yaml
 
@@ -55,7 +55,7 @@ class RoundsSettings(LaunchSettings):
 def load_rounds(path: Path, overrides: Sequence[str] = ()) -> Schedule:
     """The schedule of a rounds file. Raises: ConfigError with every problem and its line."""
     document = apply_overrides(read_yaml(path), overrides)
-    settings = validated(RoundsSettings, document, path, launch_problems)
+    settings = sound_settings(RoundsSettings, document, path, launch_problems)
     first = final_policy(settings.policy)
     rounds = LoopSettings(
         name="round",

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 
 from data_pipelines.pipeline import override_numbers
 from data_pipelines.schedule.base import (
@@ -22,7 +22,7 @@ from data_pipelines.schedule.base import (
 )
 from data_pipelines.schedule.kinds import KINDS, LaunchSettings, RecipeStep
 from prefopt.errors import ConfigError, suggest
-from prefopt.recipe.explain import explain
+from prefopt.recipe.load import load_settings, validated
 from prefopt.recipe.schema import PathText, Section
 from prefopt.recipe.yaml_file import Document, KeyPath, apply_overrides, read_yaml
 
@@ -58,7 +58,7 @@ def load_schedule(path: Path, overrides: Sequence[str] = ()) -> Schedule:
     named = [each for each in items if isinstance(each, dict)] if isinstance(items, list) else []
     numbers = override_numbers(overrides, [{"id": each.get("name")} for each in named], "steps")
     document = apply_overrides(document, numbers)
-    settings = validated(ScheduleSettings, document, path)
+    settings = load_settings(ScheduleSettings, document, path)
     problems: list[str] = []
     steps = _bind(settings.steps, ("steps",), document, path, problems)
     schedule = Schedule(path.stem, path, Path(settings.output_dir), steps, settings.values)
@@ -73,16 +73,15 @@ def load_schedule(path: Path, overrides: Sequence[str] = ()) -> Schedule:
     return schedule
 
 
-def validated(
+def sound_settings(
     model: type[Settings],
     document: Document,
     path: Path,
-    further: Callable[[Settings, Document], Iterator[str]] = lambda *_: iter(()),
+    further: Callable[[Settings, Document], Iterator[str]],
 ) -> Settings:
-    """The settings of a file. Raises: ConfigError with every problem and its line, ``further`` ones too."""
-    settings, problems = _read(model, document.raw, document)
-    problems = [*document.problems, *problems, *(further(settings, document) if settings else ())]
-    if settings is None or problems:
+    """The settings of a file. Raises: ConfigError with every problem and its line, also those of ``further``."""
+    settings = load_settings(model, document, path)
+    if problems := list(further(settings, document)):
         raise ConfigError(problems, source=str(path))
     return settings
 
@@ -136,9 +135,9 @@ def _bind(
                 f"{where}.{kinds[0]}: is the path of a YAML file, or what would be in it"
             )
             continue
-        settings, wrong = _read(model, item, document, here)
-        problems += wrong
-        if settings is None:
+        read = validated(model, item, document, place=here)
+        problems += read.problems
+        if (settings := read.value) is None:
             continue
         own = part(document, *here, raw=item)
         if isinstance(settings, LoopSettings):
@@ -184,30 +183,3 @@ def _loop_problems(settings: LoopSettings, steps: Sequence[Step | Loop]) -> Iter
     names = {step.settings.name for step in all_steps(steps)}
     if settings.best is not None and settings.best.by not in names:
         yield f"best.by = {settings.best.by!r}: no step of the loop; {suggest(settings.best.by, names)}"
-
-
-def _read(
-    model: type[Settings], raw: Mapping[str, Any], document: Document, at: KeyPath = ()
-) -> tuple[Settings | None, list[str]]:
-    """A section that stands at ``at``, or what is wrong with it."""
-    try:
-        return model.model_validate(raw), []
-    except ValidationError as error:
-        items = [{**each, "loc": (*at, *each["loc"])} for each in error.errors()]
-        return None, [explain(e, document, _known(model, e["loc"][len(at) :])) for e in items]
-
-
-def _known(model: type[BaseModel], path: Sequence[str | int]) -> set[str]:
-    """The keys of the section that the last key of ``path`` is in."""
-    section: Any = model
-    for key in path[:-1]:
-        field = section.model_fields.get(key) if isinstance(key, str) and section else None
-        section = _section(field.annotation) if field else section if isinstance(key, int) else None
-    return set(section.model_fields) if section else set()
-
-
-def _section(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    arguments = getattr(annotation, "__args__", ())
-    return next((found for each in arguments if (found := _section(each))), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PositiveInt
 
@@ -21,9 +21,9 @@ from data_pipelines.value_rows import (
     reward_of,
 )
 from prefopt.credit.base import GroupScores
-from prefopt.recipe.load import entry_problems
-from prefopt.recipe.registry import Need, get_credit
-from prefopt.recipe.schema import ModelSection, PathText
+from prefopt.recipe.entries import Entry, bind
+from prefopt.recipe.registry import BoundCredit, Need
+from prefopt.recipe.schema import ModelSection, NoEffect, PathText
 from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ class Advantage(StageSettings):
     rule's reason, a prompt that the head cannot read as `prompt_too_long` or `template_refused`.
     """
 
-    rule: dict[str, Any] = Field(default_factory=lambda: {"name": "group_mean"})
+    rule: Annotated[BoundCredit, Entry("credit")] = Field(
+        default_factory=lambda: bind("credit", {"name": "group_mean"})
+    )
     """`name` and keys of a rule that gives advantages; `prefopt credits`. Not used with `value` or `head`."""
     value: str | None = None
     """Column with the value V(x) of the prompt: the advantage is then score - V(x), as A-LoL takes it."""
@@ -70,13 +72,13 @@ class Advantage(StageSettings):
     `negative_advantage` or `zero_advantage`, one line each."""
     batch_tokens: PositiveInt = 16384
     """Most tokens of one forward of the reference, padding included; with `head`."""
-    device: str | None = None
+    device: Annotated[str | None, NoEffect("rows")] = None
     """Torch device of the reference; default: CUDA where there is one, else the CPU. With `head`."""
 
     def problems(self, reads: RowKind | None, document: Document, path: KeyPath) -> list[str]:
         chosen = [key for key in ("value", "head", "rule") if key in self.model_fields_set]
         if len(chosen) > 1:
-            first, second = (f"{key} = {getattr(self, key)!r}" for key in chosen[:2])
+            first, second = (f"{key} = {self.model_dump()[key]!r}" for key in chosen[:2])
             where = document.origin((*path, chosen[1]))
             return [
                 f"{where}{chosen[1]}: would be ignored with {first}, or {first} with {second}; keep one"
@@ -94,10 +96,10 @@ class Advantage(StageSettings):
 
     def _rule_problems(self, reads: RowKind | None, document: Document, at: KeyPath) -> list[str]:
         where = document.origin(at)
-        found = entry_problems(document, at, self.rule, "credit")
-        if not found and Need.ADVANTAGES not in get_credit(self.rule["name"]).gives:
+        found: list[str] = []
+        if Need.ADVANTAGES not in self.rule.spec.gives:
             found.append(
-                f"{where}rule.name = {self.rule['name']!r}: gives no advantages; `prefopt credits`"
+                f"{where}rule.name = {self.rule.name!r}: gives no advantages; `prefopt credits`"
             )
         if reads is RowKind.SAMPLES:
             found.append(
@@ -105,9 +107,6 @@ class Advantage(StageSettings):
                 "set advantage.head, or advantage.value"
             )
         return found
-
-    def recorded(self) -> dict[str, Any]:
-        return {key: each for key, each in super().recorded().items() if key != "device"}
 
     def basis(self) -> Mapping[str, Any]:
         """Raises: ModelError for a head that is not there, or belongs to another model."""
@@ -126,7 +125,7 @@ class Advantage(StageSettings):
             from prefopt.values.heads import AttentionValueHead
 
             return (AttentionValueHead, FrozenReference, reward_of)
-        return () if self.value is not None else (get_credit(self.rule["name"]).fn,)
+        return () if self.value is not None else (self.rule.fn,)
 
     def needs_fields(self) -> tuple[str, ...]:
         return () if self.value is None else (self.value,)
@@ -192,9 +191,8 @@ class Advantage(StageSettings):
         if self.value is not None:
             value = number_at(row, self.value)
             return Dropped("no_value") if value is None else [reward - value for reward in rewards]
-        keys = {key: value for key, value in self.rule.items() if key != "name"}
         scores = GroupScores(rewards, stand_in_ids(responses), place.rng(row["id"]))
-        labels = get_credit(self.rule["name"]).fn(scores, **keys)
+        labels = self.rule(scores)
         return Dropped(labels.skipped) if labels.skipped is not None else labels.advantages
 
     def sample_rows(

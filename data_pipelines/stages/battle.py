@@ -43,8 +43,6 @@ the answers.
 Explain both ratings in a few sentences. Then end with both in double brackets, for example: [[A: 6]] [[B: 8]]"""
 _PLACEHOLDERS = ("{prompt}", "{response_a}", "{response_b}")
 _REMINDER = "There are no two ratings in that. Reply with both, from 1 to 10, as [[A: 5]] [[B: 5]], and no more."
-_SAMPLED = ("model", "temperature", "max_tokens", "sampling")
-"""Keys of the judge that decide what it says; the others say where it is and how patiently it is asked."""
 
 
 class BattleJudge(JudgeSection):
@@ -85,10 +83,6 @@ class BattleStage(StageSettings):
     and `[[B: n]]`."""
     max_asks: PositiveInt = 3
     """Times an answer without two ratings is asked for."""
-
-    def recorded(self) -> dict[str, Any]:
-        settings = super().recorded()
-        return {**settings, "judge": {key: settings["judge"][key] for key in _SAMPLED}}
 
     def basis(self) -> Mapping[str, Any]:
         return template_basis(self._template())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import PositiveFloat, PositiveInt
 
@@ -14,7 +14,7 @@ from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, prompt_text, user_fields
 from data_pipelines.templates import read_template, template_basis, with_prompt_text
 from prefopt.errors import DataError
-from prefopt.recipe.schema import Fraction, PathText
+from prefopt.recipe.schema import Fraction, NoEffect, PathText
 from prefopt.recipe.yaml_file import Document, KeyPath
 from prefopt.signals.checkers import CheckerLimits, Vote, run_checker, run_checkers
 from prefopt.signals.judge import fill
@@ -103,11 +103,8 @@ class Checkers(StageSettings):
     """Longest wall time of one call; then the function is wrong about that case."""
     memory_mib: PositiveInt = 1024
     """Address space of one function, MiB."""
-    num_workers: PositiveInt = 2
+    num_workers: Annotated[PositiveInt, NoEffect("rows")] = 2
     """Functions run at a time."""
-
-    def recorded(self) -> dict[str, Any]:
-        return {key: value for key, value in super().recorded().items() if key != "num_workers"}
 
     def code(self) -> tuple[Any, ...]:
         return (read_proposal, run_checker)

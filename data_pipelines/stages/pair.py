@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -12,8 +12,8 @@ from data_pipelines.base import Dropped, Place, Result, RowByRow, StageSettings
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, side_columns, user_fields
 from prefopt.credit.base import GroupScores
-from prefopt.recipe.load import entry_problems
-from prefopt.recipe.registry import Need, get_credit
+from prefopt.recipe.entries import Entry, bind
+from prefopt.recipe.registry import BoundCredit, Need
 from prefopt.recipe.yaml_file import Document, KeyPath
 
 
@@ -31,15 +31,13 @@ class Pair(StageSettings):
     response without a score is left out of its group and noted in the pair's `num_unscored`.
     """
 
-    rule: dict[str, Any] = Field(default_factory=lambda: {"name": "best_worst"})
+    rule: Annotated[BoundCredit, Entry("credit")] = Field(
+        default_factory=lambda: bind("credit", {"name": "best_worst"})
+    )
     """`name` and keys of the rule, e.g. `{name: best_worst, min_margin: 0.5}`."""
 
     def problems(self, reads: RowKind | None, document: Document, path: KeyPath) -> list[str]:
-        at = (*path, "rule")
-        found = entry_problems(document, at, self.rule, "credit")
-        if found:
-            return found
-        spec = get_credit(self.rule["name"])
+        at, spec = (*path, "rule"), self.rule.spec
         if Need.PAIRS not in spec.gives:
             gives = ", ".join(need.value for need in spec.gives) or "no labels"
             return [
@@ -49,12 +47,9 @@ class Pair(StageSettings):
         return []
 
     def code(self) -> tuple[Any, ...]:
-        return (get_credit(self.rule["name"]).fn,)
+        return (self.rule.fn,)
 
     def open(self, place: Place) -> RowByRow:
-        spec = get_credit(self.rule["name"])
-        keys = {key: value for key, value in self.rule.items() if key != "name"}
-
         def pair(row: Row) -> Result:
             responses = [each for each in row["responses"] if is_scored(each)]
             if len(responses) < 2:
@@ -68,7 +63,7 @@ class Pair(StageSettings):
                 rng=place.rng(row["id"]),
                 offline=offline,
             )
-            labels = spec.fn(scores, **keys)
+            labels = self.rule(scores)
             if labels.skipped is not None:
                 return Dropped(labels.skipped)
             return pair_rows(row, responses, labels.pairs)

@@ -14,24 +14,24 @@ from data_pipelines.base import Dropped, Place, Result, StageSettings
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, pack_ids
 from prefopt.errors import ConfigError, ModelError
-from prefopt.recipe.schema import ConditionSection, EngineSection, ModelSection, NonNegativeFloat
+from prefopt.recipe.schema import (
+    ConditionSection,
+    Engine,
+    HFSection,
+    ModelSection,
+    NonNegativeFloat,
+)
 from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer
-    from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
+    from prefopt.engines.base import Completion, Request, SamplingSpec
+    from prefopt.engines.base import Engine as Sampler
 
 logger = logging.getLogger("prefopt.data")
 
 _IGNORED = {"model": ("layout", "disable_dropout"), "engine": ("max_logp_gap", "cpus")}
 """Keys of the shared sections that only training reads."""
-_FREE = frozenset(
-    {
-        "urls", "num_servers", "devices", "device", "gpu_memory_utilization", "timeout_s",
-        "startup_timeout_s", "max_restarts",
-    }
-)  # fmt: skip
-"""Keys of the engine that say where and how patiently, not what: they may change between a kill and a resume."""
 
 
 @stage(
@@ -56,7 +56,7 @@ class Sample(StageSettings):
 
     model: ModelSection
     """What answers: `path` of a model, an adapter, or a run directory (its final policy)."""
-    engine: EngineSection = EngineSection()
+    engine: Engine = HFSection()
     """As a recipe's `engine`. One call samples a whole shard: `shard_rows` x responses must fit `timeout_s`."""
     name: str | None = None
     """What the responses' `model` says; default: the last part of `model.path`."""
@@ -96,11 +96,11 @@ class Sample(StageSettings):
             for key in keys:
                 if key in getattr(self, section).model_fields_set:
                     yield f"{at(f'{section}.{key}')}: would be ignored: sampling does not read it; leave it out"
-        quantization, engine = self.model.quantization, self.engine.name
-        if quantization is not None and engine != "hf":
+        quantization, engine = self.model.quantization, self.engine
+        if quantization is not None and not engine.holds_weights:
             yield (
                 f"{at('model.quantization')} = {quantization}: only the hf engine reads it, and engine.name = "
-                f"{engine}; vLLM has its own, under engine.options"
+                f"{engine.name}; vLLM has its own, under engine.options"
             )
 
     def _equal_draws(self, at: Callable[[str], str]) -> Iterator[str]:
@@ -133,30 +133,25 @@ class Sample(StageSettings):
             "renderer": RENDERER_VERSION,
         }
 
-    def recorded(self) -> dict[str, Any]:
-        settings = super().recorded()
-        engine = {key: value for key, value in settings["engine"].items() if key not in _FREE}
-        return {**settings, "engine": engine}
-
     def open(self, place: Place) -> SampleWorker:
         """Starts the engine. Raises: ModelError, EngineError; ConfigError if its context is too short."""
         from eval.models import condition_problems, resolve_run
         from prefopt.data.render import Renderer
-        from prefopt.engines.saved import saved_policy_engine
+        from prefopt.engines.start import Task, start_engine
         from prefopt.model.load import load_tokenizer
 
         policy = resolve_run(self.model)
         for problem in condition_problems(policy.path, self.condition):
             logger.warning("stage %r: %s", place.id, problem)
         tokenizer = load_tokenizer(policy)
-        engine, context = saved_policy_engine(
-            self.engine,
+        task = Task(
             policy,
             pad_id=tokenizer.pad_token_id or 0,
-            max_model_len=self.engine.max_model_len or self.max_prompt_tokens + self.max_new_tokens,
-            device=self.engine.device or _default_device(),
+            max_model_len=self.max_prompt_tokens + self.max_new_tokens,
+            device=_default_device(),
             log_dir=place.log_dir,
         )
+        engine, context = start_engine(self.engine, task)
         if context is not None and context <= self.max_new_tokens:
             engine.close()
             raise ConfigError(
@@ -196,7 +191,7 @@ class SampleWorker:
         self,
         settings: Sample,
         place: Place,
-        engine: Engine,
+        engine: Sampler,
         renderer: Renderer,
         context: int | None,
     ) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -15,9 +15,9 @@ from data_pipelines.candidates import READS_IDS, candidates
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, responses_of, with_responses
 from prefopt.errors import DataError, SignalError
-from prefopt.recipe.load import entry_problems
-from prefopt.recipe.registry import REGISTRIES, get_signal
-from prefopt.recipe.schema import Fraction, ModelSection, PathText
+from prefopt.recipe.entries import Entry
+from prefopt.recipe.registry import BoundSignal
+from prefopt.recipe.schema import Fraction, ModelSection, NoEffect, PathText
 from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
@@ -32,19 +32,6 @@ _TAKEN = frozenset(
     }
 )  # fmt: skip
 """What a response's keys mean already."""
-_FREE: Mapping[str, frozenset[str]] = {
-    "judge": frozenset(
-        {
-            "base_url", "api_key_env", "concurrency", "timeout_s", "deadline_s", "cache_dir",
-            "usd_per_million_prompt_tokens", "usd_per_million_completion_tokens",
-        }
-    ),
-    "reward_model": frozenset({"device"}),
-    "implicit_reward": frozenset({"device"}),
-    "math": frozenset({"num_workers"}),
-    "checkers": frozenset({"num_workers"}),
-}  # fmt: skip
-"""Keys of signals that say where and how patiently, not what: they may change between a kill and a resume."""
 _MODELS = {"reward_model": ("path",), "implicit_reward": ("path", "reference")}
 """Keys of signals that name a model, which may be a hub id."""
 _FEW_ROWS = 20
@@ -67,7 +54,9 @@ class Score(StageSettings):
     requests a group, where `mode: pointwise` costs n.
     """
 
-    signals: tuple[dict[str, Any], ...] = Field(strict=False, min_length=1)
+    signals: tuple[Annotated[BoundSignal, Entry("signals")], ...] = Field(
+        strict=False, min_length=1
+    )
     """As a recipe's: each has a `name`, a `weight` (default 1) and that signal's own keys. What they check
     against (`answer`) are columns of the row, which the first stage must keep."""
     into: str = "score"
@@ -83,15 +72,11 @@ class Score(StageSettings):
     for signals that read ids: implicit_reward, length_penalty, repetition_penalty."""
     chat_template: PathText | None = None
     """Path of a Jinja file that replaces that tokenizer's chat template."""
-    max_failed_frac: Fraction = 0.2
+    max_failed_frac: Annotated[Fraction, NoEffect("rows")] = 0.2
     """Stop when signals fail on more than this share of the rows (of 20 at least)."""
 
     def problems(self, reads: RowKind | None, document: Document, path: KeyPath) -> list[str]:
-        found = [
-            problem
-            for index, entry in enumerate(self.signals)
-            for problem in entry_problems(document, (*path, "signals", index), entry, "signals")
-        ]
+        found: list[str] = []
         if self.into in _TAKEN or not self.into.isidentifier():
             found.append(
                 f"{document.origin((*path, 'into'))}score.into = {self.into!r}: must be a name of letters, digits "
@@ -102,8 +87,8 @@ class Score(StageSettings):
                 f"{document.origin((*path, 'chat_template'))}score.chat_template: would be ignored: it goes with "
                 "score.tokenizer, which is not set"
             )
-        if not found and reads is RowKind.PAIRS and self.tokenizer is None:
-            names = [entry["name"] for entry in self.signals if entry["name"] in READS_IDS]
+        if reads is RowKind.PAIRS and self.tokenizer is None:
+            names = [entry.name for entry in self.signals if entry.name in READS_IDS]
             found += [
                 f"{document.origin(path)}score.tokenizer is missing: {name} reads token ids, and pairs have text. "
                 "Set it to the policy's model directory"
@@ -112,14 +97,7 @@ class Score(StageSettings):
         return found
 
     def needs_fields(self) -> tuple[str, ...]:
-        names: list[str] = []
-        for entry in self.signals:
-            if entry.get("name") not in REGISTRIES["signals"].names():
-                continue  # `problems` says so
-            spec = get_signal(entry["name"])
-            keys = [entry.get(key, spec.fields[key][1]) for key in spec.needs_fields]
-            names += [key for key in keys if isinstance(key, str)]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys(name for entry in self.signals for name in entry.columns))
 
     def basis(self) -> Mapping[str, Any]:
         found = {
@@ -137,17 +115,8 @@ class Score(StageSettings):
             }
         return found
 
-    def recorded(self) -> dict[str, Any]:
-        entries = [
-            {k: v for k, v in entry.items() if k not in _FREE.get(entry["name"], ())}
-            for entry in self.signals
-        ]
-        settings = super().recorded() | {"signals": entries}
-        del settings["max_failed_frac"]  # decides whether, not what
-        return settings
-
     def code(self) -> tuple[Any, ...]:
-        return (candidates, *(get_signal(entry["name"]).fn for entry in self.signals))
+        return (candidates, *(entry.fn for entry in self.signals))
 
     def open(self, place: Place) -> ScoreWorker:
         """Loads the signals. Raises: SignalError, ModelError for one that cannot be set up."""
@@ -244,16 +213,16 @@ class ScoreWorker:
             )
 
 
-def _contents(entry: Mapping[str, Any]) -> dict[str, str]:
+def _contents(entry: BoundSignal) -> dict[str, str]:
     """Hashes of the models and files that a signal's keys name, by key."""
     from prefopt.errors import ModelError
     from prefopt.model.source import resolve_source
 
     found: dict[str, str] = {}
-    for key, value in entry.items():
+    for key, value in entry.given.items():
         if not isinstance(value, str) or key == "name":
             continue
-        path, known = Path(value).expanduser(), key in _MODELS.get(entry["name"], ())
+        path, known = Path(value).expanduser(), key in _MODELS.get(entry.name, ())
         if path.is_file():
             found[key] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif known or path.is_dir():

@@ -19,7 +19,7 @@ from data_pipelines.rows import Row, RowKind, prompt_text, responses_of
 from data_pipelines.stages.pair import is_scored
 from data_pipelines.value_rows import default_device, model_problems, require_in_range, reward_of
 from prefopt.errors import DataError
-from prefopt.recipe.schema import ModelSection
+from prefopt.recipe.schema import ModelSection, NoEffect
 from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Value(StageSettings):
     """Longer prompts are dropped and counted, never cut. (A-LoL cuts them on the left, to 640.)"""
     batch_tokens: PositiveInt = 16384
     """Most tokens of one forward of the reference, padding included."""
-    device: str | None = None
+    device: Annotated[str | None, NoEffect("rows")] = None
     """Torch device; default: CUDA where there is one, else the CPU."""
 
     def problems(self, reads: RowKind | None, document: Document, path: KeyPath) -> list[str]:
@@ -91,9 +91,6 @@ class Value(StageSettings):
                 "normalize_rewards: sigmoid rewards end at 1; leave it out"
             )
         return found
-
-    def recorded(self) -> dict[str, Any]:
-        return {key: each for key, each in super().recorded().items() if key != "device"}
 
     def basis(self) -> Mapping[str, Any]:
         from eval.models import resolve_run

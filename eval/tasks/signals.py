@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import ConfigDict, NonNegativeFloat, PositiveInt, ValidationError, create_model
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from eval.base import Answer, Conversation, Decoding, Example, Judgment, Metric, Row, Summary
 from eval.registry import task
@@ -19,15 +19,18 @@ from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, column
 from prefopt.data.sources import open_source
 from prefopt.errors import ConfigError, DataError, SignalError
-from prefopt.recipe.explain import explain
-from prefopt.recipe.load import import_plugin
-from prefopt.recipe.registry import get_signal
-from prefopt.recipe.schema import ColumnMap, SourceSection
-from prefopt.recipe.yaml_file import Document
+from prefopt.recipe.entries import Entry
+from prefopt.recipe.load import import_plugin, validated
+from prefopt.recipe.registry import BoundSignal
+from prefopt.recipe.schema import ColumnMap, Section, SourceSection
 from prefopt.signals.combine import WeightedSignals, build_signals
 from prefopt.types import Candidates, Prompt
 
 _WHERE = "tasks.signals.signals"
+
+
+class _Entries(Section):
+    signals: tuple[Annotated[BoundSignal, Entry("signals")], ...] = Field(strict=False)
 
 
 @task(
@@ -74,27 +77,29 @@ def signals(
         plugins: Python files that register signals of your own, as a recipe's ``plugins``.
     """
     problems = [text for plugin in plugins for text in _plugin_problems(plugin)]
-    problems += [
-        text for index, section in enumerate(signals) for text in _problems(index, section)
-    ]
+    refused = {index: _problems(index, section) for index, section in enumerate(signals)}
+    problems += [text for texts in refused.values() for text in texts]
+    found = validated(_Entries, {"signals": list(signals)}, place=("tasks", "signals"))
+    own = tuple(f"{_WHERE}.{index}." for index, texts in refused.items() if texts)
+    problems += [text for text in found.problems if not text.startswith(own)]
     if not signals:
         problems.append(f"{_WHERE} is empty: name what scores, e.g. [{{name: math}}]")
-    if problems:
+    if problems or found.value is None:
         raise ConfigError(problems)
     columns = ColumnMap(prompt=prompt, system=system, id=id)
     source = SourceSection(path=data, split=split, subset=subset, format=format, columns=columns)
     decoding = Decoding(max_new_tokens, temperature=temperature, num_samples=samples)
-    return Signals(source, signals, decoding)
+    return Signals(source, found.value.signals, decoding)
 
 
 class Signals:
     """See `signals`. Models and processes of the signals start with the first answer, and end with `close`."""
 
     def __init__(
-        self, source: SourceSection, sections: Sequence[Mapping[str, Any]], decoding: Decoding
+        self, source: SourceSection, entries: Sequence[BoundSignal], decoding: Decoding
     ) -> None:
         self.source = source
-        self.sections = sections
+        self.entries = entries
         self.preset = decoding
         self._signals: WeightedSignals | None = None
 
@@ -103,7 +108,7 @@ class Signals:
         if not rows:
             raise DataError(f"tasks.signals.data = {self.source.path!r}: holds no rows")
         reading = prompt_reading(self.source, rows[0])
-        fields = _fields(self.sections)
+        fields = [*dict.fromkeys(name for entry in self.entries for name in entry.columns)]
         name = self.source.columns.id
         found = keyed(rows, lambda data: _hash(data) if name is None else data.get(name), "row")
         return [_example(key, row, reading, fields) for key, row in found.items()]
@@ -122,7 +127,7 @@ class Signals:
         if problem is not None:
             return Row(example.key, {"reward": None}, problem=problem)
         if self._signals is None:
-            self._signals = build_signals(self.sections)
+            self._signals = build_signals(self.entries)
         scored = self._signals.score([_candidates(example, answers)])[0]
         form = {
             "length_tokens": _mean(
@@ -225,30 +230,7 @@ def _problems(index: int, section: Mapping[str, Any]) -> list[str]:
             f"{_WHERE}.{index}.mode = 'pairwise': compares a model's answers with each other, so that "
             "their mean is 0.5 for every model. Set mode: pointwise, or run the task win_rate"
         ]
-    try:
-        fields: Any = {**get_signal(name).fields, "weight": (float, 1.0)}
-    except ConfigError as error:
-        return [f"{_WHERE}.{index}: {problem}" for problem in error.problems]
-    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    schema = create_model(name, __config__=config, **fields)
-    try:
-        schema.model_validate({key: value for key, value in section.items() if key != "name"})
-    except ValidationError as error:
-        path = (*_WHERE.split("."), index)
-        items = [{**item, "loc": (*path, *item["loc"])} for item in error.errors()]
-        return [explain(item, Document({}), set(schema.model_fields)) for item in items]
     return []
-
-
-def _fields(sections: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The columns that the signals read."""
-    names: dict[str, None] = {}
-    for section in sections:
-        spec = get_signal(section["name"])
-        for key in spec.needs_fields:
-            value = section.get(key, spec.fields[key][1])
-            names |= {value: None} if isinstance(value, str) else {}
-    return list(names)
 
 
 def _example(key: str, row: RawRow, reading: Reading, fields: Sequence[str]) -> Example:

@@ -15,7 +15,7 @@ from prefopt.recipe.schema import Recipe
 from prefopt.rollouts.setup import load_run_data
 from prefopt.signals.base import column
 from prefopt.signals.combine import prompt_fields
-from prefopt.types import Group, Prompt, Response
+from prefopt.types import Group, Prompt, Response, TokenIds
 
 HEAD_TOKENS, TAIL_TOKENS = 200, 60
 """Tokens shown of the beginning and of the end of a longer part."""
@@ -88,7 +88,7 @@ def _print_group(console: Console, group: Group, tokenizer: Any) -> None:
     console.print()
 
 
-def token_text(tokenizer: Any, ids: Sequence[int], style: str = "") -> Text:
+def token_text(tokenizer: Any, ids: TokenIds, style: str = "") -> Text:
     """The tokens as text with ``│`` between them; special tokens bold, the middle of long parts left out."""
     special = set(tokenizer.all_special_ids)
     text = Text()
@@ -116,7 +116,7 @@ def _piece(tokenizer: Any, token: int) -> str:
     return text.replace("\n", "⏎\n")
 
 
-def _parts(group: Group) -> list[tuple[str, tuple[int, ...]]]:
+def _parts(group: Group) -> list[tuple[str, TokenIds]]:
     """Role and ids of each part of a group, the prompt first."""
     roles = {}
     for chosen, rejected in group.pairs:
@@ -138,7 +138,7 @@ def _ends(tokenizer: Any, group: Group) -> str:
     return f"{_bos(tokenizer, group.prompt_ids)}; {ends}{_scores(group.responses)}"
 
 
-def _bos(tokenizer: Any, prompt_ids: Sequence[int]) -> str:
+def _bos(tokenizer: Any, prompt_ids: TokenIds) -> str:
     if tokenizer.bos_token_id is None:
         return "no BOS"
     count = list(prompt_ids).count(tokenizer.bos_token_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from prefopt.types import Group
 
 
 class GroupSource(Protocol):
-    """An indexable set of groups that knows its lengths without reading tokens (`data.TokenSet`)."""
+    """An indexable set of groups that knows all but their tokens without reading (`data.TokenSet`)."""
 
     @property
     def prompt_lengths(self) -> np.ndarray:
@@ -43,12 +44,21 @@ class GroupSource(Protocol):
 
     def group(self, index: int) -> Group: ...
 
+    def pairs(self, index: int) -> tuple[tuple[int, int], ...]:
+        """`Group.pairs` of a row."""
+        ...
+
+    def samples(self, index: int) -> tuple[bool, ...]:
+        """`Group.samples` of a row."""
+        ...
+
 
 class GroupList:
     """Groups in memory as a `GroupSource`, of any number of responses each."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = tuple(groups)
+        source = object()  # this list's name: equal to no other's, however alike
+        self.groups = tuple(replace(g, source_row=(source, i)) for i, g in enumerate(groups))
         self.prompt_lengths = np.array([len(g.prompt_ids) for g in self.groups])
         self.response_lengths = [np.array([len(r.ids) for r in g.responses]) for g in self.groups]
         self.rewards = _or_nan([g.responses[0].score for g in self.groups])
@@ -56,13 +66,27 @@ class GroupList:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr(self.groups).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for group in self.groups:
+            labels = [
+                (len(r.ids), r.score, r.version, r.logps, r.advantage) for r in group.responses
+            ]
+            digest.update(repr((group.id, len(group.prompt_ids), group.pairs, labels)).encode())
+            ids = [group.prompt_ids, *(r.ids for r in group.responses)]
+            digest.update(np.concatenate(ids).tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def group(self, index: int) -> Group:
         return self.groups[index]
+
+    def pairs(self, index: int) -> tuple[tuple[int, int], ...]:
+        return self.groups[index].pairs
+
+    def samples(self, index: int) -> tuple[bool, ...]:
+        return self.groups[index].samples
 
 
 def _or_nan(values: Sequence[float | None]) -> np.ndarray:

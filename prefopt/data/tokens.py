@@ -92,16 +92,17 @@ class TokenStore:
 
     def group(self, row: int) -> Group:
         start, lengths = int(self.starts[row]), self.lengths[row]
-        ids = self.tokens[start : start + int(lengths.sum())].tolist()
+        # A copy, once a row: what happens to the file later does not reach groups that were read.
+        ids = np.array(self.tokens[start : start + int(lengths.sum())])
         ends = lengths.cumsum().tolist()
         scores = [None if np.isnan(score) else float(score) for score in self.scores[row]]
         advantage = None if np.isnan(self.advantages[row]) else float(self.advantages[row])
         responses = [
-            Response(tuple(ids[begin:end]), score, advantage=advantage)
+            Response(ids[begin:end], score, advantage=advantage)
             for begin, end, score in zip(ends, ends[1:], scores, strict=False)
         ]
-        pairs = ((0, 1),) if len(responses) == 2 else ()
-        return Group(self.ids[row], tuple(ids[: ends[0]]), tuple(responses), pairs)
+        pairs, source_row = pairs_among(len(responses)), (self.fingerprint, row)
+        return Group(self.ids[row], ids[: ends[0]], tuple(responses), pairs, source_row)
 
     def rejects(self) -> Iterator[dict[str, Any]]:
         """Refused rows: id, file, row, reason, lengths, detail."""
@@ -146,6 +147,14 @@ class TokenSet:
         start = int(self._ends[part]) - len(self._rows[part])
         return self.stores[part].group(int(self._rows[part][index - start]))
 
+    def pairs(self, index: int) -> tuple[tuple[int, int], ...]:
+        """As of the group at ``index``."""
+        return pairs_among(self.response_lengths.shape[1])
+
+    def samples(self, index: int) -> tuple[bool, ...]:
+        """As of the group at ``index``: all of a row that is no pair."""
+        return (not self.pairs(index),) * self.response_lengths.shape[1]
+
     def __iter__(self) -> Iterator[Group]:
         return map(self.group, range(len(self)))
 
@@ -181,6 +190,11 @@ class TokenSet:
             getattr(store, name)[rows] for store, rows in zip(self.stores, self._rows, strict=True)
         ]
         return np.concatenate(parts)
+
+
+def pairs_among(num_responses: int) -> tuple[tuple[int, int], ...]:
+    """The pairs of a tokenised row: two responses are chosen and rejected, one is a sample."""
+    return ((0, 1),) if num_responses == 2 else ()
 
 
 def count_rejects(stores: Sequence[TokenStore]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from prefopt.errors import EngineError, ModelError
 from prefopt.model.adapters import check_loaded_adapter, load_saved_adapter, saved_tensors
-from prefopt.model.attention.reference import PACKED_ATTENTION
+from prefopt.model.attention import is_packed
 from prefopt.model.load import load_base
 from prefopt.model.logps import unwrap_causal_lm
 from prefopt.model.source import resolve_source
@@ -51,7 +51,7 @@ def prepared_for_generation(model: Any) -> Any:
     causal_lm = unwrap_causal_lm(model)
     if getattr(causal_lm, "is_gradient_checkpointing", False):
         causal_lm.gradient_checkpointing_disable()
-    if causal_lm.config._attn_implementation == PACKED_ATTENTION:
+    if is_packed(causal_lm.config._attn_implementation):
         _set_ordinary_attention(causal_lm)
     # `generate` fills what our configuration leaves open from this one: a repetition penalty, forced tokens
     causal_lm.generation_config = GenerationConfig()

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from prefopt import errors
 from prefopt.engines.base import Completion, PolicyFiles, Request, SamplingSpec
 from prefopt.engines.child import clean_environment, describe_exit, kill_group, log_tail
+from prefopt.engines.start import InTraining, Started, Task, engine
 from prefopt.errors import EngineError
-from prefopt.recipe.schema import ModelSection, PeftSection
+from prefopt.recipe.schema import HFSection, ModelSection, PeftSection
 
 if TYPE_CHECKING:
     from prefopt.engines.hf import HFEngine
@@ -67,6 +68,52 @@ class HFSource:
             dtype=getattr(torch, self.dtype) if self.dtype else None,
             timeout_s=self.timeout_s,
         )
+
+
+@engine("hf", source="transformers' generate")
+def start_hf(section: HFSection, task: Task) -> Started:
+    """In this process on the weights in training or on its own, or in a process beside training."""
+    import torch
+
+    from prefopt.engines.hf import HFEngine
+
+    training, device = task.training, section.device or task.device
+    if training is not None and training.separate_process:
+        return Started(_beside(section, task, training, device), None)
+    dtype = None if section.dtype == "auto" else getattr(torch, section.dtype)
+    common: Any = {
+        "pad_id": task.pad_id,
+        "batch_size": section.batch_size,
+        "dtype": dtype,
+        "timeout_s": section.timeout_s,
+    }
+    if training is None:
+        loaded = HFEngine.load(task.model, None, seed=0, device=device, **common)
+        return Started(loaded, loaded.context)
+    sharing = HFEngine.sharing(
+        training.policy.model, share_trainable=training.share_trainable, **common
+    )
+    return Started(sharing, sharing.context)
+
+
+def _beside(section: HFSection, task: Task, training: InTraining, device: str) -> ProcessEngine:
+    source = HFSource(
+        task.model,
+        task.pad_id,
+        peft=training.peft,
+        seed=training.seed,
+        device=device,
+        dtype=None if section.dtype == "auto" else section.dtype,
+        batch_size=section.batch_size,
+        timeout_s=section.timeout_s,
+        cpus=section.cpus,
+    )
+    return ProcessEngine(
+        source,
+        log_dir=task.log_dir,
+        startup_timeout_s=section.startup_timeout_s,
+        max_restarts=section.max_restarts,
+    )
 
 
 class _ChildDied(Exception):

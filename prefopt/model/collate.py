@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from prefopt.types import Group, Response, ResponseBatch
+from prefopt.types import Group, Response, ResponseBatch, TokenIds
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def response_mask(batch: ResponseBatch) -> Tensor:
 
 
 def make_batch(groups: Sequence[Group]) -> ResponseBatch:
-    """A batch of groups with their labels and samplers' log-probs; the reference's are filled in later."""
+    """A batch of groups with their labels and samplers' log-probs."""
     groups = tuple(groups)
     responses = [response for group in groups for response in group.responses]
     sizes = torch.tensor([len(group.responses) for group in groups])
@@ -118,68 +119,70 @@ def _behavior_logps(responses: Sequence[Response]) -> Tensor:
 
 def pack(groups: Sequence[Group]) -> TokenLayout:
     """Prefix-shared layout of ``groups``: (1, L) with L = Σ prompt + Σ (response - 1)."""
-    ids: list[int] = []
-    positions: list[int] = []
-    predict: list[int] = []
-    targets: list[int] = []
-    spans: list[GroupSpan] = []
+    inputs, positions, predict, targets, spans = [], [], [], [], []
+    start = 0
     for group in groups:
-        start, prompt = len(ids), len(group.prompt_ids)
-        ids += group.prompt_ids
-        positions += range(prompt)
-        for response in group.responses:
-            branch = len(response.ids) - 1
+        prompt, branches = len(group.prompt_ids), tuple(len(r.ids) - 1 for r in group.responses)
+        spans.append(GroupSpan(start, prompt, branches))
+        inputs.append(group.prompt_ids)
+        positions.append(np.arange(prompt))
+        last, start = start + prompt - 1, start + prompt
+        for response, branch in zip(group.responses, branches, strict=True):
+            inputs.append(response.ids[:-1])
+            positions.append(np.arange(prompt, prompt + branch))
             # The last prompt token predicts the first token of every branch.
-            predict += [start + prompt - 1, *range(len(ids), len(ids) + branch)]
-            targets += response.ids
-            ids += response.ids[:-1]
-            positions += range(prompt, prompt + branch)
-        spans.append(GroupSpan(start, prompt, tuple(len(r.ids) - 1 for r in group.responses)))
-    return _layout(groups, [ids], [positions], predict, targets, spans=tuple(spans))
+            predict += [[last], np.arange(start, start + branch)]
+            targets.append(response.ids)
+            start += branch
+    row = joined(inputs)[None], joined(positions)[None]
+    return _layout(groups, *row, predict, targets, spans=tuple(spans))
 
 
 def pad(groups: Sequence[Group], *, pad_id: int = 0) -> TokenLayout:
     """Plain layout of ``groups``: one right-padded row a response, each with its own copy of the prompt."""
-    rows = [
-        (len(group.prompt_ids), [*group.prompt_ids, *response.ids])
-        for group in groups
-        for response in group.responses
-    ]
-    width = max(len(row) for _, row in rows) - 1
+    rows = [(group.prompt_ids, response.ids) for group in groups for response in group.responses]
+    width = max(len(prompt) + len(response) for prompt, response in rows) - 1
+    inputs = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
     predict, targets = [], []
-    for index, (prompt, row) in enumerate(rows):
-        predict += range(index * width + prompt - 1, index * width + len(row) - 1)
-        targets += row[prompt:]
-    inputs = [row[:-1] + [pad_id] * (width - len(row) + 1) for _, row in rows]
-    mask = [[1] * (len(row) - 1) + [0] * (width - len(row) + 1) for _, row in rows]
-    positions = [list(range(width))] * len(rows)
-    return _layout(groups, inputs, positions, predict, targets, attention_mask=torch.tensor(mask))
+    for index, (prompt, response) in enumerate(rows):
+        stop = len(prompt) + len(response) - 1
+        inputs[index, :stop] = joined([prompt, response[:-1]])
+        mask[index, :stop] = 1
+        predict.append(np.arange(index * width + len(prompt) - 1, index * width + stop))
+        targets.append(response)
+    positions = torch.arange(width).repeat(len(rows), 1)
+    return _layout(groups, inputs, positions, predict, targets, attention_mask=mask)
 
 
 def _layout(
     groups: Sequence[Group],
-    inputs: list[list[int]],
-    positions: list[list[int]],
-    predict: list[int],
-    targets: list[int],
+    inputs: Tensor,
+    positions: Tensor,
+    predict: Sequence[TokenIds],
+    targets: Sequence[TokenIds],
     *,
     spans: tuple[GroupSpan, ...] | None = None,
     attention_mask: Tensor | None = None,
 ) -> TokenLayout:
     lengths = [len(response.ids) for group in groups for response in group.responses]
     width = max(lengths)
-    slots = [row * width + column for row, length in enumerate(lengths) for column in range(length)]
     return TokenLayout(
-        input_ids=torch.tensor(inputs),
-        position_ids=torch.tensor(positions),
-        predict=torch.tensor(predict),
-        targets=torch.tensor(targets),
-        slots=torch.tensor(slots),
+        input_ids=inputs,
+        position_ids=positions,
+        predict=joined(predict),
+        targets=joined(targets),
+        slots=joined([row * width + np.arange(length) for row, length in enumerate(lengths)]),
         num_rows=len(lengths),
         width=width,
         spans=spans,
         attention_mask=attention_mask,
     )
+
+
+def joined(parts: Sequence[TokenIds]) -> Tensor:
+    """Integers one after the other, as the (n,) int64 that torch indexes with."""
+    return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
 
 
 def pair_index(groups: tuple[Group, ...]) -> Tensor:

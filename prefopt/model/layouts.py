@@ -1,7 +1,7 @@
 """Which token layout a model runs in, decided by trying it and said aloud, never silently.
 
 A wrong attention mask, or an LM head with a step this project does not know, gives log-probs that look
-plausible. So the engine is compared with the model's own forward on a few tokens before it is used.
+plausible. So it is compared with the model's own forward on a few tokens before it is used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.errors import ModelError
-from prefopt.model.collate import pack, pad
+from prefopt.model.collate import joined, pack, pad
 from prefopt.model.logps import LogpModel, unwrap_causal_lm
 from prefopt.types import Group, Response
 
@@ -40,7 +40,7 @@ def log_ratio_tolerance(model: nn.Module, precision: str) -> float:
 
 
 def build_logp_model(model: nn.Module, layout: str = "auto") -> LogpModel:
-    """The log-prob engine of a loaded model in the layout asked for, checked against its own forward.
+    """The log-prob model of a loaded policy in the layout asked for, checked against its own forward.
 
     Args:
         model: causal LM or PEFT model, not yet wrapped by DDP, DeepSpeed or FSDP.
@@ -77,7 +77,7 @@ def _why_not_packed(model: nn.Module) -> str | None:
 
 
 def _disagreement(model: nn.Module, packed: bool) -> str | None:
-    """Why the engine's log-probs differ from the model's own forward on probe groups; None if they agree."""
+    """Why our log-probs differ from the model's own forward on probe groups; None if they agree."""
     causal_lm = unwrap_causal_lm(model)
     attention = causal_lm.config._attn_implementation
     was_training = model.training
@@ -86,9 +86,9 @@ def _disagreement(model: nn.Module, packed: bool) -> str | None:
         model.eval()
         with torch.no_grad():
             want = _own_logps(causal_lm, groups)
-            engine = LogpModel(model, packed=packed)
+            ours = LogpModel(model, packed=packed)
             layout = pack(groups) if packed else pad(groups)
-            got = engine(layout.to(want.device)).flatten()[layout.slots.to(want.device)]
+            got = ours(layout.to(want.device)).flatten()[layout.slots.to(want.device)]
     except (ModelError, TypeError, NotImplementedError, IndexError) as error:
         # TypeError: a decoder that takes no extra keywords or position ids.
         return f"{type(error).__name__}: {error}"
@@ -118,7 +118,7 @@ def _own_logps(causal_lm: Any, groups: list[Group]) -> Tensor:
     parts = []
     for group in groups:
         for response in group.responses:
-            ids = torch.tensor([[*group.prompt_ids, *response.ids]], device=device)
+            ids = joined([group.prompt_ids, response.ids])[None].to(device)
             logits = causal_lm(input_ids=ids, use_cache=False).logits[
                 0, len(group.prompt_ids) - 1 : -1
             ]

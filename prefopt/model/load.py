@@ -35,7 +35,7 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model"
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A policy ready for the log-prob engine."""
+    """A policy ready for `prefopt.model.logps.LogpModel`."""
 
     model: PreTrainedModel | PeftModel
     weights_hash: str

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prefopt.errors import ModelError
-from prefopt.model.attention.reference import PACKED_ATTENTION, PackedMasks
+from prefopt.model.attention import load_kernel
 from prefopt.model.collate import TokenLayout
 
 # Logits of one chunk, in elements: small enough for a CPU's caches, large enough to keep a GPU busy.
@@ -64,15 +64,24 @@ class LogpModel(nn.Module):
         model: a transformers causal LM, or a PEFT model around one.
         packed: take packed layouts (True) or padded ones (False).
         temperature: divides the logits, as a sampler would; 1 scores the model itself.
+        kernel: of packed attention, by its name in `prefopt.model.attention`.
     """
 
-    def __init__(self, model: nn.Module, *, packed: bool = True, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        packed: bool = True,
+        temperature: float = 1.0,
+        kernel: str = "reference",
+    ) -> None:
         super().__init__()
         self.model = model
         self.packed = packed
         causal_lm = self.causal_lm
         if packed:
-            causal_lm.set_attn_implementation(PACKED_ATTENTION)
+            self._kernel, implementation = load_kernel(kernel)
+            causal_lm.set_attn_implementation(implementation)
         text_config = causal_lm.config.get_text_config(decoder=True)
         self.transform = LogitTransform.of(text_config)
         self.temperature = temperature
@@ -112,7 +121,7 @@ class LogpModel(nn.Module):
             )
         extra: dict[str, Any] = {"attention_mask": layout.attention_mask}
         if layout.packed:
-            extra["packed_masks"] = PackedMasks(layout)
+            extra["packed_masks"] = self._kernel.prepare(layout)
         decoder = self.causal_lm.get_decoder()
         output = decoder(
             input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **extra

@@ -6,16 +6,13 @@ gradient.
 """
 
 from collections.abc import Mapping
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
-FlipProbability = Annotated[float, Field(ge=0, lt=0.5)]
 """Share of pairs whose label is wrong. At one half a label says nothing, beyond it the opposite."""
 
 

@@ -7,7 +7,6 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from prefopt.objectives._terms import (
-    FlipProbability,
     log_ratio_sums,
     logistic_loss,
     pair_margin,
@@ -15,6 +14,7 @@ from prefopt.objectives._terms import (
     response_sums,
 )
 from prefopt.recipe.registry import Need, objective
+from prefopt.recipe.section import FlipProbability
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 Fraction = Annotated[float, Field(ge=0, le=1)]

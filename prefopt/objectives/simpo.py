@@ -3,13 +3,13 @@
 from pydantic import NonNegativeFloat, PositiveFloat
 
 from prefopt.objectives._terms import (
-    FlipProbability,
     logistic_loss,
     pair_margin,
     pair_output,
     response_means,
 )
 from prefopt.recipe.registry import Need, objective
+from prefopt.recipe.section import FlipProbability
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 

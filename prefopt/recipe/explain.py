@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args
-
-from pydantic import BaseModel
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from prefopt.errors import suggest
-from prefopt.recipe.schema import PeftSection, Recipe
+from prefopt.recipe.entries import MISSING_NAME, UNKNOWN_NAME
+from prefopt.recipe.walk import Schema, document_string, known_keys, owners, sections
 from prefopt.recipe.yaml_file import Document, KeyPath
 
 # Keys people bring from other tools or from papers, with what to write here.
@@ -84,60 +84,80 @@ def show_value(value: Any) -> str:
         return repr(value)
 
 
-def explain(item: Mapping[str, Any], document: Document, known: Iterable[str] = ()) -> str:
-    """One sentence or two for one pydantic error.
+@dataclass(frozen=True)
+class Written:
+    """Values as someone wrote them, the schema they are to fit, and where they stand."""
 
-    Args:
-        item: an entry of ``ValidationError.errors()``, its ``loc`` counted from the recipe's root.
-        document: the recipe as written, for line numbers.
-        known: keys valid where the error is, if the recipe schema does not know them (objectives).
-    """
+    schema: Schema
+    raw: Any
+    document: Document
+    """For line numbers."""
+    place: KeyPath = ()
+    """Where ``raw`` stands in the document."""
+    also: frozenset[str] = frozenset()
+    """Keys beside those of the schema that are read by someone else."""
+
+
+def explain(item: Mapping[str, Any], written: Written) -> str:
+    """One sentence or two for one entry of ``ValidationError.errors()``."""
     path: KeyPath = tuple(item["loc"])
-    key = ".".join(map(str, path))
-    where = document.origin(path)
-    if item["type"] == "extra_forbidden":
-        return f"{where}{key}: unknown key; {_hint(path, set(known) or _known_keys(path))}"
-    if item["type"] == "missing":
-        doc = document_string(path)
-        return f"{where}{key} is missing{': ' + doc if doc else ''}"
-    value = item["input"]
+    key = ".".join(map(str, (*written.place, *path)))
+    where = f"{written.document.origin((*written.place, *path))}{key}"
+    kind, value = item["type"], item["input"]
     shown = "" if isinstance(value, dict | list | tuple) else f" = {show_value(value)}"
-    template = REQUIREMENTS.get(item["type"])
+    if kind == "extra_forbidden":
+        belongs = _belongs(path, key, written)
+        return (
+            f"{where}{shown}: {belongs}"
+            if belongs
+            else f"{where}: unknown key; {_hint(path, written)}"
+        )
+    if kind == "missing":
+        doc = document_string(written.schema, path, written.raw)
+        said = [*_of_choice(path, key, written), *([doc] if doc else [])]
+        return f"{where} is missing{': ' + ' '.join(said) if said else ''}"
+    if kind == MISSING_NAME:
+        return f"{where} {item['msg']}"
+    if kind == UNKNOWN_NAME:
+        return f"{where}{shown}: {item['msg']}"
+    template = REQUIREMENTS.get(kind)
     required = template.format(**item.get("ctx", {})) if template else _lower(item["msg"])
-    return f"{where}{key}{shown}: {required}{_remedy(item)}{_what_it_is(path)}"
+    return f"{where}{shown}: {required}{_remedy(item)}{_what_it_is(path, written)}"
 
 
-def document_string(path: KeyPath) -> str | None:
-    """The documentation of a key of the schema, on one line; None for a key it does not have."""
-    section = _section(path)
-    field = section.model_fields.get(str(path[-1])) if section else None
-    return " ".join(field.description.split()) if field and field.description else None
+def _belongs(path: KeyPath, key: str, written: Written) -> str | None:
+    """Whose key this is, where another name of its section would have it."""
+    found = owners(written.schema, path, written.raw)
+    if found is None:
+        return None
+    chosen, names = found
+    name = f"{key.rpartition('.')[0]}.name"
+    wanted = " or ".join(map(repr, names))
+    return f"belongs to {name} = {wanted}, and {name} is {chosen!r}. Leave it out, or choose another name"
 
 
-def sections(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every section of the schema as ``(dotted name, class)``; list items are written ``N``."""
-    yield prefix, model
-    for name, field in model.model_fields.items():
-        inner = _section_class(field.annotation)
-        if inner is not None:
-            item = ".N" if "tuple" in str(field.annotation) else ""
-            yield from sections(inner, f"{prefix}.{name}{item}".lstrip("."))
+def _of_choice(path: KeyPath, key: str, written: Written) -> list[str]:
+    """Which name of the section asks for this key, where another would not."""
+    found = owners(written.schema, path, written.raw)
+    return [] if found is None else [f"{key.rpartition('.')[0]}.name = {found[0]!r} needs it."]
 
 
-def _hint(path: KeyPath, known: set[str]) -> str:
+def _hint(path: KeyPath, written: Written) -> str:
     """What to write instead of an unknown key: a renamed one, the nearest here, or one elsewhere."""
     name = str(path[-1])
+    known = known_keys(written.schema, path, written.raw)
+    known |= written.also if len(path) == 1 else set()
     if name in RENAMED:
         return RENAMED[name]
     if difflib.get_close_matches(name, known, n=1, cutoff=0.75):
         return suggest(name, known)
     elsewhere: dict[str, list[str]] = {}
-    for dotted, section in sections():
+    for dotted, section in sections(written.schema):
         for field in section.model_fields:
             elsewhere.setdefault(field, []).append(f"{dotted}.{field}".lstrip("."))
     near = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.85)
     if near:
-        return f"did you mean {' or '.join(elsewhere[near[0]])}?"
+        return f"did you mean {' or '.join(dict.fromkeys(elsewhere[near[0]]))}?"
     return suggest(name, known)
 
 
@@ -170,37 +190,13 @@ def _choices(item: Mapping[str, Any]) -> list[str]:
     return [choice.strip("'") for choice in expected.split(", ")]
 
 
-def _what_it_is(path: KeyPath) -> str:
+def _what_it_is(path: KeyPath, written: Written) -> str:
     """The first sentence of the key's documentation, with a leading space, where it has one."""
-    doc = document_string(path)
+    doc = document_string(written.schema, path, written.raw)
     if not doc:
         return ""
     sentence = doc.split(". ")[0].rstrip(".…, ")
     return f" {sentence}."
-
-
-def _section(path: KeyPath) -> type[BaseModel] | None:
-    """The schema class of the section that holds the last key of ``path``."""
-    model: type[BaseModel] | None = Recipe
-    for part in path[:-1]:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part)
-        model = _section_class(field.annotation) if field else None
-        if model is None:
-            return None
-    return model
-
-
-def _section_class(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for a in get_args(annotation) if (found := _section_class(a))), None)
-
-
-def _known_keys(path: KeyPath) -> set[str]:
-    section = _section(path)
-    return set(section.model_fields) if section and section is not PeftSection else set()
 
 
 def _lower(message: str) -> str:

@@ -6,18 +6,21 @@ Nothing is described here: a key's text is the docstring under its field, a func
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import textwrap
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
 from prefopt.errors import ConfigError, suggest
-from prefopt.recipe.explain import sections, show_value
+from prefopt.recipe.explain import show_value
 from prefopt.recipe.registry import REGISTRIES, CreditSpec, Need, ObjectiveSpec, SignalSpec, Spec
 from prefopt.recipe.schema import Recipe, Section
+from prefopt.recipe.section import choice_name
+from prefopt.recipe.walk import Schema, is_choice, sections
 
 _WIDTH = 96
 
@@ -55,19 +58,55 @@ def registry_page(section: str, name: str | None = None) -> str:
     """
     registry = REGISTRIES[section]
     if name is None:
-        return "\n".join(_summary(registry.get(each)) for each in sorted(registry.names()))
-    spec = registry.get(name)
+        return "\n".join(_summary(registry.declared(each)) for each in sorted(registry.names()))
+    spec = registry.declared(name)
     return f"{_summary(spec)}\n\n{textwrap.indent(inspect.getdoc(spec.fn) or '', '  ')}"
 
 
 def _section_pages(schema: type[Section]) -> Iterator[tuple[str, str]]:
-    for name, section in sections(schema):
-        lines = [f"{name}: {_first_line(section)}" if name else _first_line(section)]
-        for key, field in section.model_fields.items():
-            dotted = f"{name}.{key}".lstrip(".")
-            lines.append(f"  {dotted}  {_kind(field)}")
-            lines.append(_wrapped(field.description or "", "      "))
+    for name, found in itertools.groupby(sections(schema), key=lambda each: each[0]):
+        members = list(dict.fromkeys(section for _, section in found))
+        if is_choice(members):
+            lines = _choice_lines(name, members)
+        else:
+            lines = [line for section in members for line in _section_lines(name, section)]
         yield name, "\n".join(line for line in lines if line.strip())
+
+
+def _section_lines(name: str, section: Schema) -> list[str]:
+    lines = [f"{name}: {_first_line(section)}" if name else _first_line(section)]
+    for key in section.model_fields:
+        lines += _key_lines(name, key, section)
+    return lines
+
+
+def _choice_lines(name: str, members: Sequence[Schema]) -> list[str]:
+    """The names to choose from, the keys that all of them have, then those of some."""
+    names = [choice_name(each) for each in members]
+    lines = [f"{name}: {_first_line(members[0].__bases__[0])}"]
+    lines.append(f"  {name}.name  {' | '.join(names)}, default {names[0]}")
+    lines += [
+        _wrapped(f"{n}: {' '.join((inspect.getdoc(m) or '').split())}", "      ")
+        for n, m in zip(names, members, strict=True)
+    ]
+    owners: dict[tuple[str, ...], dict[str, Schema]] = {}
+    for key, section in {key: each for each in members for key in each.model_fields}.items():
+        having = tuple(
+            n for n, each in zip(names, members, strict=True) if key in each.model_fields
+        )
+        owners.setdefault(having, {})[key] = section
+    for having, keys in sorted(owners.items(), key=lambda item: -len(item[0])):
+        if len(having) < len(members):
+            lines.append(f"  with {name}.name = {' | '.join(having)}:")
+        for key, section in keys.items():
+            lines += _key_lines(name, key, section) if key != "name" else []
+    return lines
+
+
+def _key_lines(name: str, key: str, section: Schema) -> list[str]:
+    field = section.model_fields[key]
+    dotted = f"{name}.{key}".lstrip(".")
+    return [f"  {dotted}  {_kind(field)}", _wrapped(field.description or "", "      ")]
 
 
 def _summary(spec: Spec) -> str:
@@ -106,19 +145,24 @@ def _kind(field: FieldInfo) -> str:
     return f"{kind}, default {default if isinstance(default, str) else show_value(default)}"
 
 
-def _type_name(annotation: Any, bounds: str = "") -> str:
-    """The type as a reader of YAML would put it, with its bounds."""
+def _type_name(annotation: Any, bounds: str = "", plural: bool = False) -> str:
+    """The type as a reader of YAML would put it, with its bounds; ``plural``: of several."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return " | ".join(map(str, arguments))
     if origin is tuple:
-        return f"list of {_type_name(arguments[0])}s"
+        return f"list of {_type_name(arguments[0], plural=True)}"
     if origin is typing.Annotated:
-        return _type_name(arguments[0], _bounds(arguments[1:]))
-    if arguments and origin is not dict:  # X | None
-        return " | ".join("null" if a is type(None) else _type_name(a, bounds) for a in arguments)
-    names = {int: "whole number", float: "number", bool: "true | false", str: "text"}
-    return f"{names.get(annotation, 'section')} {bounds}".strip()
+        return _type_name(arguments[0], _bounds(arguments[1:]) or bounds, plural)
+    if arguments and origin is not dict:  # X | None, or a choice of sections
+        parts = ["null" if a is type(None) else _type_name(a, bounds, plural) for a in arguments]
+        return " | ".join(dict.fromkeys(parts))
+    names = {int: "whole number", float: "number", str: "text"}
+    if annotation is bool:
+        return "true | false"
+    name = names.get(annotation, "section")
+    ending = "s" if plural and name != "text" else ""
+    return f"{name}{ending} {bounds}".strip()
 
 
 def _bounds(metadata: Iterable[Any]) -> str:

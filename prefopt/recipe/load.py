@@ -7,13 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from prefopt.errors import ConfigError, suggest
-from prefopt.recipe.explain import explain
-from prefopt.recipe.registry import REGISTRIES, Spec, get_objective
+from prefopt.errors import ConfigError
+from prefopt.recipe.explain import Written, explain
+from prefopt.recipe.registry import REGISTRIES
 from prefopt.recipe.schema import Recipe
 from prefopt.recipe.yaml_file import Document, KeyPath, apply_overrides, read_yaml
 
@@ -53,38 +53,66 @@ def draft_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Draft:
 
 def draft_document(document: Document, path: Path) -> Draft:
     """As `draft_recipe`, of a file that has been read; plugins are relative to ``path``."""
-    problems = list(document.problems)
-    broken: set[str] = set()
-    recipe: Recipe | None = None
+    from_plugins = plugin_problems(document, path)
+    found = validated(Recipe, document.raw, document)
+    broken = found.broken | (set(REGISTRIES) if from_plugins else set())
+    recipe = found.value or _sound_sections(document.raw, broken)
+    return Draft(
+        recipe,
+        document,
+        (*document.problems, *found.problems, *from_plugins),
+        frozenset(broken),
+    )
+
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Validated(Generic[AnyModel]):
+    """What became of some values: an object, or what is wrong with them."""
+
+    value: AnyModel | None
+    problems: tuple[str, ...] = ()
+    broken: frozenset[str] = frozenset()
+    """Keys of the schema with a problem."""
+
+
+def validated(
+    schema: type[AnyModel],
+    raw: Any,
+    document: Document | None = None,
+    *,
+    place: KeyPath = (),
+    also: frozenset[str] = frozenset(),
+) -> Validated[AnyModel]:
+    """The values as an object of their schema, or every problem as a sentence with its line.
+
+    Args:
+        schema: of a recipe, a section, a pipeline, …
+        raw: the values.
+        document: where they were written, for line numbers.
+        place: where in it.
+        also: keys beside the schema's that someone else reads, for suggestions.
+    """
+    written = Written(schema, raw, document or Document({}), place, also)
     try:
-        recipe = Recipe.model_validate(document.raw)
+        return Validated(schema.model_validate(raw))
     except ValidationError as error:
         items = _without_noise(error.errors())
-        problems += [explain(item, document) for item in items]
-        broken |= {str(item["loc"][0]) for item in items}
-    problems += (from_plugins := plugin_problems(document, path))
-    for section in REGISTRIES:
-        section_problems = _named_problems(document, section)
-        if section_problems or from_plugins:
-            broken.add(section)
-        problems += section_problems
-    if recipe is None:
-        recipe = _sound_sections(document.raw, broken)
-    return Draft(recipe, document, tuple(problems), frozenset(broken))
+        broken = frozenset(str(item["loc"][0]) for item in items if item["loc"])
+        return Validated(None, tuple(explain(item, written) for item in items), broken)
 
 
-def objective_schema(name: str) -> type[BaseModel]:
-    """The pydantic model of an objective's hyper-parameters, made from its keyword-only signature.
-
-    Raises: ConfigError for an unknown name.
-    """
-    return _schema(get_objective(name))
-
-
-def _schema(spec: Spec, extra: Mapping[str, Any] | None = None) -> type[BaseModel]:
-    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    fields: Any = {**spec.fields, **(extra or {})}
-    return create_model(f"{spec.name}_hyperparameters", __config__=config, **fields)
+def load_settings(
+    schema: type[AnyModel], document: Document, source: Path | str | None
+) -> AnyModel:
+    """The settings of a whole document. Raises: ConfigError with every problem and its line."""
+    found = validated(schema, document.raw, document)
+    if document.problems or found.value is None:
+        problems = [*document.problems, *found.problems]
+        raise ConfigError(problems, source=str(source) if source else None)
+    return found.value
 
 
 def _sound_sections(raw: Mapping[str, Any], broken: set[str]) -> Recipe:
@@ -92,7 +120,7 @@ def _sound_sections(raw: Mapping[str, Any], broken: set[str]) -> Recipe:
     sound = {}
     for name, field in Recipe.model_fields.items():
         if name in raw and name not in broken:
-            annotation: Any = field.annotation
+            annotation: Any = Annotated[(field.annotation, *field.metadata, field)]
             sound[name] = TypeAdapter(annotation).validate_python(raw[name])
     return Recipe.model_construct(**sound)
 
@@ -106,56 +134,6 @@ def _without_noise(items: Sequence[Any]) -> list[Any]:
         if item["type"] != "too_short"
         or not any(p[: len(item["loc"])] == item["loc"] != p for p in paths)
     ]
-
-
-# What a recipe may say of an entry beside its own hyper-parameters.
-_SHARED_KEYS: dict[str, dict[str, Any]] = {"signals": {"weight": (float, 1.0)}}
-
-
-def _named_problems(document: Document, section: str) -> list[str]:
-    """What is wrong with the entries of ``objective``, ``credit`` or ``signals``: names and their keys."""
-    found = document.raw.get(section)
-    if isinstance(found, dict):
-        return entry_problems(document, (section,), found, section)
-    items = found if isinstance(found, list) else []  # another type the schema has already reported
-    return [
-        problem
-        for index, item in enumerate(items)
-        if isinstance(item, dict)
-        for problem in entry_problems(document, (section, index), item, section)
-    ]
-
-
-def entry_problems(
-    document: Document, path: KeyPath, entry: Mapping[str, Any], section: str
-) -> list[str]:
-    """What is wrong with one named entry: unknown name; unknown, missing, mistyped or out-of-bound key.
-
-    Args:
-        document: as written, for line numbers.
-        path: of the entry in it.
-        entry: its ``name`` and keys.
-        section: a key of `prefopt.recipe.registry.REGISTRIES`.
-    """
-    registry, key = REGISTRIES[section], ".".join(map(str, path))
-    known, name = registry.names(), entry.get("name")
-    if name is None:
-        return [f"{document.origin(path)}{key}.name is missing. Known: {', '.join(sorted(known))}."]
-    if not isinstance(name, str) or name not in known:
-        where = document.origin((*path, "name"))
-        return [f"{where}{key}.name = {name!r}: unknown; {suggest(str(name), known)}"]
-    try:
-        schema = _schema(registry.get(name), _SHARED_KEYS.get(section))
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        return []  # signatures live beside torch code; structure is checked all the same without it
-    try:
-        schema.model_validate({key: value for key, value in entry.items() if key != "name"})
-    except ValidationError as error:
-        items = [{**item, "loc": (*path, *item["loc"])} for item in error.errors()]
-        return [explain(item, document, {*schema.model_fields, "name"}) for item in items]
-    return []
 
 
 def plugin_problems(document: Document, file: Path) -> list[str]:

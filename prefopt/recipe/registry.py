@@ -1,4 +1,4 @@
-"""Names of objectives, signals and credits, where they live and what they need; torch-free until looked up.
+"""Names of objectives, signals and credits, where they live and what they need; torch-free until one is called.
 
 Adding one is a function, one line in its table here and one row of reference values in its test. The
 keyword-only signature of the function *is* its YAML schema.
@@ -11,10 +11,11 @@ import importlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from prefopt.errors import ConfigError, suggest
+from prefopt.recipe.declared import is_declaration, run_declaration
 
 
 class Need(enum.Enum):
@@ -54,6 +55,9 @@ class Spec:
         }
 
 
+AnySpec = TypeVar("AnySpec", bound=Spec)
+
+
 @dataclass(frozen=True)
 class ObjectiveSpec(Spec):
     """A loss: the pure function, what it needs, and where its maths comes from."""
@@ -84,14 +88,41 @@ class SignalSpec(Spec):
 
 
 @dataclass(frozen=True)
-class BoundObjective:
+class Bound(Generic[AnySpec]):
+    """A named entry of a recipe, validated: what it names, and its hyper-parameters."""
+
+    spec: AnySpec = field(compare=False)
+    """As declared: `fn` may have no body; call `Bound.fn`."""
+    params: Mapping[str, Any] = field(compare=False)
+    """The hyper-parameters that were given, as the signature has them."""
+    given: Mapping[str, Any]
+    """``name`` and keys as they were written: what run.json and hashes of settings hold."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def fn(self) -> Callable[..., Any]:
+        """The registered function itself; its module is imported now."""
+        raise NotImplementedError
+
+    def value(self, key: str) -> Any:
+        """A hyper-parameter as it will be used: the given one, else the default; None for one it does not have."""
+        _, default = self.spec.fields.get(key, (None, None))
+        return self.params.get(key, default)
+
+
+@dataclass(frozen=True)
+class BoundObjective(Bound[ObjectiveSpec]):
     """An objective with its hyper-parameters filled in: what the trainer calls."""
 
-    spec: ObjectiveSpec
-    params: Mapping[str, Any]
+    @property
+    def fn(self) -> Callable[..., Any]:
+        return get_objective(self.name).fn
 
     def __call__(self, lp: Any) -> Any:
-        return self.spec.fn(lp, **self.params)
+        return self.fn(lp, **self.params)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -107,6 +138,38 @@ class BoundObjective:
         return reads_samples(self.needs)
 
 
+@dataclass(frozen=True)
+class BoundCredit(Bound[CreditSpec]):
+    """A credit rule with its hyper-parameters filled in."""
+
+    @property
+    def fn(self) -> Callable[..., Any]:
+        return get_credit(self.name).fn
+
+    def __call__(self, scores: Any) -> Any:
+        return self.fn(scores, **self.params)
+
+
+@dataclass(frozen=True)
+class BoundSignal(Bound[SignalSpec]):
+    """A signal with its hyper-parameters filled in; nothing is loaded before `fn` is called."""
+
+    @property
+    def fn(self) -> Callable[..., Any]:
+        return get_signal(self.name).fn
+
+    @property
+    def weight(self) -> float:
+        """Of its score in the reward."""
+        return float(self.given.get("weight", 1.0))
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the prompt data that it reads."""
+        found = [self.value(key) for key in self.spec.needs_fields]
+        return [name for name in found if isinstance(name, str)]
+
+
 def needs_with(spec: ObjectiveSpec, params: Mapping[str, Any]) -> frozenset[Need]:
     """What an objective needs with these hyper-parameters, defaults filled in."""
     defaults = {name: default for name, (_, default) in spec.fields.items()}
@@ -120,24 +183,27 @@ def reads_samples(needs: frozenset[Need]) -> bool:
     return bool(needs & labels) and not needs & {Need.PAIRS, Need.SAMPLES, Need.BEHAVIOR}
 
 
-AnySpec = TypeVar("AnySpec", bound=Spec)
-
-
 class Registry(Generic[AnySpec]):
     """Specs by name: those of a table, imported when first looked up, and those user code registers.
 
     Args:
         key: the recipe key that holds the name, for error messages.
         table: name -> module that defines it.
+        decorator: what registers its entries, where `declared` may read them without importing them.
     """
 
-    def __init__(self, key: str, table: Mapping[str, str]) -> None:
+    def __init__(self, key: str, table: Mapping[str, str], decorator: str | None = None) -> None:
         self.key = key
         self.table = table
+        self.decorator = decorator
         self._specs: dict[str, AnySpec] = {}
+        self._declared: dict[str, AnySpec] = {}
 
     def add(self, spec: AnySpec) -> None:
         """Registers ``spec``; ValueError if another function already has its name."""
+        if is_declaration(spec.fn):
+            self._declared[spec.name] = spec
+            return
         known = self._specs.get(spec.name)
         mine = (spec.fn.__module__, spec.fn.__qualname__)
         if known is not None and (known.fn.__module__, known.fn.__qualname__) != mine:
@@ -153,6 +219,14 @@ class Registry(Generic[AnySpec]):
         if name not in self._specs:
             raise ConfigError(f"{self.key} = {name!r}: unknown; {suggest(name, self.names())}")
         return self._specs[name]
+
+    def declared(self, name: str) -> AnySpec:
+        """As `get`, but of an entry of the table only what its module declares is read: its ``fn`` has no body."""
+        unread = name not in self._specs and name not in self._declared
+        if unread and self.decorator is not None and name in self.table:
+            run_declaration(self.table[name], name, self.decorator)
+        found = self._specs.get(name) or self._declared.get(name)
+        return self.get(name) if found is None else found
 
     def names(self) -> set[str]:
         """Every name a recipe may use: the built-in table and whatever user code registered."""
@@ -221,9 +295,9 @@ SIGNALS: dict[str, str] = {
     "truncation_value": "prefopt.signals.penalties",
 }
 
-_OBJECTIVES: Registry[ObjectiveSpec] = Registry("objective.name", OBJECTIVES)
-_CREDITS: Registry[CreditSpec] = Registry("credit.name", CREDITS)
-_SIGNALS: Registry[SignalSpec] = Registry("signals.N.name", SIGNALS)
+_OBJECTIVES: Registry[ObjectiveSpec] = Registry("objective.name", OBJECTIVES, "objective")
+_CREDITS: Registry[CreditSpec] = Registry("credit.name", CREDITS, "credit")
+_SIGNALS: Registry[SignalSpec] = Registry("signals.N.name", SIGNALS, "signal")
 REGISTRIES: Mapping[str, Registry[Any]] = {
     "objective": _OBJECTIVES,
     "credit": _CREDITS,
@@ -307,9 +381,9 @@ def get_signal(name: str) -> SignalSpec:
 
 
 def bind_objective(section: Mapping[str, Any]) -> BoundObjective:
-    """The objective of a recipe's ``objective`` section (already validated) with its hyper-parameters."""
+    """The objective that code names itself, as a sound ``objective`` section would."""
     params = {key: value for key, value in section.items() if key != "name"}
-    return BoundObjective(get_objective(section["name"]), params)
+    return BoundObjective(_OBJECTIVES.declared(section["name"]), params, section)
 
 
 def objective_names() -> set[str]:

@@ -9,6 +9,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
+from prefopt.recipe.choices import (
+    CachedReferenceSection,
+    Engine,
+    EngineSection,
+    HFSection,
+    ModelReference,
+    OfflineSection,
+    Reference,
+    ReferenceSection,
+    Regime,
+    RegimeSection,
+    RolloutsSection,
+    VllmKeys,
+    VllmSection,
+    VllmServerSection,
+)
 from prefopt.recipe.data_schema import (
     ColumnMap,
     ConditionSection,
@@ -16,29 +32,43 @@ from prefopt.recipe.data_schema import (
     SamplingSection,
     SourceSection,
 )
-from prefopt.recipe.section import Fraction, NonNegativeFloat, PathText, Section
+from prefopt.recipe.entries import Entry, bind
+from prefopt.recipe.registry import BoundCredit, BoundObjective, BoundSignal
+from prefopt.recipe.section import Fraction, NoEffect, NonNegativeFloat, PathText, Section
 
 __all__ = [
     "DEFAULT_MICRO_BATCH_TOKENS",
+    "CachedReferenceSection",
     "ColumnMap",
     "ConditionSection",
     "DataSection",
+    "Engine",
     "EngineSection",
     "EvalSection",
     "Fraction",
     "GenerationSection",
+    "HFSection",
+    "ModelReference",
     "ModelSection",
+    "NoEffect",
     "NonNegativeFloat",
+    "OfflineSection",
     "PathText",
     "PeftSection",
     "Recipe",
+    "Reference",
     "ReferenceSection",
+    "Regime",
     "RegimeSection",
+    "RolloutsSection",
     "RunSection",
     "SamplingSection",
     "Section",
     "SourceSection",
     "TrainSection",
+    "VllmKeys",
+    "VllmSection",
+    "VllmServerSection",
 ]  # fmt: skip
 
 DEFAULT_MICRO_BATCH_TOKENS = 16384
@@ -89,111 +119,6 @@ class PeftSection(Section):
         return dict(self.model_extra or {})
 
 
-class RegimeSection(Section):
-    """Where the next batch comes from. From offline to online is one integer, `sync_every`."""
-
-    name: Literal["offline", "rollouts"] = "offline"
-    """`offline`: a fixed data set, shuffled by `train.seed` each epoch. `rollouts`: responses the policy
-    samples to the prompts of the data, scored by `signals`, labelled by `credit`; the other keys are its."""
-    sync_every: PositiveInt | None = 1
-    """Optimizer steps between pushes of the weights to the engine. 1 is online, more is semi-online; `null`
-    never pushes: everything is sampled from the initial policy (the papers' s = ∞)."""
-    max_lag: Annotated[int, Field(ge=0)] = 0
-    """Steps that generation may run ahead of training. 0 waits for each batch; 1 generates the next batch
-    while this one is trained on (asynchronous). A sample is never older than max_lag + sync_every - 1."""
-    samples_per_prompt: PositiveInt = 8
-    """Responses sampled for each prompt."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Sampling temperature. The log-probs in the loss are taken at it, too."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling; 1.0 samples from the policy itself."""
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample from the k likeliest tokens; 0 takes all."""
-    max_new_tokens: PositiveInt = 512
-    """Longest response in tokens. One that has not ended by then is scored and trained on as it is, and
-    counted (`rollout/truncated_frac`)."""
-    prompts_per_step: PositiveInt | None = None
-    """Prompts sampled for at each step; default: `train.global_batch_size`."""
-    offline_pairs: bool = False
-    """Also put `train.global_batch_size` pairs of `data.train` into every step (HyPO's mixed regime)."""
-    reset_frac: Fraction = 0.0
-    """Share of prompts whose rollouts start from a random prefix of the data's own response (DR-PO,
-    arXiv:2404.08495); those tokens are part of the prompt, outside the loss."""
-    resample_frac: NonNegativeFloat = 0.0
-    """Extra prompts a step may draw to replace groups that give no label, as a share of those it starts
-    with."""
-    importance_cap: PositiveFloat | None = None
-    """Weight each sample by min(cap, π_now / π_sampler), detached, for rollouts that are off-policy; 2.0 is
-    usual. For objectives that have no importance ratio of their own."""
-    drop_lag_above: Annotated[int, Field(ge=0)] | None = None
-    """Drop samples older than this many steps instead of training on them (counted)."""
-    max_failed_frac: Fraction = 0.2
-    """Stop when more than this share of a step's groups is dropped because a signal failed."""
-
-
-class EngineSection(Section):
-    """What samples the rollouts."""
-
-    name: Literal["hf", "vllm", "vllm_server"] = "hf"
-    """`hf`: Hugging Face generate, in this process (in one of its own where `regime.max_lag` > 0, or where
-    it has a `device` or `cpus` of its own). `vllm`: vLLM in process. `vllm_server`: vLLM's OpenAI server,
-    started by the run or found at `urls`."""
-    urls: tuple[str, ...] = Field(default=(), strict=False)
-    """Servers that run already, e.g. http://node7:8000; started by the run if left out."""
-    num_servers: PositiveInt = 1
-    """Servers to start."""
-    devices: tuple[str, ...] = Field(default=(), strict=False)
-    """CUDA_VISIBLE_DEVICES of each server that is started, e.g. ["6", "7"]; default: what the run sees."""
-    device: str | None = None
-    """Torch device of an `hf` engine in a process of its own; default: the run's."""
-    cpus: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False)
-    """Cores that an `hf` engine in a process of its own is bound to, a thread each; default: the run's. Keep
-    training off them (`taskset`): two that share a core take turns."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the engine's weights; `auto` is the policy's."""
-    batch_size: PositiveInt = 256
-    """Most responses `hf` generates at once."""
-    max_model_len: PositiveInt | None = None
-    """vLLM's context in tokens; default: the longest prompt + `regime.max_new_tokens`."""
-    gpu_memory_utilization: Fraction = 0.9
-    """Share of the GPU's memory vLLM may take; lower it where it shares a GPU with the trainer."""
-    tensor_parallel_size: PositiveInt = 1
-    """GPUs one vLLM engine is split over."""
-    enforce_eager: bool = False
-    """Start vLLM without compiling or capturing graphs: starts faster, generates slower."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Further vLLM engine arguments, as vLLM names them (`max_num_seqs: 64`)."""
-    timeout_s: PositiveFloat = 1800.0
-    """Longest wait for one batch of rollouts, or for a policy to load, before the run stops."""
-    startup_timeout_s: PositiveFloat = 900.0
-    """Longest wait for an engine to start."""
-    max_restarts: Annotated[int, Field(ge=0)] = 2
-    """Times a server that died is started again within a run."""
-    max_logp_gap: PositiveFloat | None = None
-    """Largest mean |trainer - engine| log-prob, nats a token, that the probe after a push accepts. Default:
-    0.002 where both compute in float32, else 0.1."""
-
-
-class ReferenceSection(Section):
-    """Which frozen weights the log-ratio is taken against."""
-
-    name: Literal["initial", "model", "none", "behavior", "ema", "synced"] = "initial"
-    """`initial`: the policy as loaded, adapter included. `model`: the weights of `path`. `none`. For
-    rollouts also `behavior`: the policy that sampled (BPO, arXiv:2406.12168); `ema`: a moving average of the
-    policy; `synced`: the policy at its last `sync_every_pushes`-th push (arXiv:2506.21495)."""
-    path: PathText | None = None
-    """Hub id or directory of the reference, with `name: model`. Same tokenizer as the policy."""
-    revision: str | None = None
-    """Hub revision of `path`."""
-    cache_dir: PathText | None = None
-    """Store of reference log-probs, shared by runs, losses and learning rates; default: as
-    `data.cache_dir`."""
-    ema_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """With `name: ema`: ref ← (1 - rate) · ref + rate · policy after every step."""
-    sync_every_pushes: PositiveInt = 1
-    """With `name: synced`: pushes of the policy to the engine between updates of the reference."""
-
-
 class TrainSection(Section):
     """Optimisation: batch, schedule, precision, checkpoints."""
 
@@ -235,14 +160,14 @@ class TrainSection(Section):
     curriculum that `prefopt data` has put in order. Only for a fixed data set of preferences."""
     seed: int = 42
     """Seed of adapter initialisation, data order and dropout."""
-    resume: PathText = "auto"
+    resume: Annotated[PathText, NoEffect()] = "auto"
     """`auto`: from the newest complete checkpoint of `run.output_dir`, if any; `never`; or the path of
     a checkpoint."""
-    save_every: PositiveInt | None = None
+    save_every: Annotated[PositiveInt | None, NoEffect()] = None
     """Steps between checkpoints; default: one at the end (and on Ctrl-C)."""
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: Annotated[PositiveInt, NoEffect()] = 2
     """Newest checkpoints to keep."""
-    log_every: PositiveInt = 1
+    log_every: Annotated[PositiveInt, NoEffect()] = 1
     """Steps between rows of `metrics.jsonl`."""
 
 
@@ -293,36 +218,54 @@ class Recipe(Section):
     peft: PeftSection | None = None
     """Leave out for full fine-tuning."""
     data: DataSection
-    objective: dict[str, Any] | None = None
+    objective: Annotated[BoundObjective, Entry("objective")] | None = None
     """`name` and hyper-parameters, e.g. `{name: simpo, beta: 2.0, gamma: 1.0}`."""
-    regime: RegimeSection = RegimeSection()
-    engine: EngineSection | None = None
+    regime: Regime = OfflineSection()
+    engine: Engine | None = None
     """Default: `hf`. Only for rollouts."""
-    signals: tuple[dict[str, Any], ...] = Field(default=(), strict=False)
+    signals: tuple[Annotated[BoundSignal, Entry("signals")], ...] = Field(default=(), strict=False)
     """Each has a `name`, a `weight` (default 1) and that signal's own keys; the reward is the weighted sum.
     `prefopt signals` lists them. Only for rollouts."""
-    credit: dict[str, Any] | None = None
+    credit: Annotated[BoundCredit, Entry("credit")] | None = None
     """`name` and keys of the rule that turns scores into pairs or advantages; default: what goes with the
     objective. `prefopt credits` lists them. Only for rollouts."""
-    reference: ReferenceSection | None = None
+    reference: Reference | None = None
     """Default: `initial` where the objective needs a reference."""
     train: TrainSection
     eval: EvalSection = EvalSection()
-    run: RunSection
+    run: Annotated[RunSection, NoEffect()]
     plugins: tuple[str, ...] = Field(default=(), strict=False)
     """Python files (relative to the recipe) imported first: where your own objectives live."""
 
     @property
-    def has_rollouts(self) -> bool:
-        """Does the run sample from the policy while it trains?"""
-        return self.regime.name == "rollouts"
+    def rollouts(self) -> RolloutsSection | None:
+        """The regime of a run that samples from the policy while it trains; None for a fixed data set."""
+        return self.regime if isinstance(self.regime, RolloutsSection) else None
 
     @property
-    def hf_engine_has_process(self) -> bool:
-        """Does an `hf` engine run beside training, with weights that are pushed to it?"""
-        engine = self.engine or EngineSection()
-        apart = self.regime.max_lag > 0 or engine.device is not None or bool(engine.cpus)
-        return engine.name == "hf" and apart
+    def has_rollouts(self) -> bool:
+        """Does the run sample from the policy while it trains?"""
+        return self.rollouts is not None
+
+    @property
+    def credit_in_force(self) -> BoundCredit | None:
+        """The rule from scores to labels: the recipe's, else what goes with the objective; None without one."""
+        if self.credit is not None or self.objective is None:
+            return self.credit
+        return bind("credit", {"name": self.objective.spec.credit or "best_worst"})
+
+    @property
+    def sampled_by(self) -> EngineSection:
+        """The engine in force: what the recipe says, else `hf`."""
+        return self.engine or HFSection()
+
+    @property
+    def engine_has_process(self) -> bool:
+        """Does an engine run beside training that could run in its process?"""
+        engine = self.sampled_by
+        if self.rollouts is None or not isinstance(engine, HFSection):
+            return False
+        return self.rollouts.max_lag > 0 or engine.device is not None or bool(engine.cpus)
 
     @property
     def reference_name(self) -> str:

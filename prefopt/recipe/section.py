@@ -1,14 +1,25 @@
-"""What every section of a recipe is made of: the base class, and the types that several share. No torch."""
+"""What every section of a recipe is made of: the base class, the types that several share, and marks. No torch."""
 
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+)
+from pydantic_core import CoreSchema, core_schema
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+FlipProbability = Annotated[float, Field(ge=0, lt=0.5)]
+"""Share of pairs whose label is taken to be wrong."""
 # A hub id has no ~, so one type serves for what may be either.
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 
@@ -24,3 +35,51 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """Marks a key that says where, or how patiently, and not what: it may change between a kill and a resume."""
+
+    on: Literal["run", "rows", "both"] = "both"
+    """What it has no effect on: what training computes, the rows that a pipeline stage makes, or both."""
+
+
+@dataclass(frozen=True)
+class ByName:
+    """Marks a union of sections as a choice: the key ``name`` says which one, and so which other keys there are.
+
+    Where ``name`` is left out, it is the first one. Written as ``Annotated[A | B, ByName()]``.
+    """
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        members = {choice_name(member): member for member in get_args(source)}
+
+        def chosen(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
+            if isinstance(value, BaseModel):
+                return validate(value)
+            name = value.get("name", next(iter(members))) if isinstance(value, dict) else None
+            if isinstance(value, dict) and (not isinstance(name, str) or name not in members):
+                raise _not_a_choice(name, list(members))
+            return members[name or next(iter(members))].model_validate(value)
+
+        return core_schema.no_info_wrap_validator_function(chosen, handler(source))
+
+
+def choice_name(member: type[BaseModel]) -> str:
+    """The name that chooses this section among those of its union."""
+    return get_args(member.model_fields["name"].annotation)[0]
+
+
+def _not_a_choice(name: Any, known: list[str]) -> ValidationError:
+    quoted = [repr(each) for each in known]
+    expected = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+    detail: Any = {
+        "type": "literal_error",
+        "loc": ("name",),
+        "input": name,
+        "ctx": {"expected": expected},
+    }
+    return ValidationError.from_exception_data("choice", [detail])

@@ -13,10 +13,11 @@ from prefopt.model.load import LoadedPolicy, load_policy
 from prefopt.model.logps import LogpModel
 from prefopt.model.micro_batches import SplitLimits
 from prefopt.model.sweep import layout_fn
-from prefopt.recipe.schema import Recipe, ReferenceSection
-from prefopt.reference.live import LiveReference, OutsideReference, Reference
+from prefopt.recipe.schema import CachedReferenceSection, ModelReference, Recipe
+from prefopt.reference.base import Reference
+from prefopt.reference.live import LiveReference, OutsideReference
 from prefopt.reference.store import ReferenceStore
-from prefopt.reference.stored import ReferenceLogps, fill_store
+from prefopt.reference.stored import StoredReference
 from prefopt.storage.cache import cache_root
 
 logger = logging.getLogger(__name__)
@@ -33,26 +34,27 @@ def stored_reference(
     accelerator: Accelerator,
     *,
     initial: bool,
-) -> ReferenceLogps:
+) -> StoredReference:
     """Reference log-probs of every row the run will see, from the store or computed with ``model``."""
-    cache_dir = recipe.reference.cache_dir if recipe.reference else None
+    cache_dir = None
+    if isinstance(recipe.reference, CachedReferenceSection):
+        cache_dir = recipe.reference.cache_dir
     root = cache_root(cache_dir or recipe.data.cache_dir)
     store = ReferenceStore(root, loaded.weights_hash, precision=recipe.train.precision)
-    reference = ReferenceLogps(store.directory, is_initial_policy=initial)
+    reference = StoredReference(store, is_initial_policy=initial)
     if accelerator.is_main_process:
         logger.info("reference: %s", loaded.description)
     for source, wanted in rows:
-        fill_store(store, model, source, wanted, limits, accelerator)
-        reference.load(store, map(source.group, wanted))
+        reference.fill(model, source, wanted, limits, accelerator)
     return reference
 
 
 def stored_outside_reference(
     recipe: Recipe, rows: SourceRows, limits: SplitLimits, accelerator: Accelerator
-) -> ReferenceLogps:
+) -> StoredReference:
     """Log-probs of ``reference.path``; its weights are gone before the policy's optimizer exists."""
-    loaded, engine = _load_outside(recipe, limits, accelerator)
-    return stored_reference(recipe, loaded, engine, rows, limits, accelerator, initial=False)
+    loaded, model = _load_outside(recipe, limits, accelerator)
+    return stored_reference(recipe, loaded, model, rows, limits, accelerator, initial=False)
 
 
 def outside_model(recipe: Recipe, limits: SplitLimits, accelerator: Accelerator) -> LogpModel:
@@ -70,14 +72,15 @@ def live_reference(
     layout, device = layout_fn(packed=limits.packed), accelerator.device
     if outside is not None:
         return OutsideReference(outside, layout, device)
-    section = recipe.reference or ReferenceSection()
+    section = recipe.reference
     return LiveReference(
         model,
-        kind=cast(Any, section.name),
+        kind=cast(Any, recipe.reference_name),
         layout=layout,
         device=device,
-        ema_rate=section.ema_rate,
-        sync_every_pushes=section.sync_every_pushes,
+        **(
+            {} if section is None else section.model_dump(include={"ema_rate", "sync_every_pushes"})
+        ),
     )
 
 
@@ -85,8 +88,8 @@ def _load_outside(
     recipe: Recipe, limits: SplitLimits, accelerator: Accelerator
 ) -> tuple[LoadedPolicy, LogpModel]:
     section = recipe.reference
-    assert section is not None and section.path is not None  # the check has seen to it
-    model = recipe.model.model_copy(update={"path": section.path, "revision": section.revision})
-    loaded = load_policy(model, None, seed=0, trainable=False)
-    engine = build_logp_model(loaded.model, "packed" if limits.packed else "padded")
-    return loaded, engine.to(accelerator.device)
+    assert isinstance(section, ModelReference)  # the check has seen to it
+    place = recipe.model.model_copy(update={"path": section.path, "revision": section.revision})
+    loaded = load_policy(place, None, seed=0, trainable=False)
+    model = build_logp_model(loaded.model, "packed" if limits.packed else "padded")
+    return loaded, model.to(accelerator.device)

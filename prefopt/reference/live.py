@@ -10,107 +10,35 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from prefopt.model.sweep import LayoutFn, split_rows
-from prefopt.reference.store import response_key
+from prefopt.model.sweep import LayoutFn
+from prefopt.reference.base import FrozenReference
 from prefopt.types import Group
 
 Kind = Literal["initial", "behavior", "ema", "synced"]
+_WHERE = "the reference is computed anew for every batch"
 
 
-class Reference(Protocol):
-    """Where an objective's reference log-probs come from."""
-
-    is_initial_policy: bool
-    """At step 0 it must give the policy's own log-probs."""
-    where: str
-    """For error messages: what holds or computes them."""
-
-    def prepare(self, batches: Sequence[Sequence[Group]], version: int | None = None) -> None:
-        """Makes `tensor` work for these micro-batches. A collective: as many batches on every process."""
-        ...
-
-    def tensor(self, groups: Sequence[Group]) -> Tensor:
-        """(R, T) fp32, rows group by group, zero outside each response."""
-        ...
-
-    def after_push(self, version: int) -> None:
-        """The policy of this moment went to the engine as ``version``."""
-        ...
-
-    def after_step(self) -> None:
-        """An optimizer step was taken."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """This process's tensors that a checkpoint must keep."""
-        ...
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None: ...
-
-
-class _ComputedLogps:
-    """Log-probs of the groups prepared last, by response."""
-
-    is_initial_policy = True
-    where = "the reference is computed anew for every batch"
-
-    def __init__(self, layout: LayoutFn, device: torch.device) -> None:
-        self._layout = layout
-        self._device = device
-        self._found: dict[bytes, Tensor] = {}
-
-    def tensor(self, groups: Sequence[Group]) -> Tensor:
-        rows = [self._found[response_key(g.prompt_ids, r)] for g in groups for r in g.responses]
-        result = torch.zeros(len(rows), max(map(len, rows)))
-        for index, row in enumerate(rows):
-            result[index, : len(row)] = row
-        return result
-
-    def _compute(self, model: nn.Module, batches: Sequence[Sequence[Group]]) -> None:
-        self._found = {}
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
-            for groups in batches:
-                logps = model(self._layout(groups).to(self._device)).float()
-                for group, arrays in zip(groups, split_rows(groups, logps), strict=True):
-                    for response, array in zip(group.responses, arrays, strict=True):
-                        key = response_key(group.prompt_ids, response)
-                        self._found[key] = torch.from_numpy(array)
-        model.train(was_training)
-
-    def after_push(self, version: int) -> None:
-        """Nothing changes."""
-
-    def after_step(self) -> None:
-        """Nothing changes."""
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing to load."""
-
-
-class OutsideReference(_ComputedLogps):
+class OutsideReference(FrozenReference):
     """The weights of another model, held beside the policy (``reference.name: model``)."""
 
     is_initial_policy = False
+    where = _WHERE
 
     def __init__(self, model: nn.Module, layout: LayoutFn, device: torch.device) -> None:
-        super().__init__(layout, device)
         self.model = model
+        self._layout = layout
+        self._device = device
 
-    def prepare(self, batches: Sequence[Sequence[Group]], version: int | None = None) -> None:
-        self._compute(self.model, batches)
+    def logps(self, batches: Sequence[Sequence[Group]], version: int | None = None) -> list[Tensor]:
+        return _computed(self.model, batches, self._layout, self._device)
 
 
-class LiveReference(_ComputedLogps):
+class LiveReference:
     """An earlier self of the policy: as loaded, as it sampled, its moving average, or as last synced.
 
     Args:
@@ -120,6 +48,9 @@ class LiveReference(_ComputedLogps):
         ema_rate: with ``ema``: ref <- (1 - rate) ref + rate policy after every optimizer step.
         sync_every_pushes: with ``synced``: pushes between two updates.
     """
+
+    is_initial_policy = True
+    where = _WHERE
 
     def __init__(
         self,
@@ -131,8 +62,9 @@ class LiveReference(_ComputedLogps):
         ema_rate: float = 0.01,
         sync_every_pushes: int = 1,
     ) -> None:
-        super().__init__(layout, device)
         self.model = model
+        self._layout = layout
+        self._device = device
         self.kind = kind
         self.ema_rate = ema_rate
         self.sync_every_pushes = sync_every_pushes
@@ -141,14 +73,14 @@ class LiveReference(_ComputedLogps):
         self._held: dict[int, list[Tensor]] = {0: self._snapshot()}
         self._num_pushes = 0
 
-    def prepare(self, batches: Sequence[Sequence[Group]], version: int | None = None) -> None:
-        """Args: version: of the policy that sampled the batches; the newest push where none did."""
+    def logps(self, batches: Sequence[Sequence[Group]], version: int | None = None) -> list[Tensor]:
+        """See `Reference`; under ``behavior``, rows that no policy sampled get the newest push."""
         key = 0
         if self.kind == "behavior":
             key = max(self._held) if version is None else version
             self._held = {v: w for v, w in self._held.items() if v >= key}
         with self._holding(self._held[key]):
-            self._compute(self.model, batches)
+            return _computed(self.model, batches, self._layout, self._device)
 
     def after_push(self, version: int) -> None:
         if self.kind == "behavior":
@@ -203,6 +135,18 @@ class LiveReference(_ComputedLogps):
             for parameter, value in zip(self._trainable, weights, strict=True):
                 _local(parameter).copy_(value)
                 _drop_gathered(parameter)
+
+
+def _computed(
+    model: nn.Module, batches: Sequence[Sequence[Group]], layout: LayoutFn, device: torch.device
+) -> list[Tensor]:
+    """The model's log-probs as it is now, in eval mode; zero outside the responses, as `LogpModel` gives them."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        found = [model(layout(groups).to(device)).float() for groups in batches]
+    model.train(was_training)
+    return found
 
 
 def _drop_gathered(parameter: Any) -> None:

@@ -28,12 +28,12 @@ from safetensors.numpy import save_file
 
 from prefopt.errors import TrainingError
 from prefopt.storage.cache import atomic_write
-from prefopt.types import Group, Response
+from prefopt.types import Group, Response, TokenIds
 
 log = logging.getLogger(__name__)
 
 MATHS_VERSION = 1
-"""Raise whenever the engine's log-probs of given weights and tokens change by more than rounding."""
+"""Raise whenever `LogpModel`'s log-probs of given weights and tokens change by more than rounding."""
 
 _KEY_BYTES = 16  # 128 bits: a million entries collide with probability 1e-27
 _SUFFIX = ".safetensors"
@@ -101,7 +101,7 @@ class ReferenceStore:
 
     Not thread-safe within a process. A rank sees another rank's entries after that rank's ``flush`` and
     its own ``refresh``; whether an entry is there can therefore differ between ranks, so agree on it (an
-    all-reduce of ``bool(missing)``) before any collective forward.
+    all-reduce of what `get` did not find) before any collective forward.
     """
 
     def __init__(self, root: str | Path, weights_key: str, *, precision: str = "fp32") -> None:
@@ -111,7 +111,8 @@ class ReferenceStore:
         )
         self._identity = f"{weights_key}-v{MATHS_VERSION}-{precision}"
         self._parts: list[_Part] = []
-        self._num_dropped = 0
+        self.num_dropped = 0
+        """Parts that turned out damaged while they were read; what `get` gave of them is on disk no more."""
         self._seen: set[str] = set()
         self._index = _Index.empty()
         self._pending: dict[bytes, np.ndarray] = {}
@@ -129,16 +130,6 @@ class ReferenceStore:
         found = [self._read(response_key(group.prompt_ids, r)) for r in group.responses]
         arrays = [array for array in found if array is not None]
         return arrays if len(arrays) == len(found) else None
-
-    def missing(self, groups: Iterable[Group]) -> list[Group]:
-        """The groups to compute. Reads and checks the others, so a damaged part shows here, not mid-run."""
-        wanted = list(groups)
-        while True:
-            intact = self._num_dropped
-            absent = [group for group in wanted if self.get(group) is None]
-            if self._num_dropped == intact:
-                return absent
-            # a part was dropped on the way, and groups found before that may have lived in it
 
     def add(self, entries: Iterable[tuple[Group, Sequence[np.ndarray]]]) -> None:
         """Takes log-probs, one (T,) array a response, in the group's order; on disk only after `flush`.
@@ -214,13 +205,13 @@ class ReferenceStore:
 
     def _drop(self, part: int, error: Exception) -> None:
         path = self._parts[part].path
-        self._num_dropped += 1
+        self.num_dropped += 1
         self._index = self._index.without(part)
         self._seen.discard(path.name)  # a rewritten part has the same name and is welcome back
         _set_aside(path, error)
 
 
-def response_key(prompt_ids: Sequence[int], response: Response) -> bytes:
+def response_key(prompt_ids: TokenIds, response: Response) -> bytes:
     """16 bytes that name a response to a prompt under the present maths version."""
     digest = hashlib.sha256(f"logps-v{MATHS_VERSION}\0".encode())
     # the lengths keep (prompt ab, response c) apart from (prompt a, response bc)

@@ -59,19 +59,19 @@ class Probe:
 
     def expected(self) -> list[list[float]]:
         """The trainer's log-probs of the sequences, now, at temperature 1. A collective."""
-        engine = cast(LogpModel, self.accelerator.unwrap_model(self.model))
-        temperature, was_training = engine.temperature, self.model.training
+        trained = cast(LogpModel, self.accelerator.unwrap_model(self.model))
+        temperature, was_training = trained.temperature, self.model.training
         groups = [
             Group(f"probe {index}", context, (Response(rest),))
             for index, (context, rest) in enumerate(self.sequences)
         ]
         self.model.eval()
-        engine.temperature = 1.0
+        trained.temperature = 1.0
         try:
             with torch.no_grad():
                 logps = self.model(self._layout(groups).to(self.accelerator.device)).float()
         finally:
-            engine.temperature = temperature
+            trained.temperature = temperature
             self.model.train(was_training)
         lengths = [len(rest) for _, rest in self.sequences]
         return [row[:length].tolist() for row, length in zip(logps, lengths, strict=True)]

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from prefopt.credit.base import GroupScores, Labels
+from prefopt.credit.base import GroupScores
 from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
-from prefopt.recipe.registry import CreditSpec
+from prefopt.recipe.registry import BoundCredit
 from prefopt.rollouts.batch import RolloutBatch, RolloutGroup
 from prefopt.rollouts.plan import PromptPlan, Start
 from prefopt.signals.combine import WeightedSignals
 from prefopt.types import Candidates, Prompt
-
-
-@dataclass(frozen=True)
-class BoundCredit:
-    """A credit rule with its hyper-parameters filled in."""
-
-    spec: CreditSpec
-    params: Mapping[str, Any]
-
-    def __call__(self, scores: GroupScores) -> Labels:
-        return self.spec.fn(scores, **self.params)
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,20 @@ from prefopt.data import DataBundle, PromptSet, Renderer, load_data, load_prompt
 from prefopt.data.groups import GroupSource
 from prefopt.data.samples import SampleNeeds
 from prefopt.engines.base import Engine, SamplingSpec
-from prefopt.engines.start import build_engine
+from prefopt.engines.start import InTraining, Task, start_engine
 from prefopt.errors import ConfigError
 from prefopt.model.load import LoadedPolicy
 from prefopt.model.micro_batches import SplitLimits
 from prefopt.model.sweep import layout_fn
-from prefopt.recipe.registry import BoundObjective, Need, bind_objective, get_credit
-from prefopt.recipe.schema import EngineSection, Recipe
+from prefopt.recipe.registry import BoundCredit, BoundObjective, Need
+from prefopt.recipe.schema import EngineSection, Recipe, RolloutsSection
 from prefopt.rollouts.experience import DIRECTORY as LOG_DIRECTORY
 from prefopt.rollouts.experience import ExperienceLog
 from prefopt.rollouts.plan import PromptPlan, Schedule
 from prefopt.rollouts.probe import Probe
 from prefopt.rollouts.publisher import PolicyPublisher
 from prefopt.rollouts.regime import RolloutLimits, RolloutRegime
-from prefopt.rollouts.sampler import BoundCredit, Sampler, Share
+from prefopt.rollouts.sampler import Sampler, Share
 from prefopt.signals.combine import build_signals, prompt_fields
 from prefopt.training.regimes import OfflineRegime
 from prefopt.training.run_record import settings_that_count
@@ -38,29 +38,28 @@ from prefopt.training.run_record import settings_that_count
 _GAP_FP32, _GAP_LOWER = 0.002, 0.1
 
 
-def recipe_credit(recipe: Recipe, objective: BoundObjective) -> BoundCredit:
-    """The recipe's credit rule, else the one that goes with the objective."""
-    section = recipe.credit or {"name": objective.spec.credit or "best_worst"}
-    params = {key: value for key, value in section.items() if key != "name"}
-    return BoundCredit(get_credit(section["name"]), params)
+def _of(recipe: Recipe) -> tuple[RolloutsSection, BoundCredit]:
+    """The regime and the credit in force of a recipe with rollouts."""
+    assert recipe.rollouts is not None and recipe.credit_in_force is not None
+    return recipe.rollouts, recipe.credit_in_force
 
 
 def load_run_data(recipe: Recipe, tokenizer: Any) -> DataBundle:
     """Pairs or samples, held-out ones and prompts, whichever the recipe trains on."""
-    regime, data = recipe.regime, recipe.data
-    if recipe.objective is None:
+    objective, data = recipe.objective, recipe.data
+    if objective is None:
         return load_data(data, tokenizer, stage=recipe.stage)
-    objective = bind_objective(recipe.objective)
     samples = SampleNeeds.of(objective.needs, data) if objective.reads_samples else None
     if not recipe.has_rollouts:
         return load_data(data, tokenizer, stage=recipe.stage, samples=samples)
+    regime, credit = _of(recipe)
     prompts = load_prompts(
         data.prompts or data.train,
         data,
         Renderer(tokenizer),
         max_new_tokens=regime.max_new_tokens,
         fields=prompt_fields(recipe),
-        needs_offline=recipe_credit(recipe, objective).spec.needs_offline or regime.reset_frac > 0,
+        needs_offline=credit.spec.needs_offline or regime.reset_frac > 0,
     )
     pairs = data if regime.offline_pairs else data.model_copy(update={"train": ()})
     fixed = load_data(pairs, tokenizer, stage=recipe.stage, samples=samples)
@@ -74,10 +73,10 @@ def most_group_tokens(
 
     Responses that a pair or a baseline ties together stay in one forward; others can be split.
     """
-    regime, credit = recipe.regime, recipe_credit(recipe, objective)
+    regime, credit = _of(recipe)
     tied = 1
     if Need.PAIRS in credit.spec.gives:
-        tied = regime.samples_per_prompt if credit.spec.name == "all_pairs" else 2
+        tied = regime.samples_per_prompt if credit.name == "all_pairs" else 2
     if Need.GROUPS in objective.needs:
         tied = regime.samples_per_prompt
     offline = max((len(p.offline_ids or ()) for p in prompts.prompts), default=0)
@@ -111,19 +110,19 @@ def build_rollouts(
 
     Raises: ConfigError, EngineError, SignalError if something does not start or does not fit.
     """
-    regime, run_dir = recipe.regime, Path(recipe.run.output_dir)
-    section = recipe.engine or EngineSection()
+    regime, run_dir = _of(recipe)[0], Path(recipe.run.output_dir)
+    section = recipe.sampled_by
     schedule = Schedule(regime.sync_every, regime.max_lag)
     plan = _plan(recipe, prompts)
     num_steps = recipe.train.max_steps or plan.num_steps(recipe.train.num_epochs)
     shares_weights = (
-        section.name == "hf" and regime.sync_every == 1 and not recipe.hf_engine_has_process
+        section.holds_weights and regime.sync_every == 1 and not recipe.engine_has_process
     )
     share = _share(section, accelerator)
     sampler = log = None
     if share is not None:
         engine = _engine(recipe, section, policy, tokenizer, prompts, accelerator, shares_weights)
-        sampler = _sampler(recipe, objective, engine, plan, tokenizer, share)
+        sampler = _sampler(recipe, engine, plan, tokenizer, share)
         directory = run_dir / LOG_DIRECTORY / f"rank-{accelerator.process_index:05d}"
         log = ExperienceLog(directory, _lineage(recipe, policy, prompts, accelerator))
     publisher = None
@@ -149,18 +148,19 @@ def build_rollouts(
 
 
 def _plan(recipe: Recipe, prompts: PromptSet) -> PromptPlan:
+    regime, _ = _of(recipe)
     return PromptPlan(
         prompts.prompts,
         seed=recipe.train.seed,
-        per_step=recipe.regime.prompts_per_step or recipe.train.global_batch_size,
-        num_samples=recipe.regime.samples_per_prompt,
-        reset_frac=recipe.regime.reset_frac,
+        per_step=regime.prompts_per_step or recipe.train.global_batch_size,
+        num_samples=regime.samples_per_prompt,
+        reset_frac=regime.reset_frac,
     )
 
 
 def _share(section: EngineSection, accelerator: Accelerator) -> Share | None:
-    """What this process samples: an ``hf`` engine is in every process, a vLLM one serves the main process."""
-    if section.name == "hf":
+    """What this process samples: an engine is in every process, or serves the main one."""
+    if section.holds_weights:
         return Share(accelerator.process_index, accelerator.num_processes)
     return Share() if accelerator.is_main_process else None
 
@@ -175,32 +175,35 @@ def _engine(
     shares_weights: bool,
 ) -> Engine:
     longest = max(len(p.ids) + len(p.offline_ids or ()) for p in prompts.prompts)
-    if not recipe.regime.reset_frac:
+    regime, _ = _of(recipe)
+    if not regime.reset_frac:
         longest = max(len(p.ids) for p in prompts.prompts)
-    return build_engine(
-        section,
-        model=recipe.model,
-        peft=recipe.peft,
-        policy=policy,
-        seed=recipe.train.seed,
-        pad_id=tokenizer.pad_token_id or 0,
-        max_model_len=section.max_model_len or longest + recipe.regime.max_new_tokens,
-        device=section.device or str(accelerator.device),
-        separate_process=recipe.hf_engine_has_process,
+    training = InTraining(
+        policy,
+        recipe.peft,
+        recipe.train.seed,
+        separate_process=recipe.engine_has_process,
         share_trainable=shares_weights,
-        log_dir=Path(recipe.run.output_dir) / "engine",
     )
+    task = Task(
+        recipe.model,
+        pad_id=tokenizer.pad_token_id or 0,
+        max_model_len=longest + regime.max_new_tokens,
+        device=str(accelerator.device),
+        log_dir=Path(recipe.run.output_dir) / "engine",
+        training=training,
+    )
+    return start_engine(section, task).engine
 
 
 def _sampler(
     recipe: Recipe,
-    objective: BoundObjective,
     engine: Engine,
     plan: PromptPlan,
     tokenizer: Any,
     share: Share,
 ) -> Sampler:
-    regime = recipe.regime
+    regime, credit = _of(recipe)
 
     def decode(sequences: Sequence[Sequence[int]]) -> list[str]:
         return tokenizer.batch_decode([list(ids) for ids in sequences], skip_special_tokens=True)
@@ -216,7 +219,7 @@ def _sampler(
             stop_token_ids=_stop_ids(tokenizer, plan),
         ),
         decode=decode,
-        credit=recipe_credit(recipe, objective),
+        credit=credit,
         signals=build_signals(recipe.signals) if recipe.signals else None,
         share=share,
         resample_frac=regime.resample_frac,
@@ -262,7 +265,7 @@ def _gap_limit(recipe: Recipe, section: EngineSection, policy: LoadedPolicy) -> 
 
 
 def _limits(recipe: Recipe, section: EngineSection, gap: float) -> RolloutLimits:
-    regime = recipe.regime
+    regime, _ = _of(recipe)
     # Under dropout, or of a truncated distribution, the sampler's log-probs are not what the trainer computes.
     comparable = regime.top_p == 1 and regime.top_k == 0 and recipe.model.disable_dropout
     return RolloutLimits(

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import PositiveFloat, PositiveInt
 
 from prefopt.errors import DataError
 from prefopt.recipe.registry import signal
+from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal, column
 from prefopt.signals.sandbox import Limits, run_program
 from prefopt.types import Candidates
@@ -191,7 +192,7 @@ def checkers(
     failed: Literal["left_out", "wrong"] = "left_out",
     timeout_s: PositiveFloat = 5.0,
     memory_mib: PositiveInt = 1024,
-    num_workers: PositiveInt = 2,
+    num_workers: Annotated[PositiveInt, NoEffect("rows")] = 2,
 ) -> Signal:
     """The share of the row's checker functions that accept the response, in [0, 1].
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefopt.errors import SignalError
-from prefopt.recipe.registry import get_signal
+from prefopt.recipe.registry import BoundSignal
 from prefopt.recipe.schema import Recipe
 from prefopt.signals.base import Replacing, Reporting, Signal
 from prefopt.types import Candidates
@@ -158,25 +158,24 @@ class WeightedSignals:
         return Scored(tuple(rewards), kept)
 
 
-def build_signals(sections: Sequence[Mapping[str, Any]]) -> WeightedSignals:
-    """The reward of a recipe's ``signals``: each section has ``name``, ``weight`` (default 1) and own keys.
+def build_signals(entries: Sequence[BoundSignal]) -> WeightedSignals:
+    """The reward of a recipe's ``signals``.
 
     Loads whatever the signals need. Two signals of one name become the parts ``name`` and ``name_2``.
-    Raises: ConfigError for an unknown name; SignalError or ModelError for a signal that cannot be set up.
+    Raises: SignalError or ModelError for a signal that cannot be set up.
     """
     used: Counter[str] = Counter()
     parts: list[Part] = []
     with (
         contextlib.ExitStack() as undo
     ):  # a signal that fails must not leave the models before it loaded
-        for section in sections:
-            keys = dict(section)
-            name = keys.pop("name")
-            weight = float(keys.pop("weight", 1.0))
-            signal = get_signal(name).fn(**keys)
+        for entry in entries:
+            signal = entry.fn(**entry.params)
             undo.callback(signal.close)
-            used[name] += 1
-            parts.append(Part(name if used[name] == 1 else f"{name}_{used[name]}", weight, signal))
+            used[entry.name] += 1
+            number = used[entry.name]
+            name = entry.name if number == 1 else f"{entry.name}_{number}"
+            parts.append(Part(name, entry.weight, signal))
         undo.pop_all()
     return WeightedSignals(parts)
 
@@ -200,10 +199,4 @@ def _reason(error: Exception) -> str:
 
 def prompt_fields(recipe: Recipe) -> list[str]:
     """The prompt columns that the recipe's signals read."""
-    names: list[str] = []
-    for section in recipe.signals:
-        spec = get_signal(section["name"])
-        defaults = {name: default for name, (_, default) in spec.fields.items()}
-        found = [section.get(key, defaults[key]) for key in spec.needs_fields]
-        names += [name for name in found if isinstance(name, str)]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(name for signal in recipe.signals for name in signal.columns))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
 from prefopt.errors import SignalError
 from prefopt.recipe.registry import signal
+from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal
 from prefopt.types import Candidates
 
@@ -27,7 +28,7 @@ def implicit_reward(
     beta: PositiveFloat = 1.0,
     per_token: bool = False,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str | None = None,
+    device: Annotated[str | None, NoEffect("rows")] = None,
     batch_tokens: PositiveInt = 16384,
 ) -> Signal:
     """``β Σ_t [log π(y_t) - log π_ref(y_t)]`` of two frozen models. Loads both when it is made.

@@ -8,12 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from prefopt.errors import DataError, SignalError
 from prefopt.recipe.registry import signal
+from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal
 from prefopt.signals.chat_client import ChatClient, Endpoint, Messages, Reply, ReplyCache
 from prefopt.signals.verdicts import (
@@ -83,21 +84,21 @@ _Parsed = TypeVar("_Parsed")
 )
 def judge(
     *,
-    base_url: str,
+    base_url: Annotated[str, NoEffect("rows")],
     model: str,
     mode: Literal["pairwise", "pointwise"] = "pairwise",
-    api_key_env: str | None = None,
+    api_key_env: Annotated[str | None, NoEffect("rows")] = None,
     template: str | None = None,
     temperature: NonNegativeFloat | None = 0.0,
     max_tokens: PositiveInt | None = 1024,
     sampling: dict[str, Any] | None = None,
     max_asks: PositiveInt = 3,
-    concurrency: PositiveInt = 8,
-    timeout_s: PositiveFloat = 120.0,
-    deadline_s: PositiveFloat = 900.0,
-    cache_dir: str | None = None,
-    usd_per_million_prompt_tokens: NonNegativeFloat = 0.0,
-    usd_per_million_completion_tokens: NonNegativeFloat = 0.0,
+    concurrency: Annotated[PositiveInt, NoEffect("rows")] = 8,
+    timeout_s: Annotated[PositiveFloat, NoEffect("rows")] = 120.0,
+    deadline_s: Annotated[PositiveFloat, NoEffect("rows")] = 900.0,
+    cache_dir: Annotated[str | None, NoEffect("rows")] = None,
+    usd_per_million_prompt_tokens: Annotated[NonNegativeFloat, NoEffect("rows")] = 0.0,
+    usd_per_million_completion_tokens: Annotated[NonNegativeFloat, NoEffect("rows")] = 0.0,
 ) -> Signal:
     """What a chat model thinks of the responses; asks nothing before the first score.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from typing import Annotated
 
 from pydantic import PositiveFloat, PositiveInt
 
 from prefopt.recipe.registry import signal
+from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal, column, per_response
 from prefopt.signals.line_workers import LineWorkers, WorkerDied, WorkerTimeout
 from prefopt.types import Candidates, Prompt
@@ -58,7 +60,10 @@ class _Math:
     needs_fields=("answer",),
 )
 def math(
-    *, answer: str = "answer", timeout_s: PositiveFloat = 5.0, num_workers: PositiveInt = 2
+    *,
+    answer: str = "answer",
+    timeout_s: PositiveFloat = 5.0,
+    num_workers: Annotated[PositiveInt, NoEffect("rows")] = 2,
 ) -> Signal:
     r"""1.0 if math-verify finds the response's last answer equal to the gold one, else 0.0.
 

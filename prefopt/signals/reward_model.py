@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import PositiveInt
 
 from prefopt.errors import SignalError
 from prefopt.recipe.registry import signal
+from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal
 from prefopt.types import Candidates, Prompt
 
@@ -33,7 +34,7 @@ def reward_model(
     separator: str = "",
     keep_tail: bool = False,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str | None = None,
+    device: Annotated[str | None, NoEffect("rows")] = None,
     batch_size: PositiveInt = 16,
     max_length_tokens: PositiveInt | None = None,
     trust_remote_code: bool = False,

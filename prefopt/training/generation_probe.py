@@ -24,8 +24,7 @@ from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
 from prefopt.engines.hf import HFEngine
 from prefopt.errors import ConfigError, EngineError, PrefoptError, TrainingError
 from prefopt.model.load import LoadedPolicy
-from prefopt.recipe.registry import bind_objective
-from prefopt.recipe.schema import EngineSection, GenerationSection, Recipe
+from prefopt.recipe.schema import GenerationSection, HFSection, Recipe
 from prefopt.signals.combine import WeightedSignals, build_signals, prompt_fields
 from prefopt.signals.penalties import repeated_frac
 from prefopt.storage.cache import atomic_write
@@ -238,7 +237,8 @@ def build_probe(
 
 
 def _engine(recipe: Recipe, policy: LoadedPolicy, tokenizer: Any) -> HFEngine:
-    engine = recipe.engine or EngineSection()
+    engine = recipe.sampled_by
+    batch_size = engine.batch_size if isinstance(engine, HFSection) else HFSection().batch_size
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.train.precision]
     try:
         # It shares every weight: no copy, nothing to push, and a module of its own, so that whatever
@@ -247,7 +247,7 @@ def _engine(recipe: Recipe, policy: LoadedPolicy, tokenizer: Any) -> HFEngine:
             policy.model,
             share_trainable=True,
             pad_id=tokenizer.pad_token_id or 0,
-            batch_size=engine.batch_size,
+            batch_size=batch_size,
             dtype=dtype,
             timeout_s=engine.timeout_s,
         )
@@ -265,14 +265,14 @@ def _prompts(
     """The first ``num_prompts`` different ones."""
     if section.prompts:
         fields = prompt_fields(recipe) if section.score else ()
-        needs = bind_objective(recipe.objective or {}).needs
+        assert recipe.objective is not None  # the check has seen to it
         found = load_prompts(
             section.prompts,
             recipe.data,
             Renderer(tokenizer),
             max_new_tokens=section.max_new_tokens,
             fields=fields,
-            condition=SampleNeeds.of(needs, recipe.data).condition,
+            condition=SampleNeeds.of(recipe.objective.needs, recipe.data).condition,
         ).prompts
         return list(found[: section.num_prompts])
     assert held_out is not None  # the check has seen to it
@@ -281,6 +281,6 @@ def _prompts(
         if len(prompts) == section.num_prompts:
             break
         group = held_out.group(index)
-        text = tokenizer.decode(list(group.prompt_ids))
-        prompts.setdefault(group.prompt_ids, Prompt(group.id, group.prompt_ids, text))
+        ids = tuple(map(int, group.prompt_ids))
+        prompts.setdefault(ids, Prompt(group.id, ids, tokenizer.decode(list(ids))))
     return list(prompts.values())

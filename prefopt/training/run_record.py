@@ -11,6 +11,7 @@ from typing import Any
 from prefopt.data import DataBundle
 from prefopt.model.load import LoadedPolicy
 from prefopt.recipe.schema import Recipe
+from prefopt.recipe.walk import recorded
 from prefopt.training.draws import label_statistics
 from prefopt.training.regimes import OfflineRegime
 from prefopt.training.trainer import PreferenceTrainer
@@ -28,19 +29,6 @@ _PACKAGES = (
     "datasets",
     "trl",
     "deepspeed",
-)
-# Settings that may change between a run and its continuation without changing what it computes.
-_FREE = (
-    "run.",
-    "engine.timeout_s",
-    "engine.startup_timeout_s",
-    "engine.max_restarts",
-    "engine.urls",
-    "engine.cpus",
-    "train.resume",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.log_every",
 )
 
 
@@ -93,8 +81,7 @@ def _samples(data: DataBundle, trainer: PreferenceTrainer) -> dict[str, Any]:
 
 def settings_that_count(recipe: Recipe) -> dict[str, Any]:
     """The recipe's settings that decide what a run computes, as a flat mapping."""
-    leaves = _leaves(recipe.model_dump(mode="json"))
-    return {key: value for key, value in leaves.items() if not key.startswith(_FREE)}
+    return _leaves(recorded(Recipe, recipe.model_dump(mode="json"), "run"))
 
 
 def versions() -> dict[str, str]:
@@ -119,9 +106,11 @@ def git_commit() -> str | None:
 
 def warn_about_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Names every setting that differs from the run being continued: it counts from here on."""
-    before, after = _leaves(old.get("recipe", {})), _leaves(new["recipe"])
+    before, after = (
+        _leaves(recorded(Recipe, each.get("recipe", {}), "run")) for each in (old, new)
+    )
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and not key.startswith(_FREE):
+        if before.get(key) != after.get(key):
             logger.warning("resuming with %s = %r (was %r)", key, after.get(key), before.get(key))
 
 

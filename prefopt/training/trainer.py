@@ -30,7 +30,7 @@ from prefopt.model.micro_batches import SplitLimits
 from prefopt.model.sweep import layout_fn, sweep
 from prefopt.recipe.registry import BoundObjective
 from prefopt.recipe.schema import TrainSection
-from prefopt.reference.live import Reference
+from prefopt.reference.base import Reference
 from prefopt.training.batch_metrics import add_batch_metrics, add_layout_metrics, derived
 from prefopt.training.checkpoint import Checkpoints
 from prefopt.training.generation_probe import GenerationProbe
@@ -180,9 +180,8 @@ class PreferenceTrainer:
             layout=self._layout, what="eval",
         )  # fmt: skip
         for groups, policy, counts in batches:
-            if self.reference is not None:
-                self.reference.prepare([groups])
-            lp = self._response_logps(groups, policy, counts=counts)
+            (reference,) = self._reference_logps([groups])
+            lp = self._response_logps(groups, policy, reference, counts=counts)
             add_batch_metrics(meter, lp, self.objective(lp))
         row = derived(meter.reduce(self.accelerator))
         row["loss/total"] = sum(row.get(name, 0.0) for name in _LOSSES)
@@ -206,15 +205,23 @@ class PreferenceTrainer:
                 self._save(self.regime.step)
             raise
 
-    def _check_reference(self, window: Window) -> None:
+    def _reference_logps(
+        self, batches: Sequence[Sequence[Group]], version: int | None = None
+    ) -> Sequence[Tensor | None]:
+        """(R, T) of every micro-batch, or None for an objective that needs none."""
+        if self.reference is None:
+            return [None] * len(batches)
+        return self.reference.logps(batches, version)
+
+    def _check_reference(self, groups: Sequence[Group], reference: Tensor | None) -> None:
         """At step 0 the policy is its own initial reference; anything else is a wrong reference."""
         if self.reference is None or not self.reference.is_initial_policy:
             return
-        groups = window.micro_batches[0].groups
         self.model.eval()
         with torch.no_grad():
             layout = self._layout(groups).to(self.accelerator.device)
-            lp = self._response_logps(groups, self.model(layout).float(), counts=True)
+            policy = self.model(layout).float()
+            lp = self._response_logps(groups, policy, reference, counts=True)
         self.model.train()
         gap = (lp.log_ratio.abs().sum() / lp.mask.sum()).item()
         limit = log_ratio_tolerance(self.model, self.settings.precision)
@@ -227,17 +234,16 @@ class PreferenceTrainer:
 
     def _step(self, window: Window) -> None:
         started = time.perf_counter()
-        if self.reference is not None:
-            batches = [batch.groups for batch in window.micro_batches]
-            self.reference.prepare(batches, window.version)
+        batches = [batch.groups for batch in window.micro_batches]
+        references = self._reference_logps(batches, window.version)
         if window.step == 0:
-            self._check_reference(window)
+            self._check_reference(batches[0], references[0])
         rate = learning_rate(self.settings, window.step, self.regime.num_steps)
         set_learning_rate(self.optimizer, rate)  # before backward: DeepSpeed steps inside it
         last = len(window.micro_batches) - 1
         for index, micro_batch in enumerate(window.micro_batches):
             with sync_gradients(self.accelerator, self.model, index == last):
-                loss = self._micro_batch_loss(micro_batch, window)
+                loss = self._micro_batch_loss(micro_batch, references[index], window)
                 # Wrappers average gradients over processes; the loss is already a global mean.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
         self._policy_gap.check(window)
@@ -257,11 +263,13 @@ class PreferenceTrainer:
         self._meter.add("train/learning_rate", rate, 1.0)
         self._meter.add("time/train_s", time.perf_counter() - started, 1.0)
 
-    def _micro_batch_loss(self, micro_batch: MicroBatch, window: Window) -> Tensor:
+    def _micro_batch_loss(
+        self, micro_batch: MicroBatch, reference: Tensor | None, window: Window
+    ) -> Tensor:
         layout = self._layout(micro_batch.groups)
         add_layout_metrics(self._meter, micro_batch.groups, layout, counts=micro_batch.counts)
         policy = self.model(layout.to(self.accelerator.device)).float()
-        lp = self._response_logps(micro_batch.groups, policy, counts=micro_batch.counts)
+        lp = self._response_logps(micro_batch.groups, policy, reference, counts=micro_batch.counts)
         output = self.objective(lp)
         if self.importance_cap is not None:
             output, weights = weighted(output, lp, self.importance_cap)
@@ -279,7 +287,7 @@ class PreferenceTrainer:
         return loss if micro_batch.counts and loss.requires_grad else loss + policy.sum() * 0.0
 
     def _response_logps(
-        self, groups: Sequence[Group], policy: Tensor, *, counts: bool
+        self, groups: Sequence[Group], policy: Tensor, reference: Tensor | None, *, counts: bool
     ) -> ResponseLogps:
         """``counts`` False: another rank has one micro-batch more; run with it, and add nothing."""
         batch, device = make_batch(groups), policy.device
@@ -292,7 +300,7 @@ class PreferenceTrainer:
             policy=policy,
             mask=response_mask(batch).to(device),
             pairs=batch.pairs.to(device) if counts else batch.pairs[:0].to(device),
-            reference=None if self.reference is None else moved(self.reference.tensor(groups)),
+            reference=moved(reference),
             behavior=moved(batch.behavior_logps),
             rewards=moved(batch.rewards),
             advantages=moved(batch.advantages),

@@ -72,25 +72,30 @@ def make_window(
         max_policy_gap: see `Window`.
         filler: what a rank without anything to do runs; default: the shortest row.
     """
-    # Every rank reads the whole window: which response of a group is the chosen one, its pairs say.
-    groups = {row: source.group(row) for row in rows}
-    batch = [groups[row] for row in rows]  # a row that was drawn twice counts twice
-    chosen = [group.responses[pair[0]] for group in batch for pair in group.pairs]
-    samples = [r for g in batch for r, counts in zip(g.responses, g.samples, strict=True) if counts]
+    # Of the whole window only lengths and labels: tokens are read by the rank that trains on them.
+    lengths = {row: source.response_lengths[row].tolist() for row in rows}
+    chosen = [lengths[row][pair[0]] for row in rows for pair in source.pairs(row)]
+    samples = [
+        n
+        for row in rows
+        for n, counts in zip(lengths[row], source.samples(row), strict=True)
+        if counts
+    ]
     shares = _shares(source, rows, world_size)
     ranks = [split_micro_batches(source, share, limits) for share in shares]
     most = max(1, *(len(batches) for batches in ranks))
-    mine = [MicroBatch(tuple(groups[row] for row in batch)) for batch in ranks[rank]]
-    if filler is None:
-        filler = groups[min(rows, key=lambda row: _cost(source, row))]
+    mine = [MicroBatch(tuple(map(source.group, batch))) for batch in ranks[rank]]
+    if len(mine) < most:
+        spare = filler or source.group(min(rows, key=lambda row: _cost(source, row)))
+        mine += [MicroBatch((spare,), counts=False)] * (most - len(mine))
     return Window(
         step=step,
         epoch=epoch,
-        micro_batches=(*mine, *[MicroBatch((filler,), counts=False)] * (most - len(mine))),
+        micro_batches=tuple(mine),
         num_pairs=len(chosen),
-        num_chosen_tokens=sum(len(response.ids) for response in chosen),
+        num_chosen_tokens=sum(chosen),
         num_samples=len(samples),
-        num_sample_tokens=sum(len(response.ids) for response in samples),
+        num_sample_tokens=sum(samples),
         version=version,
         max_policy_gap=max_policy_gap,
         metrics=metrics or {},

@@ -99,6 +99,8 @@ def make_policy(seed: int, clock: Clock, *, num_phases: int) -> Any:
 def has_policy(seed: int) -> bool:
     """Did a finished SFT phase leave a policy of today's recipe and this seed?"""
     from prefopt.recipe.load import load_recipe
+    from prefopt.recipe.schema import Recipe
+    from prefopt.recipe.walk import recorded
     from prefopt.training.run_record import RUN_FILE
 
     directory = RUN_DIR / "sft"
@@ -106,7 +108,8 @@ def has_policy(seed: int) -> bool:
         return False
     wanted = load_recipe(SFT_RECIPE, [f"train.seed={seed}", f"data.seed={seed}"])
     record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
-    return record["recipe"] == wanted.model_dump(mode="json")
+    today = wanted.model_dump(mode="json")
+    return recorded(Recipe, record["recipe"], "run") == recorded(Recipe, today, "run")
 
 
 def launch(script: str, recipe: str, *overrides: str, seed: int) -> None:

@@ -12,13 +12,26 @@ import psutil
 import pytest
 from torch import nn
 
-from prefopt.engines.start import build_engine
+from prefopt.engines.start import InTraining, Task, start_engine
 from prefopt.model.load import load_policy
-from prefopt.recipe.schema import EngineSection, ModelSection
+from prefopt.recipe.schema import (
+    EngineSection,
+    HFSection,
+    ModelSection,
+    VllmSection,
+    VllmServerSection,
+)
 from tests.engines.policies import CONTEXT, Policies, write_policies
 from tests.engines.processes import descendants, is_gone, wait_until
 
 ENGINES = ("hf", "hf_process", "vllm", "vllm_server")
+# Small and quick to start: no compilation, few sequences at once.
+_VLLM: dict[str, Any] = {"enforce_eager": True, "options": {"max_num_seqs": 32}}
+SECTIONS: dict[str, tuple[type[EngineSection], dict[str, Any]]] = {
+    "hf": (HFSection, {"batch_size": 7}),
+    "vllm": (VllmSection, _VLLM),
+    "vllm_server": (VllmServerSection, _VLLM),
+}
 
 
 @dataclass
@@ -50,18 +63,8 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
 
 
 def engine_section(kind: str, **settings: Any) -> EngineSection:
-    """Small and quick to start: no compilation, few sequences at once."""
-    name = kind.removesuffix("_process")
-    options = {"max_num_seqs": 32} if name.startswith("vllm") else {}
-    return EngineSection(
-        name=name,  # type: ignore[arg-type]
-        batch_size=7,
-        enforce_eager=True,
-        options=options,
-        timeout_s=120.0,
-        startup_timeout_s=400.0,
-        **settings,
-    )
+    cls, keys = SECTIONS[kind.removesuffix("_process")]
+    return cls(**{"timeout_s": 120.0, "startup_timeout_s": 400.0, **keys, **settings})
 
 
 def make_engine(
@@ -70,19 +73,10 @@ def make_engine(
     """An engine as a run builds it. An adapter policy starts as the first adapter."""
     path = policies.adapters[0] if is_adapter else policies.base
     model = ModelSection(path=str(path))
-    return build_engine(
-        engine_section(kind, **settings),
-        model=model,
-        peft=None,
-        policy=load_policy(model, None, seed=0),
-        seed=0,
-        pad_id=0,
-        max_model_len=CONTEXT,
-        device="cpu",
-        separate_process=kind == "hf_process",
-        share_trainable=False,
-        log_dir=directory / "logs",
-    )
+    policy = load_policy(model, None, seed=0)
+    training = InTraining(policy, None, seed=0, separate_process=kind == "hf_process")
+    task = Task(model, 0, CONTEXT, "cpu", directory / "logs", training)
+    return start_engine(engine_section(kind, **settings), task).engine
 
 
 @pytest.fixture(scope="session", params=ENGINES)

@@ -12,7 +12,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from prefopt.engines.probe import Gap, check_gap, compare_logps
-from prefopt.engines.start import build_engine
+from prefopt.engines.start import InTraining, Task, start_engine
 from prefopt.engines.vllm.settings import (
     LORA_RANKS,
     ServedModel,
@@ -22,25 +22,15 @@ from prefopt.engines.vllm.settings import (
 )
 from prefopt.errors import ConfigError, EngineError
 from prefopt.model.load import LoadedPolicy
-from prefopt.recipe.schema import EngineSection, ModelSection
+from prefopt.recipe.schema import ModelSection, VllmKeys, VllmSection, VllmServerSection
 from tests.engines.policies import Policies
 from tests.unit.tiny_models import tiny_model
 
 
-def build(policies: Policies, policy: Any, **section: Any) -> Any:
-    return build_engine(
-        EngineSection(**{"name": "vllm", **section}),
-        model=ModelSection(path=str(policies.base)),
-        peft=None,
-        policy=LoadedPolicy(policy, "hash", "words", True),
-        seed=0,
-        pad_id=0,
-        max_model_len=64,
-        device="cpu",
-        separate_process=False,
-        share_trainable=False,
-        log_dir=Path("logs"),
-    )
+def build(policies: Policies, policy: Any, cls: type[VllmKeys] = VllmSection, **keys: Any) -> Any:
+    training = InTraining(LoadedPolicy(policy, "hash", "words", True), None, seed=0)
+    task = Task(ModelSection(path=str(policies.base)), 0, 64, "cpu", Path("logs"), training)
+    return start_engine(cls(**keys), task).engine
 
 
 def adapter(**settings: Any) -> Any:
@@ -84,34 +74,35 @@ def test_an_adapter_vllm_cannot_serve_is_refused_by_its_key(
         build(policies, adapter(**settings))
 
 
-@pytest.mark.parametrize("name", ["vllm", "vllm_server"])
+@pytest.mark.parametrize("cls", [VllmSection, VllmServerSection])
 def test_vllm_that_is_not_installed_names_the_extra(
-    policies: Policies, name: str, monkeypatch: pytest.MonkeyPatch
+    policies: Policies, cls: type[VllmSection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda n, *a: None if n == "vllm" else find(n, *a)
     )
-    with pytest.raises(ConfigError, match=rf"engine\.name = {name}.*prefopt\[vllm\].*make install"):
-        build(policies, adapter(r=4), name=name)
-    build(
-        policies, adapter(r=4), name="vllm_server", urls=("http://127.0.0.1:9",)
-    )  # needs none here
+    with pytest.raises(
+        ConfigError, match=rf"engine\.name = {cls().name}.*prefopt\[vllm\].*make install"
+    ):
+        build(policies, adapter(r=4), cls)
+    # needs none here
+    build(policies, adapter(r=4), VllmServerSection, urls=("http://127.0.0.1:9",))
 
 
 def test_devices_must_name_one_entry_a_server(policies: Policies) -> None:
     with pytest.raises(ConfigError, match=r"engine\.devices.*num_servers = 3"):
-        build(policies, adapter(r=4), name="vllm_server", num_servers=3, devices=("0", "1"))
+        build(policies, adapter(r=4), VllmServerSection, num_servers=3, devices=("0", "1"))
 
 
 def test_options_reach_vllm_and_what_the_engine_relies_on_cannot_be_overridden() -> None:
     model = ServedModel("m", "float32", 100, context=4096, lora_rank=5)
-    arguments = engine_arguments(EngineSection(options={"max_num_seqs": 9}), model, cuda=False)
+    arguments = engine_arguments(VllmSection(options={"max_num_seqs": 9}), model, cuda=False)
     assert arguments["max_num_seqs"] == 9 and arguments["max_lora_rank"] == 8
     assert "gpu_memory_utilization" not in arguments
     for name in ("logprobs_mode", "generation_config"):
         with pytest.raises(ConfigError, match=rf"engine\.options\.{name}"):
-            engine_arguments(EngineSection(options={name: "x"}), model, cuda=False)
+            engine_arguments(VllmSection(options={name: "x"}), model, cuda=False)
 
 
 def test_arguments_become_flags_that_vllms_own_parser_reads_back() -> None:
@@ -119,7 +110,7 @@ def test_arguments_become_flags_that_vllms_own_parser_reads_back() -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     model = ServedModel("m", "float32", 100, lora_rank=5, revision="abc")
-    section = EngineSection(options={"hf_overrides": {"a": 1}}, enforce_eager=True)
+    section = VllmSection(options={"hf_overrides": {"a": 1}}, enforce_eager=True)
     arguments = engine_arguments(section, model, cuda=False)
     parsed = vars(make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(arguments)))
     assert {name: parsed[name] for name in arguments} == arguments

@@ -14,7 +14,7 @@ from prefopt.engines.base import PolicyFiles, Request, SamplingSpec
 from prefopt.engines.hf import HFEngine
 from prefopt.engines.sampling import draw_uniforms, inverse_cdf, tempered_logps
 from prefopt.errors import EngineError
-from prefopt.model.attention.reference import PACKED_ATTENTION
+from prefopt.model.attention import is_packed
 from prefopt.model.logps import LogpModel
 from tests.unit.tiny_models import ARCHITECTURES, tiny_model
 
@@ -112,7 +112,7 @@ def test_only_the_adapter_is_copied_and_the_trainers_module_is_left_as_it_was() 
     own = dict(engine.model.named_parameters())
     for name, parameter in policy.named_parameters():
         assert (own[name] is parameter) == (not parameter.requires_grad), name
-    assert trainer.causal_lm.config._attn_implementation == PACKED_ATTENTION
+    assert is_packed(trainer.causal_lm.config._attn_implementation)
     assert trainer.causal_lm.is_gradient_checkpointing and policy.training
     assert engine.model.get_base_model().config._attn_implementation == "sdpa"
     assert not engine.model.training and not engine.model.get_base_model().is_gradient_checkpointing

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.engines.base import Request, SamplingSpec
-from prefopt.engines.saved import saved_policy_engine
+from prefopt.engines.start import Task, start_engine
 from prefopt.errors import ConfigError
 from prefopt.recipe.schema import ModelSection
 from tests.engines.conftest import engine_section
@@ -18,13 +18,9 @@ from tests.engines.policies import CONTEXT, Policies, sampled_logps
 @pytest.mark.parametrize("kind", ["hf", "vllm"])
 def test_a_saved_adapter_is_what_answers(policies: Policies, tmp_path: Path, kind: str) -> None:
     adapter = policies.adapters[1]
-    engine, context = saved_policy_engine(
+    engine, context = start_engine(
         engine_section(kind),
-        ModelSection(path=str(adapter)),
-        pad_id=0,
-        max_model_len=CONTEXT,
-        device="cpu",
-        log_dir=tmp_path,
+        Task(ModelSection(path=str(adapter)), 0, CONTEXT, "cpu", tmp_path),
     )
     try:
         assert context == (128 if kind == "hf" else CONTEXT)
@@ -41,13 +37,9 @@ def test_a_saved_adapter_is_what_answers(policies: Policies, tmp_path: Path, kin
 
 def test_the_context_is_bounded_by_the_model(policies: Policies, tmp_path: Path) -> None:
     # vLLM scores with one token more than it is given, so one of the model's 128 stays free.
-    _, context = saved_policy_engine(
+    _, context = start_engine(
         engine_section("vllm"),
-        ModelSection(path=str(policies.base)),
-        pad_id=0,
-        max_model_len=10_000,
-        device="cpu",
-        log_dir=tmp_path,
+        Task(ModelSection(path=str(policies.base)), 0, 10_000, "cpu", tmp_path),
     )
     assert context == 127
 
@@ -66,11 +58,7 @@ def test_an_adapter_that_vllm_cannot_serve_is_refused(
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(settings | change))
     with pytest.raises(ConfigError, match=named):
-        saved_policy_engine(
+        start_engine(
             engine_section("vllm"),
-            ModelSection(path=str(adapter)),
-            pad_id=0,
-            max_model_len=CONTEXT,
-            device="cpu",
-            log_dir=tmp_path,
+            Task(ModelSection(path=str(adapter)), 0, CONTEXT, "cpu", tmp_path),
         )

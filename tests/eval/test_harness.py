@@ -14,7 +14,7 @@ from eval.harness import harness_problems, harness_results
 from eval.models import Models
 from eval.provenance import task_folder
 from prefopt.errors import ConfigError
-from prefopt.recipe.schema import EngineSection, ModelSection
+from prefopt.recipe.schema import EngineSection, HFSection, ModelSection, VllmSection
 from tests.eval.runs import read_jsonl, write_chat_model, write_jsonl
 
 pytest.importorskip("lm_eval")
@@ -123,9 +123,9 @@ def _half_right(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _models(path: Path, engine: Any = "hf", **settings: Any) -> Models:
+def _models(path: Path, engine: EngineSection | None = None, **settings: Any) -> Models:
     section = ModelSection(path=str(path), dtype="float32", **settings)
-    return Models(section, None, EngineSection(name=engine), None, 0, "cpu", 4096)
+    return Models(section, None, engine or HFSection(), None, 0, "cpu", 4096)
 
 
 def _run(place: Path, output: Path, *names: str, model: str = "model", **options: Any) -> Any:
@@ -242,7 +242,7 @@ def test_limit_counts_what_was_left_out_and_another_engine_is_said(
 ) -> None:
     entry = harness_results(
         ["own_choice"],
-        _models(place / "model", "vllm"),
+        _models(place / "model", VllmSection()),
         options={"include_path": str(place / "tasks"), "num_fewshot": 0},
         limit=4,
         output=tmp_path / "lm_eval",

@@ -210,7 +210,7 @@ def test_a_killed_schedule_ends_with_the_same_weights_and_decisions(
             assert code == 0, said
         else:
             num_files = schedules.count_files(outs[0])
-            schedules.run_and_kill(path, out, num_files, command="rest", seed=2, kills=3)
+            schedules.run_and_kill(path, out, num_files, command="rest", seed=2, kills=2)
         outs.append(out)
     calm, killed = map(weights, outs)
     assert calm.keys() == killed.keys() and len(calm) > 8

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import prefopt.engines.saved as saved
+import prefopt.engines.start as start
 from data_pipelines.rows import unpack_ids
 from prefopt.engines.base import SamplingSpec
 from tests.engines.policies import sampled_logps
@@ -257,12 +257,12 @@ def test_the_engine_starts_once_a_worker(
     started = []
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
-        engine, context = start(*arguments, **keywords)
+        engine, context = launch(*arguments, **keywords)
         started.append(engine)
         return engine, context
 
-    start = saved.saved_policy_engine
-    monkeypatch.setattr(saved, "saved_policy_engine", counted)
+    launch = start.start_engine
+    monkeypatch.setattr(start, "start_engine", counted)
     build(pipeline("p", {}, shard_rows=1))
     assert len(started) == 1 and started[0].model is None  # closed
 

@@ -82,7 +82,8 @@ def shrunk(recipe: Recipe, inputs: Path, run_dir: Path) -> list[str]:
         overrides["train.max_steps"] = 2
     if recipe.peft is not None:
         overrides["peft"] = "{type: lora, r: 4, lora_alpha: 8}"
-    if recipe.regime.prompts_per_step is not None:
+    assert recipe.rollouts is not None
+    if recipe.rollouts.prompts_per_step is not None:
         overrides["regime.prompts_per_step"] = 4
     if recipe.signals:  # a coin that the last token tosses: about half of the random texts match
         overrides["signals"] = "[{name: regex, pattern: '[a-m0-4 ]$'}]"
@@ -109,7 +110,8 @@ def test_every_online_preset_takes_two_steps_as_shipped_but_small(
     # Every reference of the presets is the policy itself before the first step.
     assert abs(rows[0].get("kl/reference", 0.0)) < 1e-4
 
-    schedule = Schedule(shipped.regime.sync_every, shipped.regime.max_lag)
+    assert shipped.rollouts is not None
+    schedule = Schedule(shipped.rollouts.sync_every, shipped.rollouts.max_lag)
     versions = {commit["commit"]: commit["version"] for commit, _ in read_log(tmp_path / "run")}
     assert versions == {step: schedule.version_of(step) for step in (0, 1)}
 

@@ -88,8 +88,8 @@ def test_simpo_presets_are_the_authors_table(name: str) -> None:
     beta, ratio, learning_rate, _, prompt, total = SIMPO_TABLE[name]
     recipe = load_recipe(ROOT / "recipes" / "simpo" / f"{name}.yaml")
     assert recipe.objective is not None
-    assert recipe.objective["beta"] == beta
-    assert math.isclose(recipe.objective["gamma"], beta * ratio)
+    assert recipe.objective.params["beta"] == beta
+    assert math.isclose(recipe.objective.params["gamma"], beta * ratio)
     assert recipe.train.learning_rate == learning_rate
     assert (recipe.data.max_prompt_tokens, recipe.data.max_length_tokens) == (prompt, total)
     _assert_common(name, recipe)
@@ -99,7 +99,8 @@ def test_simpo_presets_are_the_authors_table(name: str) -> None:
 def test_dpo_counterparts_are_the_authors_baselines(name: str) -> None:
     recipe = load_recipe(ROOT / "recipes" / "dpo" / f"{name}.yaml")
     simpo = load_recipe(ROOT / "recipes" / "simpo" / f"{name}.yaml")
-    assert recipe.objective == {"name": "dpo", "beta": 0.01}
+    assert recipe.objective is not None
+    assert recipe.objective.given == {"name": "dpo", "beta": 0.01}
     assert recipe.train.learning_rate == SIMPO_TABLE[name][3]
     assert recipe.model == simpo.model
     assert recipe.data == simpo.data
@@ -123,7 +124,7 @@ def test_lion_sft_and_dpo_are_a_pair() -> None:
     # LionAlignment@a144ae5, configs/llama-3-8b
     dpo, _ = examine(dpo_path)
     assert (sft.train.learning_rate, dpo.train.learning_rate) == (2e-5, 5e-7)
-    assert dpo.objective == {"name": "dpo", "beta": 0.01}
+    assert dpo.model_dump()["objective"] == {"name": "dpo", "beta": 0.01}
     assert [s.weight for s in dpo.data.train] == [1, 1, 1, 1, 1, 1, 0.1]
     assert (dpo.data.max_length_tokens, dpo.data.max_prompt_tokens) == (2048, 1024)
 
@@ -134,7 +135,8 @@ def test_zephyr_presets_are_the_handbooks() -> None:
     # alignment-handbook@925acdf: 8 pairs x 2 steps x 8 GPUs, and 4 pairs x 4 steps on one.
     assert (full.train.learning_rate, full.train.global_batch_size) == (5e-7, 128)
     assert (qlora.train.learning_rate, qlora.train.global_batch_size) == (5e-6, 16)
-    assert full.objective == qlora.objective == {"name": "dpo", "beta": 0.01}
+    assert full.objective == qlora.objective
+    assert full.model_dump()["objective"] == {"name": "dpo", "beta": 0.01}
     assert qlora.peft is not None
     assert (qlora.peft.options["r"], qlora.peft.options["lora_alpha"]) == (128, 128)
     assert qlora.model.quantization == "4bit"
@@ -156,8 +158,9 @@ BRIDGING_TABLE = {
 def test_bridging_presets_are_the_papers_table(name: str) -> None:
     beta, epsilon, reference, tokens, batch = BRIDGING_TABLE[name]
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
-    assert recipe.objective is not None and recipe.objective["beta"] == beta
-    train, regime = recipe.train, recipe.regime
+    assert recipe.objective is not None and recipe.objective.params["beta"] == beta
+    train, regime = recipe.train, recipe.rollouts
+    assert regime is not None
     assert (train.adam_epsilon, train.learning_rate, train.max_grad_norm) == (epsilon, 1e-6, 0.1)
     assert (recipe.reference_name, regime.max_new_tokens) == (reference, tokens)
     assert (train.global_batch_size, regime.samples_per_prompt, regime.temperature) == (batch, 8, 1)
@@ -181,15 +184,21 @@ def test_headers_offer_every_sync_interval_of_the_bridging_paper() -> None:
     for name, wanted in intervals.items():
         path = ROOT / "recipes" / "online_dpo" / f"{name}.yaml"
         offered = re.findall(r"regime\.sync_every=(\w+)", path.read_text())
-        assert {*offered, str(load_recipe(path).regime.sync_every)} == set(wanted.split())
+        shipped = load_recipe(path).rollouts
+        assert shipped is not None
+        assert {*offered, str(shipped.sync_every)} == set(wanted.split())
 
 
 def test_async_tldr_is_the_authors_configuration() -> None:
     recipe = load_recipe(ROOT / "recipes" / "online_dpo" / "async-tldr.yaml")
-    regime, train = recipe.regime, recipe.train
+    regime, train = recipe.rollouts, recipe.train
+    assert regime is not None
     assert (regime.sync_every, regime.max_lag, regime.samples_per_prompt) == (1, 1, 2)
     assert (regime.temperature, regime.max_new_tokens) == (0.7, 53)
-    assert (train.learning_rate, recipe.objective) == (3e-6, {"name": "dpo", "beta": 0.1})
+    assert (train.learning_rate, recipe.model_dump()["objective"]) == (
+        3e-6,
+        {"name": "dpo", "beta": 0.1},
+    )
     assert train.global_batch_size == 21 * 8 * 3
     assert train.max_steps == 131_072 // (21 * 8 * 3)
 

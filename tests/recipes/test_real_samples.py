@@ -22,7 +22,6 @@ from prefopt.cli import main
 from prefopt.model.collate import make_batch, response_mask
 from prefopt.model.load import load_tokenizer
 from prefopt.recipe.load import load_recipe
-from prefopt.recipe.registry import bind_objective
 from prefopt.rollouts.setup import load_run_data
 from prefopt.training.metrics import read_metrics
 from prefopt.types import ResponseLogps
@@ -171,5 +170,6 @@ def test_the_loss_of_a_row_is_that_of_a_plain_forward(workshop: Path, shared_dat
     lp = ResponseLogps(
         logps[None], response_mask(batch), batch.pairs, rewards=batch.rewards, samples=batch.samples
     )
-    losses = bind_objective(recipe.objective or {})(lp).sample_losses
+    assert recipe.objective is not None
+    losses = recipe.objective(lp).sample_losses
     torch.testing.assert_close(losses[0], by_hand)

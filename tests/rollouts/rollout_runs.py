@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,11 +14,10 @@ from torch import nn
 
 from prefopt.data import PromptSet
 from prefopt.data.groups import GroupSource
-from prefopt.engines.base import Engine
-from prefopt.engines.start import build_engine
+from prefopt.engines.start import Started, Task, start_engine
 from prefopt.model.load import LoadedPolicy
 from prefopt.recipe.registry import signal
-from prefopt.recipe.schema import Recipe
+from prefopt.recipe.schema import EngineSection, Recipe
 from prefopt.rollouts import setup as build_rollouts
 from prefopt.signals.base import Signal
 from prefopt.training.trainer import PreferenceTrainer
@@ -106,7 +106,7 @@ def make_rollout_trainer(
         }
     )
     policy = LoadedPolicy(model if model is not None else lora_llama(), "0" * 64, "tiny", is_peft)
-    with mock.patch.object(build_rollouts, "build_engine", _in_this_process):
+    with mock.patch.object(build_rollouts, "start_engine", _in_this_process):
         return build_trainer(
             recipe,
             pairs,
@@ -118,6 +118,9 @@ def make_rollout_trainer(
         )
 
 
-def _in_this_process(*arguments: Any, **options: Any) -> Engine:
+def _in_this_process(section: EngineSection, task: Task) -> Started:
     """The HF engine on a copy of the policy: a process of its own would have to find the model on disk."""
-    return build_engine(*arguments, **{**options, "separate_process": False})
+    assert task.training is not None
+    return start_engine(
+        section, replace(task, training=replace(task.training, separate_process=False))
+    )

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from prefopt.errors import ConfigError, SignalError
+from prefopt.errors import SignalError
+from prefopt.recipe.entries import bind
 from prefopt.recipe.registry import get_signal, signal
 from prefopt.signals.base import Signal, per_response
 from prefopt.signals.combine import Part, WeightedSignals, build_signals
@@ -54,13 +55,12 @@ def test_reward_is_the_weighted_sum_and_parts_stay_unweighted() -> None:
 
 
 def test_two_signals_of_one_name_are_two_parts() -> None:
-    reward = build_signals(
-        [
-            {"name": "regex", "pattern": "a"},
-            {"name": "length_penalty", "per_token": 1.0, "weight": 0.5},
-            {"name": "regex", "pattern": "b", "weight": 3.0},
-        ]
+    entries = (
+        {"name": "regex", "pattern": "a"},
+        {"name": "length_penalty", "per_token": 1.0, "weight": 0.5},
+        {"name": "regex", "pattern": "b", "weight": 3.0},
     )
+    reward = build_signals([bind("signals", entry) for entry in entries])
     (scored,) = reward.score([candidates("ab", "b")])
     assert scored.parts == {"regex": (1, 0), "length_penalty": (-2, -1), "regex_2": (1, 1)}
     assert scored.rewards == (1 - 1 + 3, 0 - 0.5 + 3)
@@ -143,8 +143,13 @@ def test_signals_set_up_before_one_that_fails_are_closed() -> None:
         made.append(Scripted(lambda g: [0.0]))
         return made[0]
 
-    with pytest.raises(ConfigError, match="did you mean 'regex'"):
-        build_signals([{"name": "test_scripted"}, {"name": "regexp", "pattern": "a"}])
+    @signal("test_broken", source="this test")
+    def broken() -> Signal:
+        raise SignalError("cannot be set up")
+
+    entries = [bind("signals", {"name": name}) for name in ("test_scripted", "test_broken")]
+    with pytest.raises(SignalError, match="cannot be set up"):
+        build_signals(entries)
     assert made[0].closed == 1
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefopt.recipe.load import objective_schema
+from prefopt.recipe.entries import parameters
 from prefopt.recipe.registry import OBJECTIVES, Need, get_objective, reads_samples
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
@@ -84,7 +84,7 @@ def random_batch(dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Respon
 
 def call(name: str, lp: ResponseLogps, **values: Any) -> ObjectiveOutput:
     """The objective's output; values go through its schema, so a test cannot use one a recipe may not."""
-    schema = objective_schema(name)
+    schema = parameters(get_objective(name))
     return get_objective(name).fn(lp, **schema(**REQUIRED.get(name, {}) | values).model_dump())
 
 

@@ -50,10 +50,13 @@ def test_arms_differ_in_the_interval_or_the_objective_alone(
 ) -> None:
     monkeypatch.chdir(ROOT)
     recipes = {arm.name: load_recipe(RECIPE, arm.overrides) for arm in FULL.arms()}
-    intervals = {name: recipe.regime.sync_every for name, recipe in recipes.items()}
+    intervals = {
+        name: recipe.rollouts and recipe.rollouts.sync_every for name, recipe in recipes.items()
+    }
     assert intervals == {"offline": None, "s=100": 100, "s=10": 10, "online": 1, "grpo": 1}
     for recipe in recipes.values():
-        regime = recipe.regime.model_copy(update={"sync_every": 1})
+        assert recipe.rollouts is not None
+        regime = recipe.rollouts.model_copy(update={"sync_every": 1})
         assert regime == recipes["online"].regime
         assert recipe.train == recipes["online"].train
 

@@ -95,10 +95,26 @@ def test_a_sound_recipe_passes_offline_and_says_what_it_took_on_trust(recipe_fil
         ([BY_ADVANTAGE], "data.sampling.name", "no advantage or reward"),
         (["data.normalize_rewards=z_score"], "data.normalize_rewards", "no rewards of samples"),
         ([*DPO, "reference={name: none}"], "reference.name = 'none'", "against a reference"),
-        ([*DPO, "reference={name: model}"], "reference.name = 'model'", "needs reference.path"),
-        ([*DPO, "reference={path: org/ref}"], "reference.path = 'org/ref'", "would be ignored"),
-        ([*DPO, "reference={revision: v1}"], "reference.revision = 'v1'", "without reference.path"),
-        (["reference={name: none, cache_dir: c}"], "reference.cache_dir = 'c'", "would be ignored"),
+        (
+            [*DPO, "reference={name: model}"],
+            "reference.path is missing",
+            "reference.name = 'model'",
+        ),
+        (
+            [*DPO, "reference={path: org/ref}"],
+            "reference.path = 'org/ref'",
+            "belongs to reference.name = 'model'",
+        ),
+        (
+            [*DPO, "reference={revision: v1}"],
+            "reference.revision = 'v1'",
+            "belongs to reference.name = 'model'",
+        ),
+        (
+            ["reference={name: none, cache_dir: c}"],
+            "reference.cache_dir = 'c'",
+            "reference.name is 'none'",
+        ),
         (["train.optimizer=rmsprop", "train.adam_beta2=0.9"], "train.adam_beta2 = 0.9", "ignored"),
         (
             ["train.optimizer=rmsprop", "train.weight_decay=0.1"],
@@ -435,9 +451,10 @@ def test_without_torch_rules_about_it_become_notes(recipe_file: Path) -> None:
     script = (
         "import sys; sys.modules['torch'] = None\n"
         "from prefopt.recipe.checks import check\n"
-        "print(*check(sys.argv[1], ['train.max_steps=3']), sep='\\n')\n"
+        "overrides = ['train.max_steps=3', 'model.quantization=4bit', 'peft={r: 8}']\n"
+        "print(*check(sys.argv[1], overrides), sep='\\n')\n"
     )
     output = subprocess.run(
         [sys.executable, "-c", script, str(recipe_file)], capture_output=True, text=True, check=True
     ).stdout
-    assert "because torch is not installed: hyper parameters suit their loss" in output
+    assert "because torch is not installed: quantization has what it needs" in output

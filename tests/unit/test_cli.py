@@ -11,9 +11,9 @@ import pytest
 
 from prefopt.cli import RECIPE_SCRIPTS, guarded, main, recipe_main
 from prefopt.errors import ConfigError, TrainingError
-from prefopt.recipe.explain import sections
 from prefopt.recipe.registry import SIGNALS, get_objective, get_signal, objective_names
 from prefopt.recipe.schema import Recipe
+from prefopt.recipe.walk import sections
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -197,7 +197,7 @@ def test_every_recipe_script_exists_and_is_its_own_name() -> None:
 def test_keys_lists_every_key_of_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys"]) == 0
     listed = set(re.findall(r"^  (\S+)  ", capsys.readouterr().out, flags=re.MULTILINE))
-    known = {f"{name}.{key}".lstrip(".") for name, s in sections() for key in s.model_fields}
+    known = {f"{name}.{key}".lstrip(".") for name, s in sections(Recipe) for key in s.model_fields}
     assert known == listed
 
 

@@ -15,8 +15,7 @@ from prefopt.cli import main
 from prefopt.data import Renderer, load_prompts
 from prefopt.model.load import load_tokenizer
 from prefopt.recipe.load import load_recipe
-from prefopt.recipe.registry import bind_objective
-from prefopt.recipe.schema import ConditionSection, DataSection, EngineSection, ModelSection
+from prefopt.recipe.schema import ConditionSection, DataSection, HFSection, ModelSection
 from prefopt.recipe.schema import SourceSection as Source
 from prefopt.rollouts.setup import load_run_data
 from prefopt.training.draws import warn_of_target
@@ -63,7 +62,7 @@ def test_a_target_outside_the_training_range_is_warned_of_with_the_range(
         assert source is not None
         caplog.clear()
         with caplog.at_level(logging.WARNING, "prefopt"):
-            warn_of_target(recipe.data, bind_objective(recipe.objective or {}), source)
+            warn_of_target(recipe.data, recipe.objective, source)
         assert ("data.condition.target: the target reward" in caplog.text) == is_odd
         assert (said in caplog.text) == (target == 3.0)
     # The same is said of the policy of the run, whoever asks it.
@@ -93,7 +92,7 @@ def test_the_probe_asks_for_the_target(run: Path) -> None:
 def test_an_evaluation_of_the_run_asks_for_its_target(run: Path, tmp_path: Path) -> None:
     def generator(path: Path) -> Generator:
         model = ModelSection(path=str(path))
-        return Generator(model, EngineSection(), device="cpu", log_dir=tmp_path)
+        return Generator(model, HFSection(), device="cpu", log_dir=tmp_path)
 
     conditioned, plain = generator(run / "final"), generator(run.parent / "model")
     assert run_condition(str(run / "final")) == ConditionSection(template=TEMPLATE, target=3.0)

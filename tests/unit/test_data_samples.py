@@ -103,7 +103,7 @@ def test_a_pair_with_two_scores_is_two_samples(tmp_path: Path) -> None:
     assert train is not None
     assert [g.id for g in train] == ["p.jsonl:1#chosen", "p.jsonl:1#rejected"]
     assert [g.responses[0].score for g in train] == [2.0, -1.0]
-    assert train.group(0).prompt_ids == train.group(1).prompt_ids
+    assert list(train.group(0).prompt_ids) == list(train.group(1).prompt_ids)
     with pytest.raises(DataError, match="pairs, which have scores and no advantages"):
         load(path, ADVANTAGE, columns=scores)
     with pytest.raises(ConfigError, match="a sample needs a reward"):

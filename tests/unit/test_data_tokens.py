@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from prefopt.data import DataBundle, Renderer, load_data
+from prefopt.data.groups import GroupList
 from prefopt.data.tokens import META, TOKENS
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.schema import ColumnMap, DataSection, SourceSection
+from prefopt.types import Group, Response
 from tests.unit.tiny_tokenizers import make_tokenizer
 
 TOKENIZER = make_tokenizer("llama3", add_bos=True)
@@ -75,7 +77,7 @@ def test_groups_hold_the_renderers_ids_scores_and_an_explicit_pair(tmp_path: Pat
         turn = [{"role": "user", "content": row["prompt"]}]
         for response, side in zip(group.responses, ("chosen", "rejected"), strict=True):
             ids = Renderer(TOKENIZER).render(turn, {"role": "assistant", "content": row[side]})
-            assert (group.prompt_ids, response.ids) == ids
+            assert (tuple(group.prompt_ids), tuple(response.ids)) == ids
         assert group.id == f"a.jsonl:{number + 1}"
         assert group.pairs == ((0, 1),)
         assert group.responses[0].score == number + 0.5
@@ -91,6 +93,50 @@ def test_lengths_are_those_of_the_groups(tmp_path: Path) -> None:
         assert train.num_tokens[i] == group.num_tokens
     with pytest.raises(IndexError):
         train.group(len(train))
+
+
+def test_labels_are_those_of_the_groups_without_reading_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [pair(i) for i in range(3)])
+    for stage in ("preference", "sft"):
+        train = load(tmp_path / "cache", path, stage=stage).train
+        for i, group in enumerate(train):
+            assert (train.pairs(i), train.samples(i)) == (group.pairs, group.samples)
+
+
+def test_groups_compare_and_hash_by_the_values_of_their_ids() -> None:
+    """Arrays or tuples, of any width: the ids are what counts, and where they were read does not."""
+    given = np.array([3, 4], np.int64)
+    one = Group("g", (1, 2), (Response((3, 4), 0.5),))
+    same = Group("g", np.array([1, 2], np.int32), (Response(given, 0.5),), source_row=("s", 7))
+    assert one == same and hash(one) == hash(same)
+    others = [
+        Group("g", (1, 3), one.responses),
+        Group("h", (1, 2), one.responses),
+        Group("g", (1, 2), (Response((3, 4), 0.25),)),
+        Group("g", (1, 2), (Response((3, 4, 5), 0.5),)),
+        Group("g", (1, 2), (*one.responses, *one.responses), ((0, 1),)),
+    ]
+    assert len({one, same, *others}) == 6 and one not in others
+    assert one != "g"
+
+
+def test_token_ids_of_a_group_cannot_be_written(tmp_path: Path) -> None:
+    given = np.array([3, 4], np.int32)
+    group = load(tmp_path / "cache", write(tmp_path / "a.jsonl", [pair(0)])).train.group(0)
+    for ids in (group.prompt_ids, Response(given).ids, Response((3, 4)).ids):
+        with pytest.raises(ValueError, match="read-only"):
+            ids[0] = 9
+    given[0] = 9  # the caller's own array stays his
+
+
+def test_every_value_of_a_list_of_groups_is_in_its_fingerprint() -> None:
+    def fingerprint(token: int = 5, prompt: int = 2, score: float = 1.0, pairs: Any = ()) -> str:
+        response = Response((*range(2000), token), score)
+        return GroupList([Group("g", (prompt,), (response, response), pairs)]).fingerprint
+
+    found = [fingerprint(), fingerprint(6), fingerprint(5, 3), fingerprint(score=2.0)]
+    assert len({*found, fingerprint(pairs=((0, 1),))}) == 5
+    assert fingerprint() == found[0]
 
 
 def test_sft_rows_are_groups_of_one_without_pairs(tmp_path: Path) -> None:
@@ -344,7 +390,7 @@ def test_no_prompt_is_on_both_sides_of_a_split_though_sources_share_prompts(tmp_
     files = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", more)
     bundle = load(tmp_path / "c", *files, eval_frac=0.25)
     assert bundle.eval is not None
-    train, held = ({g.prompt_ids for g in side} for side in (bundle.train, bundle.eval))
+    train, held = ({tuple(g.prompt_ids) for g in side} for side in (bundle.train, bundle.eval))
     assert not train & held
     assert (len(train), len(held)) == (30, 10)
     assert (len(bundle.train), len(bundle.eval)) == (120, 40)
@@ -369,7 +415,7 @@ def test_a_prompt_stays_on_its_side_when_rows_change_places(tmp_path: Path, twen
     for path in (twenty, turned):
         bundle = load(tmp_path / "c", path, eval_frac=0.3)
         assert bundle.eval is not None
-        sides.append({group.prompt_ids for group in bundle.eval})
+        sides.append({tuple(group.prompt_ids) for group in bundle.eval})
     assert sides[0] == sides[1]
 
 

@@ -43,7 +43,7 @@ def naive_logps(model: torch.nn.Module, groups: list[Group]) -> torch.Tensor:
     rows = []
     for group in groups:
         for response in group.responses:
-            ids = torch.tensor([[*group.prompt_ids, *response.ids]])
+            ids = torch.tensor([[*group.prompt_ids, *response.ids]], dtype=torch.long)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             scores = -cross_entropy(logits, ids[0, 1:], reduction="none")
             rows.append(scores[len(group.prompt_ids) - 1 :])
@@ -154,9 +154,10 @@ def test_bfloat16_error_is_within_the_plain_forwards_own_error() -> None:
 def test_temperature_scores_the_sampling_distribution() -> None:
     model = tiny_model("gemma2", vocab_size=VOCABULARY)
     group = make_groups()[0]
-    ids = torch.tensor([[*group.prompt_ids, *group.responses[0].ids]])
+    ids = torch.tensor([[*group.prompt_ids, *group.responses[0].ids]], dtype=torch.long)
     logits = model(input_ids=ids).logits[0, len(group.prompt_ids) - 1 : -1] / 0.7
-    want = logits.log_softmax(-1).gather(-1, torch.tensor(group.responses[0].ids)[:, None])[:, 0]
+    targets = torch.tensor(group.responses[0].ids).long()
+    want = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     for trainable in (True, False):
         model.get_output_embeddings().requires_grad_(trainable)
         got = LogpModel(model, temperature=0.7)(pack([group]))

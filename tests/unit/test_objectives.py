@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch.testing import assert_close
 
-from prefopt.recipe.load import objective_schema
+from prefopt.recipe.entries import parameters
 from prefopt.recipe.registry import OBJECTIVES, get_objective
 from tests.unit.objective_cases import (
     NAMES,
@@ -386,7 +386,7 @@ ZERO_IS_OFF = {(name, key) for name in NAMES for key in get_objective(name).need
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hyper_parameters_out_of_bounds_are_refused(name: str) -> None:
-    schema = objective_schema(name)
+    schema = parameters(get_objective(name))
     for key in get_objective(name).fields:
         for value in [*OUT_OF_BOUNDS[key], "0.1", True]:
             if value == 0.0 and (name, key) in ZERO_IS_OFF:
@@ -396,7 +396,7 @@ def test_hyper_parameters_out_of_bounds_are_refused(name: str) -> None:
 
 
 def test_a_whole_number_is_accepted_for_a_real_one() -> None:
-    assert objective_schema("simpo")(beta=2, gamma=1).model_dump() == {
+    assert parameters(get_objective("simpo"))(beta=2, gamma=1).model_dump() == {
         "beta": 2.0,
         "gamma": 1.0,
         "label_smoothing": 0.0,

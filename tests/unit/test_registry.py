@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, ValidationError
 
 from prefopt.credit.base import GroupScores, Labels
 from prefopt.errors import ConfigError
-from prefopt.recipe.load import objective_schema
+from prefopt.recipe.entries import parameters
 from prefopt.recipe.registry import (
     CREDITS,
     OBJECTIVES,
@@ -134,10 +134,13 @@ def test_an_objective_of_your_own_is_known_by_name_with_its_signature_as_schema(
     spec = get_objective("my_margin")
     assert spec.needs == {Need.PAIRS}
     assert spec.fields == {"beta": (PositiveFloat, ...), "scale": (UpToThree, 1.0)}
-    assert objective_schema("my_margin")(beta=1).model_dump() == {"beta": 1.0, "scale": 1.0}
+    assert parameters(get_objective("my_margin"))(beta=1).model_dump() == {
+        "beta": 1.0,
+        "scale": 1.0,
+    }
     for bad in ({}, {"beta": 0}, {"beta": 1, "scale": 4}, {"beta": 1, "gama": 1}, {"beta": "1"}):
         with pytest.raises(ValidationError):
-            objective_schema("my_margin").model_validate(bad)
+            parameters(get_objective("my_margin")).model_validate(bad)
 
 
 def test_credits_and_signals_of_your_own_are_known_by_name() -> None:

@@ -37,9 +37,9 @@ def losses(run_dir: Path) -> list[float]:
 
 def sequence_logps(model: torch.nn.Module, group: Group, response: Response) -> torch.Tensor:
     """(T,) log-probs from full logits of one unpadded sequence."""
-    ids = torch.tensor([[*group.prompt_ids, *response.ids]])
+    ids = torch.tensor([[*group.prompt_ids, *response.ids]], dtype=torch.long)
     logits = model(input_ids=ids).logits[0, len(group.prompt_ids) - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, torch.tensor(response.ids)[:, None])[:, 0]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(response.ids).long()[:, None])[:, 0]
 
 
 def test_dpo_steps_equal_a_plain_loop(tmp_path: Path) -> None:
@@ -305,6 +305,36 @@ def test_ranks_share_a_window_evenly_and_lose_no_row() -> None:
         assert sorted(seen) == sorted(source.group(row).id for row in regimes[0].rows(step))
         assert windows[0].num_pairs == len(seen)
     assert dataclasses.asdict(windows[0])["num_pairs"] == 6
+
+
+def test_a_rank_reads_the_tokens_of_its_own_rows_alone() -> None:
+    """Counts of the whole window are known from lengths, and are those of the groups themselves."""
+    from prefopt.training.windows import make_window
+
+    class Counted(GroupList):
+        def group(self, index: int) -> Group:
+            read.append(index)
+            return super().group(index)
+
+    pairs, rows = random_pairs(12), [3, 7, 1, 11, 3, 0, 5, 2]
+    samples = [dataclasses.replace(pair, pairs=()) for pair in pairs[:4]]
+    groups = samples + pairs[4:]
+    source = Counted(groups)
+    seen = []
+    for rank in range(3):
+        read: list[int] = []
+        window = make_window(
+            source, rows, SplitLimits(4096), step=0, epoch=1.0, rank=rank, world_size=3
+        )
+        assert len(read) in (2, 3) and all(batch.counts for batch in window.micro_batches)
+        seen += read
+        kept = [groups[row] for row in rows]
+        alone = [r for g in kept if not g.pairs for r in g.responses]
+        assert window.num_pairs == sum(len(g.pairs) for g in kept) == 3
+        assert window.num_chosen_tokens == sum(len(g.responses[0].ids) for g in kept if g.pairs)
+        assert window.num_samples == len(alone) == 10
+        assert window.num_sample_tokens == sum(len(r.ids) for r in alone)
+    assert sorted(seen) == sorted(rows)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -14,11 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from prefopt.engines.base import Completion, PolicyFiles, Request, SamplingSpec
 from prefopt.engines.checks import check_requests, check_sequences
 from prefopt.engines.child import Watchdog, is_launcher_variable
-from prefopt.engines.vllm.settings import engine_environment, require_vllm
+from prefopt.engines.start import Started, Task, engine
+from prefopt.engines.vllm.served import served_model, started
+from prefopt.engines.vllm.settings import engine_arguments, engine_environment, require_vllm
 from prefopt.errors import EngineError
+from prefopt.recipe.schema import VllmSection
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +32,23 @@ _SETTING = " (engine.max_model_len)"
 _SHARED_MEMORY = Path("/dev/shm")
 _POLL_S = 0.2
 _CLOSE_S = 15.0
+
+
+@engine("vllm", source="vLLM's LLM")
+def start_vllm(section: VllmSection, task: Task) -> Started:
+    """vLLM in this process."""
+    served = served_model(section, task)
+    require_vllm(section.name)
+    return started(
+        VllmEngine(
+            engine_arguments(section, served, cuda=torch.cuda.is_available()),
+            timeout_s=section.timeout_s,
+            startup_timeout_s=section.startup_timeout_s,
+            max_restarts=section.max_restarts,
+        ),
+        task,
+        served,
+    )
 
 
 class _EngineDied(Exception):

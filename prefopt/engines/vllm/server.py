@@ -12,11 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefopt.engines.base import Completion, PolicyFiles, Request, SamplingSpec
 from prefopt.engines.checks import check_requests, check_sequences
+from prefopt.engines.start import Started, Task, engine
 from prefopt.engines.vllm.client import MAX_CONNECTIONS, ConnectionLost, ServerClient
-from prefopt.engines.vllm.hosts import FoundHost, Host
-from prefopt.errors import EngineError
+from prefopt.engines.vllm.hosts import FoundHost, Host, StartedHost
+from prefopt.engines.vllm.served import served_model, started
+from prefopt.engines.vllm.settings import ServedModel, engine_arguments, require_vllm
+from prefopt.errors import ConfigError, EngineError
+from prefopt.recipe.schema import VllmServerSection
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +30,51 @@ _SETTING = " (engine.max_model_len, or --max-model-len of the server)"
 
 Ask = Callable[[ServerClient, str, float], Any]
 """One request: ``(client, name of the model to ask for, deadline) -> result``."""
+
+
+@engine("vllm_server", source="vLLM's OpenAI server")
+def start_servers(section: VllmServerSection, task: Task) -> Started:
+    """Servers that run already, or that are started here.
+
+    Raises: ConfigError where vLLM is not installed, or ``devices`` and ``num_servers`` disagree.
+    """
+    served = served_model(section, task)
+    hosts: list[Host] = [
+        FoundHost(url, startup_timeout_s=section.startup_timeout_s) for url in section.urls
+    ]
+    servers = VllmServers(
+        hosts or _started_hosts(section, task, served),
+        model=served.path,
+        timeout_s=section.timeout_s,
+        max_model_len=served.max_model_len,
+    )
+    return started(servers, task, served)
+
+
+def _started_hosts(section: VllmServerSection, task: Task, served: ServedModel) -> list[Host]:
+    require_vllm(section.name)
+    arguments = engine_arguments(section, served, cuda=torch.cuda.is_available())
+    return [
+        StartedHost(
+            arguments,
+            log=task.log_dir / f"vllm-server-{number}.log",
+            startup_timeout_s=section.startup_timeout_s,
+            max_restarts=section.max_restarts,
+            environment=environment,
+        )
+        for number, environment in enumerate(_device_environments(section))
+    ]
+
+
+def _device_environments(section: VllmServerSection) -> list[dict[str, str]]:
+    if not section.devices:
+        return [{} for _ in range(section.num_servers)]
+    if len(section.devices) != section.num_servers:
+        raise ConfigError(
+            f"engine.devices = {list(section.devices)}: names the GPUs of {len(section.devices)} servers, and "
+            f"engine.num_servers = {section.num_servers}. Give one entry a server, e.g. ['6', '7']"
+        )
+    return [{"CUDA_VISIBLE_DEVICES": devices} for devices in section.devices]
 
 
 @dataclass

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.errors import ConfigError
-from prefopt.recipe.schema import EngineSection
+from prefopt.recipe.schema import VllmKeys
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The sizes `max_lora_rank` may have (vLLM 0.32; a test compares)."""
@@ -72,7 +72,7 @@ def require_vllm(engine: str) -> None:
         )
 
 
-def engine_arguments(section: EngineSection, model: ServedModel, *, cuda: bool) -> dict[str, Any]:
+def engine_arguments(section: VllmKeys, model: ServedModel, *, cuda: bool) -> dict[str, Any]:
     """vLLM's engine arguments for this recipe, by vLLM's names.
 
     Args:

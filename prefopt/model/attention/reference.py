@@ -1,7 +1,6 @@
 """Attention over the packed layout: a response sees its prompt and itself, and nothing else.
 
-Registered with transformers as an attention implementation, so every architecture whose attention goes
-through that interface takes the layout without a line of its own. Groups are attended to one by one:
+Plain SDPA, on any device, and what every other kernel must agree with. Groups are attended to one by one:
 the score matrix is Σ Lg² and not (Σ Lg)², which on CPU took 4-6 times less than one masked call over
 the whole row (bench/attention.py).
 """
@@ -13,12 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from prefopt.errors import ModelError
+from prefopt.model.attention import Kernel
 from prefopt.model.collate import GroupSpan, TokenLayout
 
-PACKED_ATTENTION = "prefopt_packed"
 # Additions to the scores that this implementation does not know; ignoring one would be a silent error.
 _UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
 
@@ -36,24 +34,24 @@ class PackedMasks:
         self.spans = layout.spans
         self._cache: dict[tuple[int | None, torch.dtype, torch.device], list[Tensor]] = {}
 
-    def get(self, window: int | None, like: Tensor) -> list[Tensor]:
+    def get(self, sliding_window: int | None, like: Tensor) -> list[Tensor]:
         """One additive mask a group: 0 where a query may look, -inf elsewhere.
 
         Args:
-            window: sliding window in tokens, or None for full attention.
+            sliding_window: in tokens, or None for full attention.
             like: tensor whose dtype and device the masks take.
         """
-        key = (window, like.dtype, like.device)
+        key = (sliding_window, like.dtype, like.device)
         if key not in self._cache:
-            self._cache[key] = [_additive(span, window, like) for span in self.spans]
+            self._cache[key] = [_additive(span, sliding_window, like) for span in self.spans]
         return self._cache[key]
 
 
-def visible(span: GroupSpan, window: int | None = None) -> Tensor:
+def visible(span: GroupSpan, sliding_window: int | None = None) -> Tensor:
     """(Lg, Lg) bool: may the row's token look at the column's token?
 
     True where the column is not later, lies in the prompt or in the row's own branch, and, under a sliding
-    window, is fewer than ``window`` positions back (transformers' convention), positions being those of
+    window, is fewer than ``sliding_window`` positions back (transformers' convention), positions being those of
     the unpacked sequence.
     """
     length = span.stop - span.start
@@ -67,8 +65,8 @@ def visible(span: GroupSpan, window: int | None = None) -> Tensor:
         start += size
     seen = index[:, None] >= index[None, :]
     seen &= (branch[None, :] == -1) | (branch[:, None] == branch[None, :])
-    if window is not None:
-        seen &= position[:, None] - position[None, :] < window
+    if sliding_window is not None:
+        seen &= position[:, None] - position[None, :] < sliding_window
     return seen
 
 
@@ -126,13 +124,12 @@ def _softcapped(
     return F.dropout(weights, dropout, training=dropout > 0) @ v
 
 
-def _additive(span: GroupSpan, window: int | None, like: Tensor) -> Tensor:
-    seen = visible(span, window).to(like.device)
+def _additive(span: GroupSpan, sliding_window: int | None, like: Tensor) -> Tensor:
+    seen = visible(span, sliding_window).to(like.device)
     # Every row sees at least itself, so no row of -inf can turn a softmax into NaN.
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
         ~seen, -torch.inf
     )
 
 
-# No mask function is registered under this name: transformers then builds no mask of its own.
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+KERNEL = Kernel(packed_attention, PackedMasks)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from prefopt.recipe.checks.rules import Finding, Surroundings, rule
 from prefopt.recipe.checks.settings import reads_samples
-from prefopt.recipe.registry import get_objective
 from prefopt.recipe.schema import Recipe
 
 # beta here multiplies a log-ratio summed over a response: hundreds of nats, not a mean of a few.
@@ -23,12 +21,11 @@ def note(key: str, text: str) -> Finding:
 def hyper_parameters_suit_their_loss(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     if recipe.objective is None:
         return
-    name = recipe.objective["name"]
-    beta = _value(recipe, "beta")
+    name, beta = recipe.objective.name, recipe.objective.value("beta")
     if beta is None:
         return
     if name == "simpo":
-        yield from _simpo(beta, _value(recipe, "gamma") or 0.0)
+        yield from _simpo(beta, recipe.objective.value("gamma"))
     elif name in SUMMED and beta >= 1:
         yield note(
             "objective.beta",
@@ -74,12 +71,3 @@ def _simpo(beta: float, gamma: float) -> Iterator[Finding]:
             "objective.gamma",
             f"gamma/beta = {gamma / beta:g}; the authors search 0 to 1 and start at 0.5",
         )
-
-
-def _value(recipe: Recipe, name: str) -> Any:
-    """A hyper-parameter as it will be used: the recipe's, else the signature's default."""
-    assert recipe.objective is not None
-    fields = get_objective(recipe.objective["name"]).fields
-    default = fields[name][1] if name in fields else None
-    value = recipe.objective.get(name, default)
-    return None if value is ... else value

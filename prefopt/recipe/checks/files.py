@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.recipe.checks.rules import Finding, Surroundings, named_sources, rule
-from prefopt.recipe.schema import Recipe, SourceSection
+from prefopt.recipe.schema import ModelReference, Recipe, SourceSection
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".csv", ".gz"}
@@ -51,8 +51,8 @@ def data_files_exist(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
 def hub_is_not_asked(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     """One note for all: a check works offline, so what is on the hub is taken on trust."""
     models = [recipe.model.path, recipe.model.tokenizer, recipe.peft and recipe.peft.adapter]
-    models.append(recipe.reference and recipe.reference.path)
-    models += [section.get("path") for section in recipe.signals]
+    models += [recipe.reference.path] if isinstance(recipe.reference, ModelReference) else []
+    models += [signal.params.get("path") for signal in recipe.signals]
     names = [name for name in models if name and not is_local(name)]
     names += [source.path for _, source in named_sources(recipe) if not is_local_data(source)]
     if names:
@@ -80,7 +80,7 @@ def model_directories_are_models(recipe: Recipe, _: Surroundings) -> Iterator[Fi
 
 @rule("reference")
 def reference_directory_is_a_model(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    if recipe.reference is not None and recipe.reference.path is not None:
+    if isinstance(recipe.reference, ModelReference):
         yield from _model_findings("reference.path", recipe.reference.path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ _PLAIN = {int: "a whole number", float: "a number", bool: "true or false"}
 
 @rule("peft")
 def peft_keys_exist(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    if recipe.peft is None or recipe.peft.adapter is not None:
+    if recipe.peft is None or recipe.peft.adapter is not None or _is_plain_lora(recipe.peft):
         return
     config_class = _config_class(recipe.peft.type)
     if config_class is None:
@@ -99,6 +99,36 @@ def adapter_fits_base(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
             f"{path}. Set model.path to its base; if that is the same model in another "
             "place, correct base_model_name_or_path in its adapter_config.json",
         )
+
+
+def _is_plain_lora(peft: PeftSection) -> bool:
+    """Is it LoRA with keys that do not depend on each other, with sound values? Then peft has nothing to add.
+
+    Importing peft takes seconds; whatever is not plainly right here is left to its own class.
+    """
+    sound = (_PLAIN_LORA.get(key, _never)(value) for key, value in peft.options.items())
+    return peft.type.lower() == "lora" and all(sound)
+
+
+def _never(value: Any) -> bool:
+    del value
+    return False
+
+
+def _are_names(value: Any) -> bool:
+    return value == "all-linear" or (
+        isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+    )
+
+
+# The keys of a plain LoRA recipe; a test compares with peft's own class.
+_PLAIN_LORA: dict[str, Callable[[Any], bool]] = {
+    "r": lambda value: _is(value, int) and value >= 1,
+    "lora_alpha": lambda value: _is(value, int),
+    "lora_dropout": lambda value: _is(value, float),
+    "use_rslora": lambda value: _is(value, bool),
+    "target_modules": _are_names,
+}
 
 
 def _ignored_beside_adapter(peft: PeftSection) -> Iterator[Finding]:

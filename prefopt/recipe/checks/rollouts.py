@@ -7,35 +7,24 @@ from collections.abc import Iterator
 
 from prefopt.recipe.checks.rules import Finding, Surroundings, rule, was_set
 from prefopt.recipe.checks.settings import objective_needs
-from prefopt.recipe.registry import CreditSpec, Need, get_credit, get_objective
-from prefopt.recipe.schema import Recipe
+from prefopt.recipe.registry import Need
+from prefopt.recipe.schema import CachedReferenceSection, HFSection, Recipe, VllmServerSection
 
 # Largest LoRA rank vLLM serves; design.md, trap b.
 _MAX_LORA_RANK = 512
 
 
-def credit_of(recipe: Recipe) -> CreditSpec | None:
-    """The credit rule in force: the recipe's, else what goes with the objective."""
-    if recipe.credit is not None:
-        return get_credit(recipe.credit["name"])
-    if recipe.objective is None:
-        return None
-    return get_credit(get_objective(recipe.objective["name"]).credit or "best_worst")
-
-
 @rule("regime", "engine", "signals", "credit", "reference", "data")
-def offline_takes_no_rollout_keys(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
+def offline_takes_no_rollout_sections(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     if recipe.has_rollouts:
         return
     why = "would be ignored: regime.name is 'offline'. Set regime.name: rollouts, or leave it out"
-    for key in sorted(recipe.regime.model_fields_set - {"name"}):
-        yield Finding(f"regime.{key}", why)
     for key in ("engine", "signals", "credit"):
         if getattr(recipe, key):
             yield Finding(key, why)
     if recipe.data.prompts:
         yield Finding("data.prompts", why)
-    if recipe.reference is not None and recipe.reference.name in ("behavior", "ema", "synced"):
+    if recipe.reference is not None and recipe.reference.follows_policy:
         yield Finding(
             "reference.name",
             "follows the policy while it samples, and regime.name is 'offline'. Use 'initial' or 'model'",
@@ -48,13 +37,13 @@ def there_is_something_to_train_on(recipe: Recipe, _: Surroundings) -> Iterator[
         yield Finding("regime.name", f"stage = '{recipe.stage}' trains on a fixed data set")
     if recipe.data.train:
         return
-    if not recipe.has_rollouts:
+    if recipe.rollouts is None:
         yield Finding(
             "data.train", "is missing: name at least one source, e.g. - path: pairs.jsonl"
         )
     elif not recipe.data.prompts:
         yield Finding("data.prompts", "is missing: name at least one source of prompts")
-    elif recipe.regime.offline_pairs:
+    elif recipe.rollouts.offline_pairs:
         yield Finding(
             "data.train", "is missing: regime.offline_pairs puts its pairs into every step"
         )
@@ -63,9 +52,9 @@ def there_is_something_to_train_on(recipe: Recipe, _: Surroundings) -> Iterator[
 @rule("regime", "data")
 def prompt_sources_take_their_keys(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     """What says how pairs are drawn or held out says nothing of prompts."""
-    if not recipe.has_rollouts:
+    if recipe.rollouts is None:
         return
-    data, mixes = recipe.data, recipe.regime.offline_pairs
+    data, mixes = recipe.data, recipe.rollouts.offline_pairs
     if data.eval_frac and not mixes:
         yield Finding(
             "data.eval_frac",
@@ -84,11 +73,10 @@ def prompt_sources_take_their_keys(recipe: Recipe, _: Surroundings) -> Iterator[
 
 @rule("stage", "regime", "objective", "credit", "signals")
 def labels_are_what_the_objective_needs(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    credit = credit_of(recipe)
-    if not recipe.has_rollouts or credit is None:
+    objective, bound, regime = recipe.objective, recipe.credit_in_force, recipe.rollouts
+    if regime is None or objective is None or bound is None:
         return
-    assert recipe.objective is not None
-    name, needs, regime = recipe.objective["name"], objective_needs(recipe), recipe.regime
+    name, needs, credit = objective.name, objective.needs, bound.spec
     given = set(credit.gives) | ({Need.PAIRS} if regime.offline_pairs else set())
     for need in sorted({Need.PAIRS, Need.ADVANTAGES} & (needs - given), key=lambda n: n.value):
         yield Finding(
@@ -119,20 +107,17 @@ def labels_are_what_the_objective_needs(recipe: Recipe, _: Surroundings) -> Iter
 
 @rule("regime", "objective", "credit")
 def offline_pairs_are_read(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    if (
-        recipe.has_rollouts
-        and recipe.regime.offline_pairs
-        and Need.PAIRS not in objective_needs(recipe)
-    ):
+    mixes = recipe.rollouts is not None and recipe.rollouts.offline_pairs
+    if mixes and Need.PAIRS not in objective_needs(recipe):
         yield Finding("regime.offline_pairs", "would be ignored: the objective takes no pairs")
 
 
 @rule("regime", "objective")
 def off_policy_settings_fit(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    regime = recipe.regime
-    if not recipe.has_rollouts or recipe.objective is None:
+    regime, objective = recipe.rollouts, recipe.objective
+    if regime is None or objective is None:
         return
-    needs, name = objective_needs(recipe), recipe.objective["name"]
+    needs, name = objective.needs, objective.name
     if regime.importance_cap is not None and Need.BEHAVIOR in needs:
         yield Finding(
             "regime.importance_cap",
@@ -161,18 +146,15 @@ def off_policy_settings_fit(recipe: Recipe, _: Surroundings) -> Iterator[Finding
 def references_of_rollouts_have_what_they_follow(
     recipe: Recipe, _: Surroundings
 ) -> Iterator[Finding]:
-    section = recipe.reference
-    if not recipe.has_rollouts or section is None:
+    section, regime = recipe.reference, recipe.rollouts
+    if regime is None or section is None:
         return
-    for key, name in (("ema_rate", "ema"), ("sync_every_pushes", "synced")):
-        if was_set(section, key) and section.name != name:
-            yield Finding(f"reference.{key}", f"would be ignored: reference.name is not '{name}'")
-    if section.name in ("behavior", "synced") and recipe.regime.sync_every is None:
+    if section.name in ("behavior", "synced") and regime.sync_every is None:
         yield Finding(
             "reference.name",
             "follows the pushes, and regime.sync_every = null never pushes. Use 'initial'",
         )
-    if section.cache_dir is not None:
+    if isinstance(section, CachedReferenceSection) and section.cache_dir is not None:
         yield Finding(
             "reference.cache_dir",
             "would be ignored: rollouts' reference log-probs are computed as they come",
@@ -184,32 +166,19 @@ def engine_keys_are_read(recipe: Recipe, surroundings: Surroundings) -> Iterator
     engine = recipe.engine
     if engine is None or not recipe.has_rollouts:
         return
-    takes = {
-        "hf": {"device", "cpus", "batch_size"},
-        "vllm": {"max_model_len", "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager", "options"},
-        "vllm_server": {
-            "urls", "num_servers", "devices", "max_model_len", "gpu_memory_utilization",
-            "tensor_parallel_size", "enforce_eager", "options", "max_restarts",
-        },
-    }  # fmt: skip
-    owners: dict[str, list[str]] = {}
-    for name, keys in takes.items():
-        for key in keys:
-            owners.setdefault(key, []).append(name)
-    for key in sorted(engine.model_fields_set & set(owners)):
-        if engine.name not in owners[key] and not (
-            key == "max_restarts" and recipe.hf_engine_has_process
-        ):
+    if isinstance(engine, HFSection):
+        if was_set(engine, "max_restarts") and not recipe.engine_has_process:
             yield Finding(
-                f"engine.{key}",
-                f"would be ignored: engine.name is '{engine.name}'; it is for {' and '.join(owners[key])}",
+                "engine.max_restarts",
+                "would be ignored: this engine runs in the process of training, and ends with it",
             )
-    if engine.cpus and (surroundings.num_processes or 1) > 1:
-        yield Finding(
-            "engine.cpus",
-            f"binds the engines of all {surroundings.num_processes} processes to the same cores. Leave it out",
-        )
-    if engine.urls:
+        if engine.cpus and (surroundings.num_processes or 1) > 1:
+            yield Finding(
+                "engine.cpus",
+                f"binds the engines of all {surroundings.num_processes} processes to the same cores. Leave it "
+                "out",
+            )
+    if isinstance(engine, VllmServerSection) and engine.urls:
         for key in sorted(engine.model_fields_set & _OF_STARTED_SERVERS):
             yield Finding(
                 f"engine.{key}", "would be ignored: the servers at engine.urls run already"
@@ -225,9 +194,9 @@ _OF_STARTED_SERVERS = {
 @rule("regime", "engine")
 def the_engine_is_installed(recipe: Recipe, surroundings: Surroundings) -> Iterator[Finding]:
     engine = recipe.engine
-    if not recipe.has_rollouts or engine is None or engine.name == "hf" or engine.urls:
+    if not recipe.has_rollouts or engine is None or engine.starts is None:
         return
-    if importlib.util.find_spec("vllm") is None:
+    if importlib.util.find_spec(engine.starts) is None:
         yield Finding(
             "engine.name",
             'needs vLLM, which is not installed here: pip install "prefopt[vllm]" (on a machine without CUDA, '
@@ -239,7 +208,7 @@ def the_engine_is_installed(recipe: Recipe, surroundings: Surroundings) -> Itera
 @rule("regime", "engine", "peft")
 def vllm_serves_the_adapter(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     engine, peft = recipe.engine, recipe.peft
-    if not recipe.has_rollouts or engine is None or engine.name == "hf" or peft is None:
+    if not recipe.has_rollouts or engine is None or engine.package != "vllm" or peft is None:
         return
     if peft.adapter is None and peft.type.lower() != "lora":
         yield Finding(
@@ -263,7 +232,8 @@ def vllm_serves_the_adapter(recipe: Recipe, _: Surroundings) -> Iterator[Finding
 
 @rule("regime", "data")
 def responses_fit_the_rows(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    if recipe.has_rollouts and recipe.regime.max_new_tokens >= recipe.data.max_length_tokens:
+    regime = recipe.rollouts
+    if regime is not None and regime.max_new_tokens >= recipe.data.max_length_tokens:
         yield Finding(
             "regime.max_new_tokens",
             f"must be below data.max_length_tokens = {recipe.data.max_length_tokens}, which bounds prompt and "
@@ -273,9 +243,9 @@ def responses_fit_the_rows(recipe: Recipe, _: Surroundings) -> Iterator[Finding]
 
 @rule("regime", "train")
 def prompts_divide(recipe: Recipe, surroundings: Surroundings) -> Iterator[Finding]:
-    per_step = recipe.regime.prompts_per_step
+    per_step = None if recipe.rollouts is None else recipe.rollouts.prompts_per_step
     processes = surroundings.num_processes or 1
-    if recipe.has_rollouts and per_step is not None and per_step % processes:
+    if per_step is not None and per_step % processes:
         yield Finding(
             "regime.prompts_per_step",
             f"does not divide over {processes} processes, and a rank with less to sample would wait for the "

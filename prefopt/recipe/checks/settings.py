@@ -5,23 +5,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from prefopt.recipe import registry
 from prefopt.recipe.checks.rules import Finding, Surroundings, rule, was_set
-from prefopt.recipe.registry import Need, get_objective, needs_with
+from prefopt.recipe.registry import Need
 from prefopt.recipe.schema import Recipe
 
 
 def objective_needs(recipe: Recipe) -> frozenset[Need]:
     """What the recipe's objective needs with its hyper-parameters; nothing for a stage without one."""
-    if recipe.objective is None:
-        return frozenset()
-    params = {key: value for key, value in recipe.objective.items() if key != "name"}
-    return needs_with(get_objective(recipe.objective["name"]), params)
+    return frozenset() if recipe.objective is None else recipe.objective.needs
 
 
 def reads_samples(recipe: Recipe) -> bool:
     """Is it trained on rows of one response with a reward or an advantage?"""
-    return recipe.stage == "preference" and registry.reads_samples(objective_needs(recipe))
+    objective = recipe.objective
+    return recipe.stage == "preference" and objective is not None and objective.reads_samples
 
 
 @rule("stage", "objective", "reference", "regime")
@@ -48,7 +45,7 @@ def reference_fits_objective(recipe: Recipe, _: Surroundings) -> Iterator[Findin
     section = recipe.reference
     if recipe.stage != "preference" or recipe.objective is None or section is None:
         return
-    name = recipe.objective["name"]
+    name = recipe.objective.name
     if Need.REFERENCE in objective_needs(recipe):
         if section.name == "none":
             yield Finding(
@@ -63,30 +60,12 @@ def reference_fits_objective(recipe: Recipe, _: Surroundings) -> Iterator[Findin
         )
 
 
-@rule("reference")
-def reference_keys_are_read(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
-    section = recipe.reference
-    if section is None:
-        return
-    if section.name == "model" and section.path is None:
-        yield Finding("reference.name", "needs reference.path: which weights are the reference?")
-    if section.name != "model" and section.path is not None:
-        yield Finding(
-            "reference.path",
-            f"would be ignored: reference.name is '{section.name}'. Set reference.name: model",
-        )
-    if section.revision is not None and section.path is None:
-        yield Finding("reference.revision", "would be ignored without reference.path")
-    if section.name == "none" and section.cache_dir is not None:
-        yield Finding("reference.cache_dir", "would be ignored: reference.name is 'none'")
-
-
 @rule("stage", "objective", "data", "regime")
 def offline_data_gives_what_objective_needs(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     if recipe.stage != "preference" or recipe.objective is None:
         return
     needs = objective_needs(recipe)
-    if recipe.regime.name != "offline":
+    if recipe.has_rollouts:
         return
     for need in sorted({Need.BEHAVIOR, Need.SAMPLES} & needs, key=lambda n: n.value):
         yield Finding(
@@ -99,7 +78,7 @@ def offline_data_gives_what_objective_needs(recipe: Recipe, _: Surroundings) -> 
         if not (source.columns.score_chosen and source.columns.score_rejected):
             yield Finding(
                 f"data.train.{index}.columns",
-                f"objective '{recipe.objective['name']}' needs rewards: name the columns with "
+                f"objective '{recipe.objective.name}' needs rewards: name the columns with "
                 "score_chosen and score_rejected",
             )
 

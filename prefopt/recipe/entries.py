@@ -1,0 +1,111 @@
+"""Fields that hold a named entry of a registry: validated by its signature once, bound, and dumped as written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    ValidationError,
+    create_model,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
+
+from prefopt.errors import suggest
+from prefopt.recipe.registry import (
+    REGISTRIES,
+    Bound,
+    BoundCredit,
+    BoundObjective,
+    BoundSignal,
+    Spec,
+)
+
+MISSING_NAME, UNKNOWN_NAME = "missing_name", "unknown_name"
+"""Types of the errors about an entry's ``name``; their message is a whole sentence."""
+
+_BOUND: Mapping[str, type[Bound[Any]]] = {
+    "objective": BoundObjective,
+    "credit": BoundCredit,
+    "signals": BoundSignal,
+}
+# What a recipe may say of an entry beside its own hyper-parameters.
+_SHARED_KEYS: Mapping[str, Mapping[str, Any]] = {"signals": {"weight": (float, 1.0)}}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Marks a field as an entry of a registry: ``Annotated[BoundSignal, Entry("signals")]``.
+
+    Args:
+        section: a key of `prefopt.recipe.registry.REGISTRIES`.
+    """
+
+    section: str
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        del source, handler
+        return core_schema.no_info_plain_validator_function(
+            lambda value: bind(self.section, value),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda bound: dict(bound.given)
+            ),
+        )
+
+    def parameters(self, raw: Any) -> type[BaseModel] | None:
+        """The keys of the entry that ``raw`` names, beside ``name``; None where it names none."""
+        name = raw.get("name") if isinstance(raw, Mapping) else None
+        registry = REGISTRIES[self.section]
+        if not isinstance(name, str) or name not in registry.names():
+            return None
+        return parameters(registry.declared(name), _SHARED_KEYS.get(self.section))
+
+
+def parameters(spec: Spec, shared: Mapping[str, Any] | None = None) -> type[BaseModel]:
+    """The pydantic model of an entry's hyper-parameters, made from its keyword-only signature.
+
+    Args:
+        spec: of the entry.
+        shared: further keys, as ``{name: (type, default)}``.
+    """
+    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    fields: Any = {**spec.fields, **(shared or {})}
+    return create_model(f"{spec.name}_hyperparameters", __config__=config, **fields)
+
+
+def bind(section: str, value: Any) -> Any:
+    """The entry that a mapping of ``name`` and keys names, validated; a bound one is returned as it is.
+
+    Raises: ValidationError with a location in the entry, or pydantic's error for something else than a mapping.
+    """
+    if isinstance(value, Bound):
+        return value
+    if not isinstance(value, Mapping):
+        raise PydanticKnownError("dict_type")
+    schema = Entry(section).parameters(value)
+    if schema is None:
+        raise _no_such_name(section, value.get("name"))
+    given = {key: each for key, each in value.items() if key != "name"}
+    found = schema.model_validate(given)
+    shared = _SHARED_KEYS.get(section, {})
+    params = {key: getattr(found, key) for key in given if key not in shared}
+    spec = REGISTRIES[section].declared(value["name"])
+    return _BOUND[section](spec, params, dict(value))
+
+
+def _no_such_name(section: str, name: Any) -> ValidationError:
+    known = REGISTRIES[section].names()
+    if name is None:
+        kind, message = MISSING_NAME, f"is missing. Known: {', '.join(sorted(known))}."
+    else:
+        kind, message = UNKNOWN_NAME, f"unknown; {suggest(str(name), known)}"
+    error = PydanticCustomError(kind, "{message}", {"message": message})  # type: ignore[arg-type]
+    return ValidationError.from_exception_data(
+        section, [{"type": error, "loc": ("name",), "input": name}]
+    )

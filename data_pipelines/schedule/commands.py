@@ -43,7 +43,7 @@ def check_schedule(schedule: Schedule) -> list[Task]:
         recipes. Files that an earlier step makes are not there to check.
     """
     problems: list[str] = []
-    scores = itertools.count(1.0)
+    scores = itertools.count(1e9, 1e9)  # above any start, and a gain whatever `min_gain`
 
     def look(task: Task) -> Found:
         found = [each for each in task.settings.problems(task) if "${" not in each]

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from bench._svg import Chart, Line, Point, write_svg
+from prefopt.recipe.yaml_file import read_yaml
 from recipes.quickstart import run as quickstart
 
 RUN_DIR = Path("runs/bench-claims-rest")  # as the YAML files have it
@@ -152,11 +153,10 @@ def rest(
     arm: str, scale: float, seed: int, extra: Sequence[str], prompts: Sequence[str]
 ) -> dict[str, Measure]:
     """Runs a schedule; every policy it made, by grow and improve step, improve steps counted from 0."""
-    from data_pipelines.rest import Commands, follow
-    from data_pipelines.rest_plan import check_rest
-    from data_pipelines.rest_settings import load_rest
+    from data_pipelines.schedule.commands import run_schedule
+    from data_pipelines.schedule.rest import load_rest
 
-    rates = load_rest(SCHEDULE).settings.improve.learning_rates
+    rates = read_yaml(SCHEDULE).raw["improve"]["learning_rates"]
     folder = RUN_DIR / "runs" / f"{arm}-{scale:g}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     overrides = [
@@ -164,22 +164,22 @@ def rest(
         f"improve.learning_rates={[rate * scale for rate in rates]}",
         *extra,
     ]
-    file = load_rest(SCHEDULE, overrides)
-    check_rest(file, file.settings.policy)
     with quiet():
-        outcome = follow(file, file.settings.policy, Commands(file, in_this_process))
+        walk = run_schedule(load_rest(SCHEDULE, overrides), in_this_process)
+    trained = [task for task, _ in walk.found if task.settings.name == "train"]
     return {
-        f"{each.grow}.{each.improve - 1}": measured(Path(each.policy), prompts)
-        for each in outcome.steps[1:]
+        f"{task.place.turns['grow']}.{task.place.turns['improve'] - 1}": measured(
+            Path(task.settings.result(task)), prompts
+        )
+        for task in trained
     }
 
 
-def in_this_process(arguments: Sequence[str], step: str) -> None:
+def in_this_process(command: Sequence[str]) -> int:
     """A step of a schedule without the start of a Python."""
     from prefopt.cli import main as prefopt
 
-    if prefopt(list(arguments)):
-        raise SystemExit(f"{step}: prefopt {' '.join(arguments)} failed")
+    return prefopt(list(command[3:]))
 
 
 def online(arm: str, rate: float, seed: int, prompts: Sequence[str]) -> dict[str, Measure]:

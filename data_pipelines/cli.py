@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ examples:
   prefopt data build PIPELINE.yaml --workers 4        four processes make its shards
   prefopt data build PIPELINE.yaml executor.name=ray executor.address=HEAD:6379    a Ray cluster does
   prefopt data status PIPELINE.yaml                   rows in and out of each stage, by reason
+  prefopt data schedule SCHEDULE.yaml                 steps in order and in loops: SFT, pairs, DPO, online DPO, …
   prefopt data round ROUNDS.yaml                      sample, score, pair, train, and again with the new policy
   prefopt data rest REST.yaml                         sample, train on what exceeds rising thresholds, again
   prefopt data stages                                 every stage; `prefopt data stages filter`: one, with its keys
@@ -34,9 +36,8 @@ def main(argv: Sequence[str]) -> int:
         "build": _build,
         "check": _check,
         "status": _status,
-        "round": _round,
+        **{name: partial(_schedule, name) for name in ("schedule", "round", "rest")},
         "card": _card,
-        "rest": _rest,
         "stages": _stages,
         "presets": _presets,
         "keys": _keys,
@@ -139,26 +140,41 @@ def _status(argv: Sequence[str]) -> None:
     print_record(load_pipeline(arguments.pipeline, arguments.overrides))
 
 
-def _round(argv: Sequence[str]) -> None:
-    parser = _parser(
-        "round",
-        "Rounds: data from the newest policy, training on it, the next round. Killed, it goes on where it was.",
-        "prefopt data round recipes/iterative_dpo/quickstart.yaml num_rounds=2",
-        pipeline=False,
-    )
-    parser.add_argument("rounds", metavar="ROUNDS", type=Path, help="a YAML file of rounds")
-    parser.add_argument("--keys", action="store_true", help="print the file's keys, and stop")
-    if "--keys" in argv:
-        from data_pipelines.round_settings import RoundsSettings
-        from prefopt.recipe.help_pages import schema_page
+def _schedule(name: str, argv: Sequence[str]) -> None:
+    from data_pipelines.schedule.presets import FILES
 
-        print(schema_page(RoundsSettings))
+    file = FILES[name]
+    parser = _parser(name, file.summary, file.example, pipeline=False)
+    parser.add_argument("schedule", metavar=name.upper(), type=Path, help="a YAML file")
+    for flag, says in (
+        ("--keys", "print the file's keys, and stop"),
+        ("--check", "say what is wrong with it, and stop"),
+        (
+            "--dry-run",
+            "as --check, and print every command in order, were each turn of a loop a gain",
+        ),
+        ("--status", "what is done so far, and what came of it"),
+    ):
+        parser.add_argument(flag, action="store_true", help=says)
+    if "--keys" in argv:
+        print(file.keys_page())
         return
     arguments = _parse(parser, argv)
-    from data_pipelines.round_settings import load_rounds
-    from data_pipelines.rounds import print_rounds, run_rounds
+    from data_pipelines.schedule.commands import check_schedule, done_so_far, run_schedule
+    from data_pipelines.schedule.show import commands_page, print_walk, write_record
 
-    print_rounds(run_rounds(load_rounds(arguments.rounds, arguments.overrides)))
+    schedule = file.load(arguments.schedule, arguments.overrides)
+    if arguments.status:
+        print_walk(done_so_far(schedule))
+    elif arguments.check or arguments.dry_run:
+        tasks = check_schedule(schedule)
+        print(f"{arguments.schedule}: fine")
+        if arguments.dry_run:
+            print(commands_page(tasks))
+    else:
+        walk = run_schedule(schedule)
+        write_record(walk)
+        print_walk(walk)
 
 
 def _card(argv: Sequence[str]) -> None:
@@ -206,36 +222,6 @@ def _card(argv: Sequence[str]) -> None:
         raise DataError(
             f"{arguments.pairs}: the card says {card.worst()} (--fail-on {arguments.fail_on})"
         )
-
-
-def _rest(argv: Sequence[str]) -> None:
-    parser = _parser(
-        "rest",
-        "ReST, ReST-EM: grow a set of samples, improve on the best of it. Killed, it goes on where it was.",
-        "prefopt data rest recipes/rest/quickstart.yaml grow.steps=1",
-        pipeline=False,
-    )
-    parser.add_argument("schedule", metavar="REST", type=Path, help="a YAML file of a schedule")
-    parser.add_argument("--keys", action="store_true", help="print the file's keys, and stop")
-    parser.add_argument("--check", action="store_true", help="say what is wrong with it, and stop")
-    if "--keys" in argv:
-        from data_pipelines.rest_settings import RestSettings
-        from prefopt.recipe.help_pages import schema_page
-
-        print(schema_page(RestSettings))
-        return
-    arguments = _parse(parser, argv)
-    from data_pipelines.filling import final_policy
-    from data_pipelines.rest import print_outcome, run_rest
-    from data_pipelines.rest_plan import check_rest
-    from data_pipelines.rest_settings import load_rest
-
-    file = load_rest(arguments.schedule, arguments.overrides)
-    if arguments.check:
-        check_rest(file, final_policy(file.settings.policy))
-        print(f"{arguments.schedule}: fine")
-    else:
-        print_outcome(run_rest(file))
 
 
 def _stages(argv: Sequence[str]) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +14,19 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from data_pipelines import steps
-from data_pipelines.filling import final_policy
-from data_pipelines.rest import Reward, follow
-from data_pipelines.rest_plan import ImproveStep, check_rest, plan_grow, validation_pipeline
-from data_pipelines.rest_settings import load_rest
+from data_pipelines.schedule.base import Found, Task
+from data_pipelines.schedule.commands import check_schedule
+from data_pipelines.schedule.rest import load_rest, validation_pipeline
+from data_pipelines.schedule.rest_settings import RestSettings
+from data_pipelines.schedule.walk import Walk
 from prefopt.cli import main
-from prefopt.errors import ConfigError, TrainingError
+from prefopt.errors import ConfigError
+from prefopt.recipe.yaml_file import read_yaml
 from recipes.quickstart.task import share_in_place
 from tests.eval.runs import write_chat_model, write_jsonl
+from tests.pipelines import schedules
 from tests.pipelines.pipelines import rows
+from tests.recipes.commands import run
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = str(Path(__file__).with_name("round_plugin.py"))
@@ -40,16 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Steps run as the same commands, in this process: no start of Python and torch for each. What was run."""
-    ran: list[str] = []
-
-    def run(command: Sequence[str], step: str, shown: str = "") -> None:
-        ran.append(shown)
-        if main(list(command[3:])):
-            raise TrainingError(f"{step}: {shown}")
-
-    monkeypatch.setattr(steps, "run_command", run)
-    return ran
+    return schedules.in_this_process(monkeypatch)
 
 
 def schedule(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
@@ -97,7 +88,7 @@ def weights(folder: Path) -> dict[str, bytes]:
         *folder.glob("grow-*/improve-*/train/final/*.safetensors"),
         *folder.rglob("data/**/*.jsonl"),
     ]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(files)}
+    return schedules.contents(folder, files)
 
 
 def distance(one: Path, other: Path) -> float:
@@ -152,9 +143,9 @@ def test_steps_run_in_order_each_from_the_one_before(
             expected += [each["text"] for each in row["responses"] if each["score"] > limit + 1e-12]
         found = rows(out / "grow-1" / "data" / f"improve-{number}")
         assert [row["response"] for row in found] == expected
-    result = json.loads((out / "rest.json").read_text())
-    assert result["best"]["policy"] == before[-1] and len(result["steps"]) == 5
-    assert result["steps"][1]["kept"]["samples"] == 32
+    result = json.loads((out / "schedule.json").read_text())
+    assert result["names"]["train"] == before[-1] and len(result["steps"]) == 8
+    assert result["steps"][0]["numbers"]["of"] == 32
     # done is done
     done, ran = weights(out), len(in_process)
     assert main(["data", "rest", str(tmp_path / "rest.yaml")]) == 0
@@ -186,42 +177,64 @@ def test_validation_is_the_mean_score_of_held_out_answers(
     raw |= {"improve": {"gamma": [0.5], "learning_rates": [1e-2]}}
     raw["grow"]["steps"] = 1
     assert main(["data", "rest", str(write(tmp_path, raw))]) == 0
-    result = json.loads((tmp_path / "out" / "rest.json").read_text())
+    result = json.loads((tmp_path / "out" / "schedule.json").read_text())
     means = []
+    measured = [each for each in result["steps"] if each["step"] in ("validation-0", "validation")]
     places = ("grow-0/improve-0", "grow-1/improve-1")
-    for step, place in zip(result["steps"], places, strict=True):
+    for step, place in zip(measured, places, strict=True):
         answers = rows(tmp_path / "out" / place / "validation" / "score")
         assert len(answers) == 6 and {len(row["responses"]) for row in answers} == {3}
         texts = [each["text"] for row in answers for each in row["responses"]]
         rewards = [text.count("a") - 0.01 * len(text) for text in texts]
-        assert step["reward"]["mean"] == pytest.approx(sum(rewards) / 18)
-        means.append(step["reward"]["mean"])
-    assert result["best"]["reward"]["mean"] == max(means)
+        assert step["score"] == pytest.approx(sum(rewards) / 18)
+        means.append(step["score"])
+    assert result["names"]["validation.score"] == max(means)
 
 
-@pytest.mark.slow  # every step is a process, and some start twice
-def test_a_killed_schedule_ends_with_the_same_weights(tmp_path: Path, model: Path) -> None:
-    """SIGKILL to the whole at random moments, in processes of their own as users have them."""
-    paths = []
+def test_a_killed_schedule_ends_with_the_same_weights_and_decisions(
+    tmp_path: Path, model: Path
+) -> None:
+    """SIGKILL to the whole at random moments."""
+    outs = []
     for name in ("calm", "killed"):
         raw = schedule(tmp_path / name, model)
         raw["grow"]["steps"] = 1
         raw["recipe"]["peft"] = LORA
-        paths.append(write(tmp_path / name, raw))
-    command = [sys.executable, "-m", "prefopt.cli", "data", "rest"]
-    began = time.monotonic()
-    subprocess.run([*command, str(paths[0])], check=True, stdout=subprocess.DEVNULL)
-    whole_s = time.monotonic() - began
-    draw = random.Random(2)
-    for _ in range(3):
-        process = subprocess.Popen([*command, str(paths[1])], stdout=subprocess.DEVNULL)
-        time.sleep(draw.uniform(0.1, 0.5) * whole_s)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([*command, str(paths[1])], check=True, stdout=subprocess.DEVNULL)
-    calm, killed = (weights(path.parent / "out") for path in paths)
+        held_out = {"path": str(tmp_path / name / "held_out.jsonl")}
+        raw["validation"] = {"sources": [held_out], "patience": 2}
+        path, out = write(tmp_path / name, raw), tmp_path / name / "out"
+        if name == "calm":
+            code, said = run(
+                "data", "rest", str(path), log=path.with_suffix(".log"), entry=schedules.main
+            )
+            assert code == 0, said
+        else:
+            num_files = schedules.count_files(outs[0])
+            schedules.run_and_kill(path, out, num_files, command="rest", seed=2, kills=2)
+        outs.append(out)
+    calm, killed = map(weights, outs)
     assert calm.keys() == killed.keys() and len(calm) > 8
     assert {name for name in calm if calm[name] != killed[name]} == set()
+    records = [(out / "schedule.json").read_text().replace(str(out.parent), "") for out in outs]
+    assert records[0] == records[1] and "validation.score" in records[0]
+
+
+@pytest.mark.slow  # every step starts a Python
+def test_processes_of_their_own_leave_the_same_bytes(tmp_path: Path, model: Path) -> None:
+    """As users have them, and not as forks of a warm one."""
+    outs = []
+    for name, command in (("own", [sys.executable, "-m", "prefopt.cli"]), ("forks", None)):
+        raw = schedule(tmp_path / name, model, improve={"gamma": [0.5], "learning_rates": [1e-3]})
+        raw["grow"]["steps"] = 1
+        path = write(tmp_path / name, raw)
+        arguments = ["data", "rest", str(path)]
+        if command is None:
+            log = tmp_path / "log"
+            assert run(*arguments, log=log, entry=schedules.main)[0] == 0, log.read_text()
+        else:
+            subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
+        outs.append(weights(path.parent / "out"))
+    assert outs[0] == outs[1] and len(outs[0]) > 4
 
 
 # -- when it ends --------------------------------------------------------------------------------------------
@@ -235,15 +248,13 @@ class Scripted:
         self.trained: list[str] = []
         self.asked: list[str] = []
 
-    def grow(self, plan: Sequence[ImproveStep]) -> list[dict[str, Any]]:
-        self.asked.append(_place(plan[0].pipeline["stages"][1]["model"]["path"]))
-        return [{"rule": "", "kept": 1, "samples": 1}] * len(plan)
-
-    def train(self, step: ImproveStep) -> None:
-        self.trained.append(f"{step.grow}.{step.number}")
-
-    def validate(self, policy: str, folder: Path) -> Reward:
-        return Reward(next(self.rewards), 0.0, 1)
+    def __call__(self, task: Task) -> Found:
+        name, place = task.settings.name, ".".join(map(str, task.place.turns.values()))
+        if name == "samples" and task.place.turns["improve"] == 1:
+            self.asked.append(_place(task.raw["stages"][1]["model"]["path"]))
+        if name == "train":
+            self.trained.append(place)
+        return Found(next(self.rewards) if name in ("validation-0", "validation") else None)
 
 
 def _place(policy: str) -> str:
@@ -278,17 +289,17 @@ def test_it_goes_on_while_the_reward_rises_and_keeps_the_best(
         "patience": patience,
     }
     doing = Scripted(*rewards)
-    outcome = follow(load_rest(write(tmp_path, raw)), str(model), doing)
+    walk = Walk(load_rest(write(tmp_path, raw)), doing).take()
     assert (" ".join(doing.trained), " ".join(doing.asked)) == (trained, asked)
-    assert _place(outcome.best.policy) == best
+    assert _place(walk.names["train"]) == best and not walk.problems
     assert next(doing.rewards, None) is None  # every policy that was made was measured
 
 
 def test_without_validation_the_last_policy_grows(tmp_path: Path, model: Path) -> None:
     doing = Scripted()
-    outcome = follow(load_rest(write(tmp_path, schedule(tmp_path, model))), str(model), doing)
+    walk = Walk(load_rest(write(tmp_path, schedule(tmp_path, model))), doing).take()
     assert doing.trained == ["1.1", "1.2", "2.1", "2.2"] and doing.asked == ["0", "1.2"]
-    assert _place(outcome.best.policy) == "2.2" and outcome.best.reward is None
+    assert _place(walk.names["train"]) == "2.2" and "validation.score" not in walk.names
 
 
 # -- what is refused -----------------------------------------------------------------------------------------
@@ -297,8 +308,7 @@ def test_without_validation_the_last_policy_grows(tmp_path: Path, model: Path) -
 def refused(folder: Path, raw: dict[str, Any], *overrides: str) -> str:
     path = write(folder, raw)
     with pytest.raises(ConfigError) as caught:
-        file = load_rest(path, overrides)
-        check_rest(file, final_policy(file.settings.policy))
+        check_schedule(load_rest(path, overrides))
     assert not (folder / "out").exists()
     return str(caught.value)
 
@@ -370,10 +380,10 @@ def test_what_a_schedule_cannot_do_without(tmp_path: Path, model: Path) -> None:
         tmp_path, raw, "recipe.run={name: '${polici}'}"
     )
     raw["grow"]["stages"].append({"stage": "pair"})
-    assert "gives pairs, and thresholds are over scored groups or samples" in refused(tmp_path, raw)
+    assert "takes groups or samples, and the stage before gives pairs" in refused(tmp_path, raw)
     raw["grow"]["stages"] = raw["grow"]["stages"][:2]
     raw["validation"] = {"sources": [{"path": "x.jsonl"}]}
-    assert "has no `score` stage that writes `score`" in refused(tmp_path, raw)
+    assert "a `score` stage that writes `score`" in refused(tmp_path, raw)
     assert "are given together" in refused(tmp_path, raw, "launch=accelerate launch")
 
 
@@ -387,13 +397,13 @@ def test_the_inner_objective_trains_on_what_the_grow_step_gives(
         in of_pairs
     )
     without = refused(tmp_path, raw, "recipe.objective={name: a_lol_ref_free}")
-    assert "needs advantages, and grow.stages end with groups" in without
+    assert "needs advantages, and" in without and "has none: it is made of groups" in without
     raw["grow"]["stages"].append({"stage": "advantage", "positive_only": True})
     for name in ("a_lol_ref_free", "r_gold", "filtered_nll"):
         raw["recipe"]["objective"] = {"name": name} | (
             {"threshold": 0} if name == "filtered_nll" else {}
         )
-        check_rest(load_rest(write(tmp_path, raw)), str(model))
+        check_schedule(load_rest(write(tmp_path, raw)))
 
 
 def test_a_script_that_would_refuse_the_recipe_is_known(tmp_path: Path, model: Path) -> None:
@@ -457,14 +467,16 @@ def test_validation_asks_held_out_prompts_as_grow_asks_its_own(tmp_path: Path, m
     scoring = {"stage": "score", "signals": [signal]}
     raw["grow"]["stages"] = [own, sampling, scoring, {"stage": "filter", "max_unended_frac": 0.5}]
     raw["validation"] = {"sources": [{"path": "h.jsonl"}], "max_prompts": 5, "temperature": 0}
-    pipeline = validation_pipeline(load_rest(write(tmp_path, raw)), "P", "F", tmp_path)
-    prompts, sample, score = pipeline["stages"]
+    document = read_yaml(write(tmp_path, raw))
+    section = RestSettings.model_validate(document.raw).validation
+    assert section is not None
+    prompts, sample, score = validation_pipeline(document, section, "P").raw["stages"]
     kept = {"keep": ["answer"], "max_prompts": 5}
     assert prompts == {"stage": "prompts", "sources": [{"path": "h.jsonl"}], **kept}
     assert sample["model"] == {"path": "P"} and sample["temperatures"] == [0]
     assert (sample["samples_per_seed"], sample["seeds"]) == (1, [0])
     assert sample["drop_unended"] is False  # an answer that does not end is an answer
-    reference = {"name": "implicit_reward", "path": "P", "reference": "F"}
+    reference = {"name": "implicit_reward", "path": "P", "reference": "${first}"}
     assert score == {"stage": "score", "signals": [reference]}
 
 
@@ -484,11 +496,13 @@ def test_shipped_schedules_are_sound(
     name: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    file = load_rest(ROOT / "recipes" / "rest" / f"{name}.yaml", [f"policy={model}"])
-    settings = file.settings
-    plan = plan_grow(file, 1, settings.policy, settings.policy)
+    tasks = check_schedule(
+        load_rest(ROOT / "recipes" / "rest" / f"{name}.yaml", [f"policy={model}"])
+    )
     if name == "rest_em":
-        assert settings.improve.start == "base" and settings.improve.max_per_prompt == 10
-        assert {step.start for step in plan} == {settings.policy}
-        assert plan[0].pipeline["stages"][0]["stage"] == "prompts"  # no D in the mix
-    check_rest(file, settings.policy)
+        assert {each.raw["model"]["path"] for each in tasks if each.settings.name == "train"} == {
+            str(model)
+        }
+        samples = [each for each in tasks if each.settings.name == "samples"]
+        assert [each.raw["stages"][-1]["max_per_prompt"] for each in samples] == [10] * 3
+        assert samples[0].raw["stages"][0]["stage"] == "prompts"  # no D in the mix

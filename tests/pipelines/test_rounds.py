@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from data_pipelines.round_settings import load_rounds, plan_rounds
+from data_pipelines.schedule.base import Task
+from data_pipelines.schedule.commands import check_schedule
+from data_pipelines.schedule.rounds import load_rounds
 from prefopt.cli import main
 from prefopt.errors import ConfigError
 from tests.eval.runs import write_chat_model
+from tests.pipelines import schedules
 from tests.pipelines.pipelines import counts, rows
+from tests.recipes.commands import run
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = str(Path(__file__).with_name("round_plugin.py"))
@@ -83,15 +82,24 @@ def weights(folder: Path) -> dict[str, bytes]:
         *folder.glob("round-*/train/final/adapter_model.safetensors"),
         *folder.glob("round-*/data/**/*.jsonl"),
     ]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(files)}
+    return schedules.contents(folder, files)
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     """Two rounds, undisturbed."""
     folder = tmp_path_factory.mktemp("calm")
-    assert main(["data", "round", str(write_rounds(folder, model))]) == 0
+    path = write_rounds(folder, model)
+    log, code = folder / "log", 0
+    assert run("data", "round", str(path), log=log, entry=schedules.main)[0] == code, (
+        log.read_text()
+    )
     return folder / "out"
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return schedules.in_this_process(monkeypatch)
 
 
 # -- what runs -----------------------------------------------------------------------------------------------
@@ -137,32 +145,28 @@ def test_the_second_rounds_pairs_are_answers_of_the_trained_policy(
     assert len(ours) == len(other) and ours != other
 
 
-def test_finished_rounds_run_nothing_again(calm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_rounds_run_nothing_again(
+    calm: Path, capsys: pytest.CaptureFixture[str], in_process: list[str]
+) -> None:
     before = weights(calm)
     times = {path: path.stat().st_mtime_ns for path in calm.rglob("*.safetensors")}
     assert main(["data", "round", str(calm.parent / "rounds.yaml")]) == 0
     shown = capsys.readouterr().out
     assert "rounds" in shown and "rewards/accuracy" in shown and "round-2/train/final" in shown
-    assert weights(calm) == before
+    assert weights(calm) == before and in_process == []
     assert {path: path.stat().st_mtime_ns for path in calm.rglob("*.safetensors")} == times
 
 
 def test_killed_rounds_end_with_the_same_weights(tmp_path: Path, calm: Path, model: Path) -> None:
     """SIGKILL to the whole at random moments; no step of a dead one lives on."""
     path = write_rounds(tmp_path, model)
-    command = [sys.executable, "-m", "prefopt.cli", "data", "round", str(path)]
-    draw = random.Random(1)
-    for _ in range(2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(draw.uniform(3, 8))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert main(["data", "round", str(path)]) == 0
-    assert weights(tmp_path / "out") == weights(calm)
+    num_files, out = schedules.count_files(calm), tmp_path / "out"
+    schedules.run_and_kill(path, out, num_files, command="round", seed=1, kills=3)
+    assert weights(out) == weights(calm)
 
 
 def test_a_step_that_fails_says_which_and_what_is_done_stays(
-    tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str], in_process: list[str]
 ) -> None:
     path = write_rounds(tmp_path, model)
     recipe = yaml.safe_load((tmp_path / "dpo.yaml").read_text())
@@ -180,7 +184,7 @@ def test_a_step_that_fails_says_which_and_what_is_done_stays(
 
 def problems(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        plan_rounds(load_rounds(path, overrides))
+        check_schedule(load_rounds(path, overrides))
     return str(caught.value)
 
 
@@ -216,9 +220,8 @@ def test_what_cannot_work_is_known_before_the_first_round(tmp_path: Path, model:
     assert "data: names no ${data}" in changed(
         "dpo.yaml", {**RECIPE, "data": {"train": [{"path": "x"}]}}
     )
-    assert "pairs ends with groups, and a round trains on pairs" in changed(
-        "pairs.yaml", {**PAIRS, "stages": PAIRS["stages"][:-1]}
-    )
+    groups = changed("pairs.yaml", {**PAIRS, "stages": PAIRS["stages"][:-1]})
+    assert "/pairs/score': holds groups, and objective.name = 'dpo' trains on pairs" in groups
     wrong = [{"stage": "questions", "round": "${rond}"}, *PAIRS["stages"][1:]]
     assert "${rond}: unknown placeholder; did you mean 'round'?" in changed(
         "pairs.yaml", {**PAIRS, "stages": wrong}
@@ -237,27 +240,37 @@ def test_a_run_that_has_not_ended_is_no_policy(tmp_path: Path, model: Path) -> N
     assert "a run that has not ended" in problems(write_rounds(tmp_path, tmp_path / "run"))
 
 
+def tasks(path: Path, name: str, *overrides: str) -> list[Task]:
+    """A step of every round, filled in."""
+    found = check_schedule(load_rounds(path, overrides))
+    return [each for each in found if each.settings.name == name]
+
+
 def test_rounds_may_train_the_first_policy_anew(tmp_path: Path, model: Path) -> None:
-    rounds = plan_rounds(load_rounds(write_rounds(tmp_path, model, trains="first")))
-    assert [each.recipe["model"]["path"] for each in rounds] == [str(model)] * 2
-    assert [each.recipe["peft"] for each in rounds] == [RECIPE["peft"]] * 2
-    assert rounds[1].policy == str(rounds[0].final)
+    path = write_rounds(tmp_path, model, trains="first")
+    trained = tasks(path, "train")
+    assert [each.raw["model"]["path"] for each in trained] == [str(model)] * 2
+    assert [each.raw["peft"] for each in trained] == [RECIPE["peft"]] * 2
+    asked = [each.raw["stages"][1]["model"]["path"] for each in tasks(path, "pairs")]
+    assert asked == [str(model), trained[0].settings.result(trained[0])]
 
 
 @pytest.mark.parametrize("name", ["quickstart", "sera"])
-def test_shipped_rounds_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_rounds_are_sound(name: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    rounds = plan_rounds(load_rounds(ROOT / "recipes" / "iterative_dpo" / name / "rounds.yaml"))
-    assert len(rounds) == 3
+    path = ROOT / "recipes" / "iterative_dpo" / name / "rounds.yaml"
+    trained = tasks(path, "train", f"policy={model}")
+    assert len(trained) == 3
     if name == "sera":
-        (offline,) = rounds[0].pipelines
-        assert offline[0] == "offline"
-        select, bootstrap = (raw for _, raw in rounds[2].pipelines)
-        score = next(stage for stage in select["stages"] if stage["stage"] == "score")
-        assert [each["path"] for each in score["signals"]] == [
-            str(rounds[1].final),
-            str(rounds[0].final),
-        ]
-        assert (
-            bootstrap["stages"][-1]["sources"][0]["path"] == "runs/sera/round-3/data/select/order"
+        offline, *others = tasks(path, "offline", f"policy={model}")
+        assert offline.title == "round 1" and not others
+        select, bootstrap = (
+            tasks(path, each, f"policy={model}")[-1].raw for each in ("select", "bootstrap")
         )
+        score = next(stage for stage in select["stages"] if stage["stage"] == "score")
+        policies = [f"runs/sera/round-{n}/train/final" for n in (2, 1)]
+        assert [each["path"] for each in score["signals"]] == policies
+        assert {each["reference"] for each in score["signals"]} == {str(model)}
+        mixed = bootstrap["stages"][-1]["sources"][0]["path"]
+        assert mixed == "runs/sera/round-3/data/select/order"
+        assert trained[2].raw["data"]["train"][0]["path"] == "runs/sera/round-3/data/bootstrap/mix"

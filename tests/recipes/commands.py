@@ -11,7 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -117,20 +117,25 @@ def forked(
 
 
 def prefopt(
-    *arguments: str, log: Path, **environment: str
+    *arguments: str, log: Path, entry: Callable[[Sequence[str]], int] = main, **environment: str
 ) -> contextlib.AbstractContextManager[Command]:
-    """Starts ``prefopt ARGUMENTS`` with its output in ``log``, and more variables than this process has."""
-    return forked(_main, *arguments, log=log, environment={**os.environ, **environment})
+    """Starts ``prefopt ARGUMENTS`` with its output in ``log``, and more variables than this process has.
+
+    ``entry`` stands for the command's own `main` where a test starts what it starts by other means.
+    """
+    return forked(_enter, entry, *arguments, log=log, environment={**os.environ, **environment})
 
 
-def run(*arguments: str, log: Path, **environment: str) -> tuple[int, str]:
+def run(
+    *arguments: str, log: Path, entry: Callable[[Sequence[str]], int] = main, **environment: str
+) -> tuple[int, str]:
     """``(exit code, output)`` of ``prefopt ARGUMENTS``."""
-    with prefopt(*arguments, log=log, **environment) as command:
+    with prefopt(*arguments, log=log, entry=entry, **environment) as command:
         return command.wait(), command.output
 
 
-def _main(*arguments: str) -> int:
-    return main(arguments)
+def _enter(entry: Callable[[Sequence[str]], int], *arguments: str) -> int:
+    return entry(arguments)
 
 
 def _run(

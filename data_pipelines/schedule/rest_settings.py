@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
-from data_pipelines.pipeline import override_numbers
+from data_pipelines.schedule.kinds import LaunchSettings
+from data_pipelines.schedule.settings import launch_problems
 from data_pipelines.stages.threshold import RULES
-from prefopt.errors import ConfigError
-from prefopt.recipe.load import load_settings
 from prefopt.recipe.schema import NonNegativeFloat, PathText, Section, SourceSection
-from prefopt.recipe.yaml_file import Document, apply_overrides, read_yaml
+from prefopt.recipe.yaml_file import Document
 
 _Percent = Annotated[float, Field(ge=0, le=100)]
 _Gamma = Annotated[float, Field(ge=0, le=1)]
@@ -102,7 +99,7 @@ class ValidationSection(Section):
     any gain ends the schedule."""
 
 
-class RestSettings(Section):
+class RestSettings(LaunchSettings):
     """ReST (arXiv:2308.08998) and ReST-EM (arXiv:2312.06585): grow a set of samples, improve on the best of it.
 
     Placeholders in `grow.stages` and `recipe`: `${policy}` is the policy that the grow step samples from,
@@ -122,52 +119,11 @@ class RestSettings(Section):
     validation: ValidationSection | None = None
     """With it the best policy is kept, and a schedule that brings nothing more ends early. Without, every step is
     taken, and the last improve step's policy is the one that grows (as in the paper)."""
-    launch: str = ""
-    """What training is started with, e.g. `accelerate launch --config_file accelerate_configs/zero3.yaml`;
-    default: this machine, one process."""
-    script: PathText | None = None
-    """Script that is launched, e.g. recipes/offline_rl.py; needed with `launch`."""
 
 
-@dataclass(frozen=True)
-class RestFile:
-    """A schedule file whose settings are sound by themselves."""
-
-    settings: RestSettings
-    document: Document
-    path: Path
-    """The file, which plugins are relative to."""
-
-
-def load_rest(path: Path, overrides: Sequence[str] = ()) -> RestFile:
-    """The schedule of a YAML file; ``grow.stages.<id>.key=value`` names a stage by its id.
-
-    Raises: ConfigError with every problem and its line.
-    """
-    document = read_yaml(path)
-    grow = document.raw.get("grow")
-    stages = grow.get("stages") if isinstance(grow, dict) else None
-    document = apply_overrides(document, override_numbers(overrides, stages, "grow.stages"))
-    settings = load_settings(RestSettings, document, path)
-    if problems := list(_problems(settings, document)):
-        raise ConfigError(problems, source=str(path))
-    return RestFile(settings, document, path)
-
-
-def part(document: Document, *keys: str | int, raw: Mapping[str, Any]) -> Document:
-    """A section of a document as one of its own: ``raw``, with the lines that its keys have there."""
-    depth = len(keys)
-    origins = {at[depth:]: line for at, line in document.origins.items() if at[:depth] == keys}
-    return Document(dict(raw), origins)
-
-
-def _problems(settings: RestSettings, document: Document) -> Iterator[str]:
-    if bool(settings.launch) != (settings.script is not None):
-        yield (
-            f"{document.origin(('launch',))}launch = {settings.launch!r}, script = {settings.script!r}: are given "
-            "together, e.g. `accelerate launch --config_file accelerate_configs/zero3.yaml` and "
-            "recipes/offline_rl.py"
-        )
+def rest_problems(settings: RestSettings, document: Document) -> Iterator[str]:
+    """What is wrong with a schedule's own settings, with lines."""
+    yield from launch_problems(settings, document)
     if "output_dir" in (settings.grow.model_extra or {}):
         yield (
             f"{document.origin(('grow', 'output_dir'))}grow.output_dir: would be ignored: samples go below the "

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,7 @@ from prefopt.errors import PrefoptError, TrainingError
 from prefopt.model.distributed import Interrupts, clip_gradients, max_over_processes, sync_gradients
 from prefopt.model.layouts import log_ratio_tolerance
 from prefopt.model.micro_batches import SplitLimits
-from prefopt.model.sweep import sweep
+from prefopt.model.sweep import LayoutFn, sweep
 from prefopt.recipe.registry import BoundObjective
 from prefopt.recipe.schema import TrainSection
 from prefopt.reference.live import Reference
@@ -110,7 +110,7 @@ class PreferenceTrainer:
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints", accelerator, keep=settings.keep_checkpoints
         )
-        self._layout = accelerator.unwrap_model(model).layout
+        self._layout: LayoutFn = cast(Any, accelerator.unwrap_model(model)).layout
         self._reads_scores = objective.reads_scores
         self._meter = MeanMeter(accelerator.device)
         self._parameters = [p for p in model.parameters() if p.requires_grad]

@@ -87,7 +87,7 @@ def changes(was: Any, now: Any, key: str = "") -> list[Change]:
 def code_hash(thing: Any) -> str:
     """Hash of the module that defines ``thing``: of what it does, not of its comments, docstrings or layout.
 
-    Imports do not count either: a module of ours that moves changes the imports of many, and what none of them does.
+    Imports do not count either: a module that moves changes those of many, and what none of them does.
 
     Raises: ConfigError for something defined in no file.
     """

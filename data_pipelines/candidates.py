@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_pipelines.base import Dropped
-from data_pipelines.rows import Row, RowKind, responses_of, unpack_ids, user_fields
+from data_pipelines.rows import Row, RowKind, responses_of, user_fields
 from prefopt.errors import DataError, SignalError
+from prefopt.storage.packed import unpack_ids
 from prefopt.types import Candidates, Prompt
 
 if TYPE_CHECKING:

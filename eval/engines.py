@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from eval.base import Answer, Decoding, Message
 from eval.models import run_condition
@@ -20,6 +17,7 @@ from prefopt.engines.start import Task, start_engine
 from prefopt.errors import DataError, ModelError
 from prefopt.model.load import load_tokenizer
 from prefopt.recipe.schema import EngineSection, ModelSection
+from prefopt.storage.packed import pack_ids, unpack_ids
 
 logger = logging.getLogger("prefopt.eval")
 
@@ -167,10 +165,8 @@ class Generator:
 
 
 def answer_record(answer: Answer) -> dict[str, Any]:
-    """An answer as JSON; see `answer_from`. Ids as base64 of int32: a tenth of the memory of a list of numbers."""
-    ids = None
-    if answer.ids is not None:
-        ids = base64.b64encode(np.asarray(answer.ids, "<i4").tobytes()).decode()
+    """An answer as JSON; see `answer_from`."""
+    ids = None if answer.ids is None else pack_ids(answer.ids)
     record = {"text": answer.text, "tokens": answer.num_tokens, "ended": answer.ended, "ids": ids}
     return record | ({"problem": answer.problem} if answer.problem else {})
 
@@ -182,6 +178,6 @@ def answer_from(record: Mapping[str, Any]) -> Answer:
         record["text"],
         record["tokens"],
         record["ended"],
-        None if ids is None else tuple(np.frombuffer(base64.b64decode(ids), "<i4").tolist()),
+        None if ids is None else unpack_ids(ids),
         record.get("problem"),
     )

@@ -12,7 +12,8 @@ from pydantic import Field, PositiveInt
 
 from data_pipelines.base import Dropped, Needs, Place, Result, StageSettings
 from data_pipelines.registry import stage
-from data_pipelines.rows import Row, RowKind, pack_ids
+from data_pipelines.rows import Row, RowKind
+from data_pipelines.value_rows import default_device
 from prefopt.errors import ConfigError, ModelError
 from prefopt.recipe.schema import (
     ConditionSection,
@@ -22,6 +23,7 @@ from prefopt.recipe.schema import (
     NonNegativeFloat,
 )
 from prefopt.recipe.yaml_file import Document, KeyPath
+from prefopt.storage.packed import pack_ids
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer
@@ -151,7 +153,7 @@ class Sample(StageSettings):
             policy,
             pad_id=tokenizer.pad_token_id or 0,
             max_model_len=self.max_prompt_tokens + self.max_new_tokens,
-            device=_default_device(),
+            device=default_device(),
             log_dir=place.log_dir,
         )
         engine, context = start_engine(self.engine, task)
@@ -336,9 +338,3 @@ class SampleWorker:
         # ids of two tokenizers in one group would be scored as if they were of one
         bare = [{k: v for k, v in each.items() if k != "ids"} for each in responses]
         return {**{k: v for k, v in row.items() if k != "prompt_ids"}, "responses": bare}
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

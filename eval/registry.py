@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from prefopt.recipe.registry import Registry, Spec
+from prefopt.recipe.specs import Registry, Spec
 
 Kind = Literal["generate", "judge", "model", "harness"]
 

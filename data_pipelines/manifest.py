@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import ConfigError, DataError
-from prefopt.storage.cache import atomic_write
+from prefopt.storage.cache import write_whole
 
 SEAL = "seal"
 
@@ -26,14 +26,7 @@ def digest(value: Any) -> str:
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Writes a sealed record, whole or not at all. Raises: DataError if it cannot be written."""
     text = json.dumps({**record, SEAL: digest(record)}, ensure_ascii=False, indent=1) + "\n"
-    try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written: {error.strerror or error}. Make room and run the same command again: it "
-            "goes on from here"
-        ) from error
+    write_whole(path, text)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from data_pipelines.rows import Row
 from prefopt.errors import DataError
-from prefopt.storage.cache import atomic_write
+from prefopt.storage.cache import write_whole
 
 Format = Literal["jsonl", "parquet"]
 _ENCODE = json.JSONEncoder(
@@ -39,14 +39,7 @@ def write_shard(path: Path, rows: Sequence[Row]) -> ShardFile:
     Raises: DataError if the disk is full, or a row cannot be a row of that format.
     """
     data = _encode(path, rows)
-    try:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(data)
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written: {error.strerror or error}. Make room and run the same command again: it "
-            "goes on from here"
-        ) from error
+    write_whole(path, data)
     return ShardFile(path, len(rows), hashlib.sha256(data).hexdigest())
 
 

@@ -10,9 +10,11 @@ from typing import Any, Literal
 from eval.base import (
     Answer,
     Conversation,
+    Conversations,
     Decoding,
     Example,
     Judgment,
+    Judgments,
     Question,
     Row,
     Summary,
@@ -107,10 +109,7 @@ class ArenaTask:
         return self.preset
 
     def questions(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        baseline: Sequence[Conversation] | None,
+        self, example: Example, samples: Conversations, baseline: Conversations | None
     ) -> list[Question]:
         """Assistant A is the baseline in game 1, the model in game 2. A missing answer is judged as an empty one.
 
@@ -155,12 +154,7 @@ class ArenaTask:
             )
         return {key: [(Answer(stored[model][key].text or ""),)] for key, model in wanted.items()}
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         both = [missing_judgment(judgments, name) for name in _GAMES]
         labels = [self.edition.rules.verdict(each.text) for each in both]
         tally = count_labels(labels, self.edition.rules, category=example.fields["category"])

@@ -12,9 +12,11 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from eval.base import (
     Answer,
     Conversation,
+    Conversations,
     Decoding,
     Example,
     Judgment,
+    Judgments,
     Question,
     Row,
     Summary,
@@ -132,10 +134,7 @@ class AlpacaEval2:
         return self.preset
 
     def questions(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        baseline: Sequence[Conversation] | None,
+        self, example: Example, samples: Conversations, baseline: Conversations | None
     ) -> list[Question]:
         if baseline is None:
             raise ConfigError("alpaca_eval2: needs a baseline's answers to compare with")
@@ -164,12 +163,7 @@ class AlpacaEval2:
             )
         return {example.key: [(Answer(answers[example.key]),)] for example in examples}
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         answer, theirs = samples[0][0], self._theirs[example.key]
         judgment = missing_judgment(judgments, _QUESTION)
         first = model_first(str(example.fields["instruction"]))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from eval.base import Conversation, Decoding, Example, Judgment, Metric, Row, Summary
+from eval.base import Conversations, Decoding, Example, Judgments, Metric, Row, Summary
 from eval.preference_data import Format, TaskPrompts, option_sections
 from eval.registry import task
 from eval.sources import file_rows, text_key
@@ -86,12 +86,7 @@ class Diversity:
     def decoding(self, example: Example) -> Decoding:
         return self.preset
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         answers = [sample[0] for sample in samples]
         given = [answer for answer in answers if answer.problem is None]
         problem = next((answer.problem for answer in answers if answer.problem), None)

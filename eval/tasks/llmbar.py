@@ -10,10 +10,10 @@ from pydantic import PositiveInt
 
 from eval.base import (
     Answer,
-    Conversation,
+    Conversations,
     Decoding,
     Example,
-    Judgment,
+    Judgments,
     Metric,
     Row,
     Summary,
@@ -100,12 +100,7 @@ class LLMBar:
     def decoding(self, example: Example) -> Decoding:
         return self.preset
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         fields = example.fields
         row = _row(fields["pair"], fields["order"], fields["label"], samples[0][0])
         return Row(

@@ -11,9 +11,11 @@ from pydantic import PositiveInt
 
 from eval.base import (
     Conversation,
+    Conversations,
     Decoding,
     Example,
     Judgment,
+    Judgments,
     Question,
     Row,
     Summary,
@@ -131,10 +133,7 @@ class MTBench:
         return Decoding(self.max_new_tokens, temperature)
 
     def questions(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        baseline: Sequence[Conversation] | None,
+        self, example: Example, samples: Conversations, baseline: Conversations | None
     ) -> list[Question]:
         """One a turn. An answer that is not there is judged as an empty one."""
         answers = [answer.text for answer in samples[0]]
@@ -157,12 +156,7 @@ class MTBench:
     def baseline_answers(self, examples: Sequence[Example]) -> dict[str, list[Conversation]]:
         raise ConfigError("mt_bench: rates one model at a time: there is no baseline")
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         turns = {
             name: rated(missing_judgment(judgments, name), answer.problem)
             for name, answer in zip(TURNS, samples[0], strict=False)

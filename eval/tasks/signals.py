@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from eval.base import Answer, Conversation, Decoding, Example, Judgment, Metric, Row, Summary
+from eval.base import Answer, Conversations, Decoding, Example, Judgments, Metric, Row, Summary
 from eval.registry import task
 from eval.sources import keyed, text_key
 from eval.statistics import mean_metric, problem_counts, values_of
@@ -116,12 +116,7 @@ class Signals:
     def decoding(self, example: Example) -> Decoding:
         return self.preset
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         answers = [conversation[0] for conversation in samples]
         problem = next((answer.problem for answer in answers if answer.problem), None)
         if problem is not None:

@@ -12,9 +12,11 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from eval.base import (
     Answer,
     Conversation,
+    Conversations,
     Decoding,
     Example,
     Judgment,
+    Judgments,
     Message,
     Metric,
     Question,
@@ -120,10 +122,7 @@ class WinRate:
         return self.preset
 
     def questions(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        baseline: Sequence[Conversation] | None,
+        self, example: Example, samples: Conversations, baseline: Conversations | None
     ) -> list[Question]:
         if baseline is None:
             raise _no_baseline()
@@ -148,12 +147,7 @@ class WinRate:
     def baseline_answers(self, examples: Sequence[Example]) -> dict[str, list[Conversation]]:
         raise _no_baseline()
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         answer, theirs = samples[0][0], self._theirs[example.key]
         lengths = {"length": len(answer.text), "baseline_length": len(theirs.text)}
         problem = answer.problem or (f"baseline_{theirs.problem}" if theirs.problem else None)

@@ -13,7 +13,6 @@ from pydantic import Field, PositiveInt
 from data_pipelines.base import Dropped, Needs, Place, Result, StageSettings
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind
-from data_pipelines.value_rows import default_device
 from prefopt.errors import ConfigError, ModelError
 from prefopt.recipe.schema import (
     ConditionSection,
@@ -143,6 +142,7 @@ class Sample(StageSettings):
         from eval.models import condition_problems, resolve_run
         from prefopt.data.render import Renderer
         from prefopt.engines.start import Task, start_engine
+        from prefopt.model.frozen import default_device
         from prefopt.model.load import load_tokenizer
 
         policy = resolve_run(self.model)
@@ -153,7 +153,7 @@ class Sample(StageSettings):
             policy,
             pad_id=tokenizer.pad_token_id or 0,
             max_model_len=self.max_prompt_tokens + self.max_new_tokens,
-            device=default_device(),
+            device=str(default_device()),
             log_dir=place.log_dir,
         )
         engine, context = start_engine(self.engine, task)

@@ -17,7 +17,7 @@ from data_pipelines.manifest import digest
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, prompt_text, responses_of
 from data_pipelines.stages.pair import is_scored
-from data_pipelines.value_rows import default_device, model_problems, require_in_range, reward_of
+from data_pipelines.value_rows import model_problems, require_in_range, reward_of
 from prefopt.errors import DataError
 from prefopt.recipe.schema import ModelSection, NoEffect
 from prefopt.recipe.yaml_file import Document, KeyPath
@@ -116,13 +116,14 @@ class Value(StageSettings):
 
     def run(self, place: Place) -> Iterator[Row | Dropped]:
         from eval.models import resolve_run
+        from prefopt.model.frozen import default_device
         from prefopt.values.features import FrozenReference
 
         assert place.input is not None and place.folder is not None and place.reads is not None
         self._check_rewards(place)
         policy = resolve_run(self.model)
         reference = FrozenReference(
-            policy, device=self.device or default_device(), batch_tokens=self.batch_tokens
+            policy, device=str(default_device(self.device)), batch_tokens=self.batch_tokens
         )
         dev = self._read(place, reference)
         fit, hidden_size = self._fit(place, dev, reference)

@@ -53,8 +53,7 @@ class Decontamination(Section):
 
     def problems(self, document: Document, path: KeyPath) -> list[str]:
         """Unknown tasks and their options; sets that name neither or both."""
-        from eval.options import option_problems
-        from eval.registry import get_task, task_names
+        from eval.registry import get_task, option_problems, task_names
 
         found = []
         for number, each in enumerate(self.sets):
@@ -126,7 +125,7 @@ def eval_prompts(each: EvalSet) -> Iterator[str]:
     Raises: ConfigError, DataError for data that is not there.
     """
     if each.task is not None:
-        from eval.options import make_task
+        from eval.registry import make_task
 
         task = make_task(each.task, each.options)
         if not hasattr(task, "examples"):

@@ -51,7 +51,7 @@ def _parser(name: str, summary: str, example: str) -> argparse.ArgumentParser:
 
 def _run(argv: Sequence[str]) -> None:
     arguments = parse(_run_parser(), argv)
-    from eval.load_settings import load_settings
+    from eval.settings import load_settings
 
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     settings = load_settings(
@@ -162,8 +162,8 @@ def _score(argv: Sequence[str]) -> None:
     parser.add_argument("--model", metavar="NAME", help="only this model of a file with several")
     parser.add_argument("--json", action="store_true", help="the result object on standard output")
     arguments = parse(parser, argv)
-    from eval.load_settings import score_options
     from eval.score import print_score, score_file
+    from eval.settings import score_options
 
     given = {"calibration": arguments.calibration, "data": arguments.data}
     options = score_options(arguments.task, given, arguments.overrides)

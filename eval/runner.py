@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.base import Adopting, Example, JudgedTask
-from eval.baseline import answers_from_file
 from eval.models import Models, open_models, run_recipe
-from eval.options import make_task
 from eval.phases import Planned, TaskRun
 from eval.provenance import (
     data_hash,
@@ -24,7 +22,8 @@ from eval.provenance import (
     package_versions,
     task_folder,
 )
-from eval.registry import TaskSpec, get_task
+from eval.registry import TaskSpec, get_task, make_task
+from eval.responses import answers_from_file
 from eval.settings import EvalSettings
 from prefopt.errors import ConfigError, DataError
 from prefopt.storage.cache import write_whole

@@ -21,8 +21,7 @@ from eval.base import (
     Template,
     missing_judgment,
 )
-from eval.hub import file_or_hub_rows
-from eval.sources import benchmark_rows, file_rows, keyed
+from eval.sources import benchmark_rows, file_or_hub_rows, file_rows, keyed
 from eval.style import StyleMethod
 from eval.tasks._arena_files import (
     LabelRules,

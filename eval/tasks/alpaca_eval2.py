@@ -23,9 +23,8 @@ from eval.base import (
     Template,
     missing_judgment,
 )
-from eval.hub import file_or_hub_rows
 from eval.registry import task
-from eval.sources import file_rows, keyed, require, text_key
+from eval.sources import file_or_hub_rows, file_rows, keyed, require, text_key
 from eval.tasks._alpaca_instructions import instruction_number
 from eval.tasks._alpaca_judge import judge_messages, load_template, model_first, model_win
 from eval.tasks._alpaca_rows import BASELINE, annotation_row, make_row

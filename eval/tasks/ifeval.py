@@ -10,9 +10,8 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 
 from eval.base import Conversations, Decoding, Example, Judgments, Row, Summary
-from eval.clustered import clustered_mean
 from eval.registry import task
-from eval.statistics import mean_metric, problem_counts, values_of
+from eval.statistics import clustered_mean, mean_metric, problem_counts, values_of
 from eval.tasks._ifeval_files import Item, items_of, read_responses
 from prefopt.errors import DataError
 from prefopt.signals.constraint_checks import NEEDS_LANGUAGE

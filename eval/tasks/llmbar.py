@@ -19,11 +19,10 @@ from eval.base import (
     Summary,
     Template,
 )
-from eval.clustered import clustered_mean
 from eval.registry import task
 from eval.responses import answer_of, model_of, response_rows
 from eval.sources import benchmark_rows, columns, keyed, require, text_key
-from eval.statistics import mean_metric, problem_counts, values_of
+from eval.statistics import clustered_mean, mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import ConfigError, DataError
 from prefopt.signals.judge import fill

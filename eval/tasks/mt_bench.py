@@ -22,11 +22,9 @@ from eval.base import (
     Template,
     missing_judgment,
 )
-from eval.clustered import clustered_mean
-from eval.hub import file_or_hub_rows
 from eval.registry import task
-from eval.sources import columns, file_rows, keyed, package_file, require
-from eval.statistics import problem_counts
+from eval.sources import columns, file_or_hub_rows, file_rows, keyed, package_file, require
+from eval.statistics import clustered_mean, problem_counts
 from eval.tasks._mt_bench_rows import (
     HIGHEST,
     LOWEST,

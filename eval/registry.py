@@ -19,7 +19,7 @@ Kind = Literal["generate", "judge", "model", "harness"]
 TASKS: dict[str, str] = {
     "alpaca_eval2": "eval.tasks.alpaca_eval2",
     "arena_hard": "eval.tasks.arena_hard",
-    "arena_hard_v2": "eval.tasks.arena_hard_v2",
+    "arena_hard_v2": "eval.tasks.arena_hard",
     "mt_bench": "eval.tasks.mt_bench",
     "win_rate": "eval.tasks.win_rate",
     "ifeval": "eval.tasks.ifeval",

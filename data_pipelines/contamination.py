@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveInt
 
 from data_pipelines.near_duplicates import ngrams, words
+from data_pipelines.sketch import hash64
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.schema import PathText, Section, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
@@ -93,10 +94,10 @@ class Contamination:
     def found(self, text: str) -> str | None:
         """The name of an evaluation that asks this prompt, too."""
         tokens = words(text)
-        whole = self._short.get(_hash(" ".join(tokens)))
+        whole = self._short.get(hash64(" ".join(tokens)))
         if whole is not None or len(tokens) < self.size:
             return whole
-        runs = map(_hash, ngrams(tokens, self.size))
+        runs = map(hash64, ngrams(tokens, self.size))
         return next((self._runs[run] for run in runs if run in self._runs), None)
 
     def _add(self, each: EvalSet) -> None:
@@ -109,9 +110,9 @@ class Contamination:
             tokens = words(text)
             if len(tokens) < self.size:
                 if tokens:
-                    self._short.setdefault(_hash(" ".join(tokens)), each.name)
+                    self._short.setdefault(hash64(" ".join(tokens)), each.name)
                 continue
-            counts.update(set(map(_hash, ngrams(tokens, self.size))))
+            counts.update(set(map(hash64, ngrams(tokens, self.size))))
         most = max(_TEMPLATE_LEAST, _TEMPLATE_FRAC * num_prompts)
         for run, count in counts.items():
             if count < most:
@@ -151,9 +152,3 @@ def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
         return prompt
     turns: Iterable[Any] = (m["content"] for m in prompt if m.get("role") == "user")
     return "\n".join(str(turn) for turn in turns)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
-    )

@@ -7,14 +7,16 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from data_pipelines.rows import Row
 from prefopt.errors import DataError
 from prefopt.storage.cache import write_whole
 
 Format = Literal["jsonl", "parquet"]
+_Item = TypeVar("_Item")
 _ENCODE = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False
 ).encode  # json.dumps makes one a call
@@ -79,15 +81,10 @@ class Shards:
             yield from read_shard(file)
 
 
-def in_shards(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+def in_shards(rows: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
     """``rows`` cut into lists of ``size``; the last may be shorter."""
-    batch: list[Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    left = iter(rows)
+    while batch := list(islice(left, size)):
         yield batch
 
 

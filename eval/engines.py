@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,11 @@ class Ask:
 
 
 class Generator:
-    """Answers prompts with one policy. Nothing is started before the first answer.
+    """Answers prompts with one policy; its engine runs from `start` on.
 
     Args:
         policy: what answers; an adapter stays on its base, unmerged.
         section: the engine.
-        longest: most tokens that prompt + answer need, for engines that reserve memory by it.
-        seed: of nothing but engines that draw at start.
         device: of an ``hf`` engine.
         log_dir: where servers write what they have to say.
 
@@ -59,8 +57,9 @@ class Generator:
         self.renderer = Renderer(self.tokenizer)
         # A policy that was trained with rewards in its prompts is asked for the target of its run.
         self.condition = run_condition(policy.path)
+        self.context: int | None = None
+        """Longest prompt + response in tokens, once started; None: no limit known."""
         self._engine: Engine | None = None
-        self._context: int | None = None
         self._longest = 0
 
     @property
@@ -93,7 +92,7 @@ class Generator:
                 device=self.device,
                 log_dir=self.log_dir,
             )
-            self._engine, self._context = start_engine(self.section, task)
+            self._engine, self.context = start_engine(self.section, task)
 
     def answer(self, asks: Sequence[Ask]) -> list[list[Answer]]:
         """For each ask, in order, an answer a seed.
@@ -113,14 +112,29 @@ class Generator:
                 )
                 results[index] = [problem] * len(ask.seeds)
                 continue
-            spec = self._spec(ask, room)
+            decoding = replace(ask.decoding, max_new_tokens=min(ask.decoding.max_new_tokens, room))
+            spec = self.spec(decoding, chat=not isinstance(ask.prompt, str))
             calls.setdefault(spec, []).append((index, Request(ids, ask.seeds)))
         for spec, numbered in calls.items():
-            assert self._engine is not None, "start() comes first"
-            completions = self._engine.generate([request for _, request in numbered], spec)
-            for (index, _), group in zip(numbered, completions, strict=True):
-                results[index] = self._answers(group)
+            answers = self.sample([request for _, request in numbered], spec)
+            for (index, _), group in zip(numbered, answers, strict=True):
+                results[index] = group
         return results
+
+    def sample(self, requests: Sequence[Request], spec: SamplingSpec) -> list[list[Answer]]:
+        """The answers to prompts that are token ids already, of one sampling. Raises: EngineError."""
+        assert self._engine is not None, "start() comes first"
+        return [self._answers(group) for group in self._engine.generate(requests, spec)]
+
+    def spec(self, decoding: Decoding, *, chat: bool) -> SamplingSpec:
+        """How the engine samples: ``decoding``, up to where the tokenizer ends a turn or a text."""
+        return SamplingSpec(
+            max_new_tokens=decoding.max_new_tokens,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            top_k=decoding.top_k,
+            stop_token_ids=self.renderer.stop_ids(chat=chat),
+        )
 
     def close(self) -> None:
         """Frees the engine. May be called twice."""
@@ -129,17 +143,7 @@ class Generator:
         self._engine = None
 
     def _room(self, num_prompt_tokens: int) -> int:
-        return 10**9 if self._context is None else self._context - num_prompt_tokens
-
-    def _spec(self, ask: Ask, room: int) -> SamplingSpec:
-        decoding = ask.decoding
-        return SamplingSpec(
-            max_new_tokens=min(decoding.max_new_tokens, room),
-            temperature=decoding.temperature,
-            top_p=decoding.top_p,
-            top_k=decoding.top_k,
-            stop_token_ids=self.renderer.stop_ids(chat=not isinstance(ask.prompt, str)),
-        )
+        return 10**9 if self.context is None else self.context - num_prompt_tokens
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...] | Answer:
         content = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]

@@ -95,11 +95,6 @@ def task_names() -> set[str]:
     return _TASKS.names()
 
 
-def known_tasks() -> Mapping[str, str]:
-    """The built-in table."""
-    return TASKS
-
-
 def make_task(
     name: str, options: Mapping[str, Any] | None = None, document: Document | None = None
 ) -> Any:

@@ -6,22 +6,61 @@ keyword-only signature of the function *is* its YAML schema.
 
 from __future__ import annotations
 
-import importlib
+import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from prefopt.errors import ConfigError, suggest
-from prefopt.recipe.declared import is_declaration, run_declaration
-from prefopt.recipe.specs import (
-    AnySpec,
-    CreditSpec,
-    Need,
-    ObjectiveSpec,
-    SignalSpec,
-    needs_with,
-    reads_samples,
-)
+from prefopt.recipe.declared import is_declaration
+from prefopt.recipe.specs import AnySpec, Registry, Spec
+
+
+class Need(enum.Enum):
+    """What an objective needs beyond the policy's own log-probs; checked before anything loads."""
+
+    PAIRS = "pairs"
+    REFERENCE = "reference"
+    BEHAVIOR = "behavior"
+    """The sampler's own log-probs: rows must be rollouts."""
+    REWARDS = "rewards"
+    ADVANTAGES = "advantages"
+    SAMPLES = "samples"
+    """Fresh responses of the policy, scored or not."""
+    CONDITION = "condition"
+    """The row's reward written into its prompt: only rows of a data set are scored before they are rendered."""
+    SCORES = "scores"
+    """A reward model's scores of the responses (`ResponseScores`), and no log-probs."""
+    GROUPS = "groups"
+    """All responses to a prompt in one forward: a baseline over the group that depends on the policy."""
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec(Spec):
+    """A loss: the pure function, what it needs, and where its maths comes from."""
+
+    needs: frozenset[Need]
+    needs_when: Mapping[str, Need]
+    """Needs that a hyper-parameter switches on when it is not 0."""
+    credit: str | None
+    """The credit that goes with it where a recipe names none."""
+
+
+@dataclass(frozen=True)
+class CreditSpec(Spec):
+    """A rule from scores to training labels, and which labels it gives."""
+
+    gives: frozenset[Need]
+    """PAIRS, ADVANTAGES or nothing (SAMPLES come with every rollout)."""
+    needs_offline: bool
+    """True if it takes the data set's own response as one side."""
+
+
+@dataclass(frozen=True)
+class SignalSpec(Spec):
+    """A factory of a `prefopt.signals.base.Signal`."""
+
+    needs_fields: tuple[str, ...]
+    """Hyper-parameters that name a column of the prompt data: those columns must be there."""
 
 
 @dataclass(frozen=True)
@@ -112,54 +151,17 @@ class BoundSignal(Bound[SignalSpec]):
         return [name for name in found if isinstance(name, str)]
 
 
-class Registry(Generic[AnySpec]):
-    """Specs by name: those of a table, imported when first looked up, and those user code registers.
+def needs_with(spec: ObjectiveSpec, params: Mapping[str, Any]) -> frozenset[Need]:
+    """What an objective needs with these hyper-parameters, defaults filled in."""
+    defaults = {name: default for name, (_, default) in spec.fields.items()}
+    on = {need for key, need in spec.needs_when.items() if params.get(key, defaults[key])}
+    return spec.needs | on
 
-    Args:
-        key: the recipe key that holds the name, for error messages.
-        table: name -> module that defines it.
-        decorator: what registers its entries, where `declared` may read them without importing them.
-    """
 
-    def __init__(self, key: str, table: Mapping[str, str], decorator: str | None = None) -> None:
-        self.key = key
-        self.table = table
-        self.decorator = decorator
-        self._specs: dict[str, AnySpec] = {}
-        self._declared: dict[str, AnySpec] = {}
-
-    def add(self, spec: AnySpec) -> None:
-        """Registers ``spec``; ValueError if another function already has its name."""
-        if is_declaration(spec.fn):
-            self._declared[spec.name] = spec
-            return
-        known = self._specs.get(spec.name)
-        mine = (spec.fn.__module__, spec.fn.__qualname__)
-        if known is not None and (known.fn.__module__, known.fn.__qualname__) != mine:
-            raise ValueError(
-                f"{self.key} {spec.name!r} is already defined in {known.fn.__module__}"
-            )
-        self._specs[spec.name] = spec
-
-    def get(self, name: str) -> AnySpec:
-        """The spec of that name; ConfigError naming the nearest known one."""
-        if name not in self._specs and name in self.table:
-            importlib.import_module(self.table[name])
-        if name not in self._specs:
-            raise ConfigError(f"{self.key} = {name!r}: unknown; {suggest(name, self.names())}")
-        return self._specs[name]
-
-    def declared(self, name: str) -> AnySpec:
-        """As `get`, but of an entry of the table only what its module declares is read: its ``fn`` has no body."""
-        unread = name not in self._specs and name not in self._declared
-        if unread and self.decorator is not None and name in self.table:
-            run_declaration(self.table[name], name, self.decorator)
-        found = self._specs.get(name) or self._declared.get(name)
-        return self.get(name) if found is None else found
-
-    def names(self) -> set[str]:
-        """Every name a recipe may use: the built-in table and whatever user code registered."""
-        return set(self.table) | set(self._specs)
+def reads_samples(needs: frozenset[Need]) -> bool:
+    """Does an objective weigh single responses by reward or advantage, whoever sampled them?"""
+    labels = {Need.REWARDS, Need.ADVANTAGES}
+    return bool(needs & labels) and not needs & {Need.PAIRS, Need.SAMPLES, Need.BEHAVIOR}
 
 
 # name -> module that defines it. A module is imported only when one of its objectives is looked up.

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from prefopt.recipe.entries import parameters
-from prefopt.recipe.registry import OBJECTIVES, Need, get_objective
-from prefopt.recipe.specs import reads_samples
+from prefopt.recipe.registry import OBJECTIVES, Need, get_objective, reads_samples
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 NAMES = sorted(OBJECTIVES)

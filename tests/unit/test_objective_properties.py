@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from prefopt.recipe.registry import Need, get_objective
-from prefopt.recipe.specs import needs_with
+from prefopt.recipe.registry import Need, get_objective, needs_with
 from prefopt.types import ResponseLogps
 from tests.unit.objective_cases import (
     BINDING,

@@ -21,11 +21,11 @@ from prefopt.recipe.registry import (
     credit,
     get_credit,
     get_objective,
+    needs_with,
     objective,
     objective_names,
     signal,
 )
-from prefopt.recipe.specs import needs_with
 from prefopt.types import ObjectiveOutput, ResponseLogps
 
 UpToThree = Annotated[float, Field(le=3)]

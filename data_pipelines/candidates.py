@@ -7,11 +7,13 @@ their ids as training would, and without one whoever reads an id is told so, rat
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from data_pipelines.base import Dropped
-from data_pipelines.rows import Row, RowKind, responses_of, unpack_ids, user_fields
-from prefopt.errors import DataError, SignalError
+from data_pipelines.rows import Row, RowKind, responses_of, user_fields
+from prefopt.errors import DataError
+from prefopt.signals.base import UnknownIds
+from prefopt.storage.packed import unpack_ids
 from prefopt.types import Candidates, Prompt
 
 if TYPE_CHECKING:
@@ -41,32 +43,6 @@ def candidates(
     ]
 
 
-class UnknownIds(Sequence[int]):
-    """Stands for token ids that nobody has made.
-
-    Raises: SignalError on any access. An empty tuple would score instead: no length, no repetition. Any other
-        error would drop group after group.
-    """
-
-    def __init__(self, row_id: str) -> None:
-        self._row_id = row_id
-
-    def _refuse(self) -> NoReturn:
-        raise SignalError(
-            f"a signal reads token ids, and row {self._row_id} has text alone (only rows that `sample` made have "
-            "ids, and `pair` leaves them out). Set score.tokenizer to the policy's model directory"
-        )
-
-    def __len__(self) -> int:
-        self._refuse()
-
-    def __getitem__(self, index: Any) -> Any:
-        self._refuse()
-
-    def __iter__(self) -> Iterator[int]:
-        self._refuse()
-
-
 def _rendered(
     rows: Sequence[Row], responses: Sequence[Sequence[Mapping[str, Any]]], renderer: Renderer
 ) -> dict[int, Any]:
@@ -92,7 +68,10 @@ def _candidates(
 
     if isinstance(made, Refused):
         return Dropped(str(made.reason), made.detail)
-    unknown: Any = UnknownIds(row["id"])
+    unknown: Any = UnknownIds(
+        f"a signal reads token ids, and row {row['id']} has text alone (only rows that `sample` made have "
+        "ids, and `pair` leaves them out). Set score.tokenizer to the policy's model directory"
+    )
     prompt_ids: Any = unknown if made is None else made.prompt_ids
     if "prompt_ids" in row:
         prompt_ids = unpack_ids(row["prompt_ids"])

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefopt.cli import guarded
+from prefopt.cli import command_parser, guarded, parse
 
 SUMMARY = "Builds preference data from prompts or rated responses, stage by stage; says what is in a pair set."
 
@@ -45,12 +45,7 @@ def main(argv: Sequence[str]) -> int:
     command = commands.get(argv[0]) if argv else None
     if command is not None:
         return guarded(lambda: command(argv[1:]))
-    parser = argparse.ArgumentParser(
-        prog="prefopt data",
-        description=SUMMARY,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("prefopt data", SUMMARY, _EXAMPLES)
     parser.add_argument(
         "command", choices=sorted(commands), metavar="COMMAND", help=", ".join(commands)
     )
@@ -61,26 +56,12 @@ def main(argv: Sequence[str]) -> int:
 def _parser(
     name: str, summary: str, example: str, *, pipeline: bool = True
 ) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"prefopt data {name}",
-        description=summary,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(f"prefopt data {name}", summary, f"example:\n  {example}")
     if pipeline:
         parser.add_argument(
             "pipeline", metavar="PIPELINE", type=Path, help="a YAML pipeline, or a preset"
         )
     return parser
-
-
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """As ``parse_args``, with ``key=value`` settings anywhere."""
-    arguments, rest = parser.parse_known_args(argv)
-    if any(item.startswith("-") or "=" not in item for item in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.overrides = rest
-    return arguments
 
 
 def _build(argv: Sequence[str]) -> None:
@@ -98,7 +79,7 @@ def _build(argv: Sequence[str]) -> None:
         metavar="N",
         help="as executor.workers=N: most shards at once (default: 1)",
     )
-    arguments = _parse(parser, argv)
+    arguments = parse(parser, argv)
     from data_pipelines.pipeline import load_pipeline
     from data_pipelines.runner import build
     from data_pipelines.show import print_record, print_use
@@ -120,7 +101,7 @@ def _check(argv: Sequence[str]) -> None:
         "Everything that can be known before a file is read or a model loads; all problems at once.",
         "prefopt data check PIPELINE.yaml",
     )
-    arguments = _parse(parser, argv)
+    arguments = parse(parser, argv)
     from data_pipelines.pipeline import load_pipeline
 
     pipeline = load_pipeline(arguments.pipeline, arguments.overrides)
@@ -133,7 +114,7 @@ def _status(argv: Sequence[str]) -> None:
     parser = _parser(
         "status", "Rows in and out of each stage, by reason.", "prefopt data status PIPELINE.yaml"
     )
-    arguments = _parse(parser, argv)
+    arguments = parse(parser, argv)
     from data_pipelines.pipeline import load_pipeline
     from data_pipelines.show import print_record
 
@@ -159,7 +140,7 @@ def _schedule(name: str, argv: Sequence[str]) -> None:
     if "--keys" in argv:
         print(file.keys_page())
         return
-    arguments = _parse(parser, argv)
+    arguments = parse(parser, argv)
     from data_pipelines.schedule.commands import check_schedule, done_so_far, run_schedule
     from data_pipelines.schedule.show import commands_page, print_walk, write_record
 
@@ -200,7 +181,7 @@ def _card(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--fail-on", choices=("look", "stop"), help="exit with 1 from this verdict on, for use in CI"
     )  # fmt: skip
-    arguments = _parse(parser, argv)
+    arguments = parse(parser, argv)
     if arguments.chat_template and not arguments.tokenizer:
         parser.error("--chat-template: nothing is rendered without --tokenizer")
     from data_pipelines.card.build import CardSettings, held_out_set, make_card

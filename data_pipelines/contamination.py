@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveInt
 
 from data_pipelines.near_duplicates import ngrams, words
+from data_pipelines.sketch import hash64
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.schema import PathText, Section, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
@@ -53,8 +54,7 @@ class Decontamination(Section):
 
     def problems(self, document: Document, path: KeyPath) -> list[str]:
         """Unknown tasks and their options; sets that name neither or both."""
-        from eval.options import option_problems
-        from eval.registry import get_task, task_names
+        from eval.registry import get_task, option_problems, task_names
 
         found = []
         for number, each in enumerate(self.sets):
@@ -94,10 +94,10 @@ class Contamination:
     def found(self, text: str) -> str | None:
         """The name of an evaluation that asks this prompt, too."""
         tokens = words(text)
-        whole = self._short.get(_hash(" ".join(tokens)))
+        whole = self._short.get(hash64(" ".join(tokens)))
         if whole is not None or len(tokens) < self.size:
             return whole
-        runs = map(_hash, ngrams(tokens, self.size))
+        runs = map(hash64, ngrams(tokens, self.size))
         return next((self._runs[run] for run in runs if run in self._runs), None)
 
     def _add(self, each: EvalSet) -> None:
@@ -110,9 +110,9 @@ class Contamination:
             tokens = words(text)
             if len(tokens) < self.size:
                 if tokens:
-                    self._short.setdefault(_hash(" ".join(tokens)), each.name)
+                    self._short.setdefault(hash64(" ".join(tokens)), each.name)
                 continue
-            counts.update(set(map(_hash, ngrams(tokens, self.size))))
+            counts.update(set(map(hash64, ngrams(tokens, self.size))))
         most = max(_TEMPLATE_LEAST, _TEMPLATE_FRAC * num_prompts)
         for run, count in counts.items():
             if count < most:
@@ -126,7 +126,7 @@ def eval_prompts(each: EvalSet) -> Iterator[str]:
     Raises: ConfigError, DataError for data that is not there.
     """
     if each.task is not None:
-        from eval.options import make_task
+        from eval.registry import make_task
 
         task = make_task(each.task, each.options)
         if not hasattr(task, "examples"):
@@ -152,9 +152,3 @@ def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
         return prompt
     turns: Iterable[Any] = (m["content"] for m in prompt if m.get("role") == "user")
     return "\n".join(str(turn) for turn in turns)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
-    )

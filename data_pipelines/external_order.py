@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from data_pipelines.rows import Row
-from prefopt.errors import DataError
+from prefopt.storage.cache import AGAIN, writing
 
 _BUCKET_ROWS = 20_000
 """Rows in memory at a time: a hundred megabytes of long dialogues."""
@@ -59,13 +59,8 @@ def _spread(rows: Iterable[Row], ranks: np.ndarray[Any, Any], paths: list[Path],
         for row, rank in zip(rows, ranks.tolist(), strict=True):
             if rank < 0:
                 continue
-            try:
+            with writing(paths[0].parent, AGAIN):
                 files[rank // size].write(f"{rank}\t{json.dumps(row, ensure_ascii=False)}\n")
-            except OSError as error:
-                raise DataError(
-                    f"{paths[0].parent}: cannot be written: {error.strerror or error}. Make room and run the same "
-                    "command again"
-                ) from error
 
 
 def _sorted_bucket(path: Path) -> Iterator[Row]:

@@ -17,7 +17,7 @@ from data_pipelines.base import Dropped
 from data_pipelines.manifest import read_record, write_record
 from data_pipelines.shards import ShardFile, Shards
 from prefopt.errors import DataError
-from prefopt.storage.cache import atomic_write
+from prefopt.storage.cache import AGAIN, write_whole, writing
 
 logger = logging.getLogger("prefopt.data")
 
@@ -34,14 +34,12 @@ def only_driver(root: Path) -> Iterator[None]:
     Raises: DataError if another process has it, or the folder cannot be made.
     """
     path = root / _LOCK
-    try:
+    advice = (
+        "Make room, or give an output_dir that can be written to, and run the same command again"
+    )
+    with writing(path, advice):
         root.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written: {error.strerror or error}. Make room, or give an output_dir that can be "
-            "written to, and run the same command again"
-        ) from error
     with file:
         try:  # not `flock`, which a forked child would hold on to after our death
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,13 +96,7 @@ class StageFolder:
         if not lines:
             path.unlink(missing_ok=True)  # of an earlier attempt
             return
-        try:
-            with atomic_write(path) as temporary:
-                temporary.write_text("".join(lines), encoding="utf-8")
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be written: {error.strerror or error}. Make room and run the same command again"
-            ) from error
+        write_whole(path, "".join(lines), AGAIN)
 
     def num_recorded(self) -> int:
         """Shards of a `map` stage that are made."""

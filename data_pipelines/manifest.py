@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import ConfigError, DataError
-from prefopt.storage.cache import atomic_write
+from prefopt.storage.cache import write_whole
 
 SEAL = "seal"
 
@@ -26,14 +26,7 @@ def digest(value: Any) -> str:
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Writes a sealed record, whole or not at all. Raises: DataError if it cannot be written."""
     text = json.dumps({**record, SEAL: digest(record)}, ensure_ascii=False, indent=1) + "\n"
-    try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written: {error.strerror or error}. Make room and run the same command again: it "
-            "goes on from here"
-        ) from error
+    write_whole(path, text)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -87,6 +80,8 @@ def changes(was: Any, now: Any, key: str = "") -> list[Change]:
 def code_hash(thing: Any) -> str:
     """Hash of the module that defines ``thing``: of what it does, not of its comments, docstrings or layout.
 
+    Imports do not count either: a module that moves changes those of many, and what none of them does.
+
     Raises: ConfigError for something defined in no file.
     """
     module = sys.modules.get(getattr(thing, "__module__", ""))
@@ -97,19 +92,16 @@ def code_hash(thing: Any) -> str:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            kept = [each for each in body if not _is_text(each)]
+            kept = [each for each in body if not _does_nothing(each)]
             node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
-def _is_text(node: ast.AST) -> bool:
-    """A docstring, of a module, a function or an attribute."""
+def _does_nothing(node: ast.AST) -> bool:
+    """An import, or a docstring of a module, a function or an attribute."""
     value = getattr(node, "value", None)
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(value, ast.Constant)
-        and isinstance(value.value, str)
-    )
+    text = isinstance(value, ast.Constant) and isinstance(value.value, str)
+    return isinstance(node, ast.Import | ast.ImportFrom) or (isinstance(node, ast.Expr) and text)
 
 
 def _short(value: Any) -> str:

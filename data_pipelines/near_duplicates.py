@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, PositiveInt
 
+from data_pipelines.shards import in_shards
 from prefopt.errors import ConfigError
 from prefopt.recipe.schema import Section
 
@@ -48,14 +49,10 @@ def signatures(texts: Iterable[str], settings: NearDuplicates) -> Iterator[np.nd
     Raises: ConfigError if rensa is not installed.
     """
     minhash = _rensa().RMinHash
-    batch: list[list[str]] = []
-    for text in texts:
-        batch.append(ngrams(words(text), settings.ngram_words))
-        if len(batch) == _BATCH:
-            yield _digests(minhash, batch, settings)
-            batch = []
-    if batch:
-        yield _digests(minhash, batch, settings)
+    for batch in in_shards(texts, _BATCH):
+        tokens = [ngrams(words(text), settings.ngram_words) for text in batch]
+        rows = minhash.digests_from_token_sets(tokens, settings.num_permutations, _SEED)
+        yield np.asarray(rows, dtype=np.uint32)
 
 
 class SignatureFile:
@@ -166,13 +163,6 @@ def _roots(first: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if np.array_equal(above, first):
             return first
         first = above
-
-
-def _digests(
-    minhash: Any, batch: list[list[str]], settings: NearDuplicates
-) -> np.ndarray[Any, Any]:
-    rows = minhash.digests_from_token_sets(batch, settings.num_permutations, _SEED)
-    return np.asarray(rows, dtype=np.uint32)
 
 
 def _rensa() -> Any:

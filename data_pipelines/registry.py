@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from data_pipelines.base import StageSettings
 from data_pipelines.rows import RowKind
-from prefopt.recipe.registry import Registry, Spec
+from prefopt.recipe.specs import Registry, Spec
 
 # name -> module that defines it. A module is imported only when one of its stages is looked up.
 STAGES: dict[str, str] = {

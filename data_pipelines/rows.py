@@ -6,12 +6,9 @@ column of a row is the user's (``answer``, ``category``) and travels with it.
 
 from __future__ import annotations
 
-import base64
 import enum
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
-
-import numpy as np
 
 from prefopt.errors import DataError
 
@@ -40,16 +37,6 @@ OWN_COLUMNS = frozenset(
 )  # fmt: skip
 """Columns that stages write. A column of the user's with one of these names is refused, not overwritten."""
 SIDES = ("chosen", "rejected")
-
-
-def pack_ids(ids: Sequence[int]) -> str:
-    """Token ids as base64 of little-endian int32: as large as the text they stand for, and exact."""
-    return base64.b64encode(np.asarray(ids, "<i4").tobytes()).decode()
-
-
-def unpack_ids(text: str) -> tuple[int, ...]:
-    """The ids of `pack_ids`."""
-    return tuple(np.frombuffer(base64.b64decode(text), "<i4").tolist())
 
 
 def user_fields(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,10 @@ from data_pipelines.base import Place
 from data_pipelines.executors import Executor, open_executor
 from data_pipelines.folder import StageFolder, only_driver, write_manifest
 from data_pipelines.manifest import Change, changes, digest, read_record, write_record
-from data_pipelines.map_stage import run_map
 from data_pipelines.pipeline import BoundStage, Pipeline
 from data_pipelines.shard_work import Order, stage_code
 from data_pipelines.shards import Shards
-from data_pipelines.whole_stage import run_whole
+from data_pipelines.stage_runs import run_map, run_whole
 from prefopt.errors import ConfigError, DataError
 
 logger = logging.getLogger("prefopt.data")

@@ -1,7 +1,7 @@
 """One shard of a `map` stage, made by whoever: this process, another one, or another machine.
 
 A worker writes a shard beside the others under a name of its own, and says what it wrote. Only the driver
-renames it into place and records it (`data_pipelines.map_stage`): what a worker that was given up for dead
+renames it into place and records it (`data_pipelines.stage_runs`): what a worker that was given up for dead
 writes later is nobody's.
 """
 

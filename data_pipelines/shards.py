@@ -7,14 +7,16 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from data_pipelines.rows import Row
 from prefopt.errors import DataError
-from prefopt.storage.cache import atomic_write
+from prefopt.storage.cache import write_whole
 
 Format = Literal["jsonl", "parquet"]
+_Item = TypeVar("_Item")
 _ENCODE = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False
 ).encode  # json.dumps makes one a call
@@ -39,14 +41,7 @@ def write_shard(path: Path, rows: Sequence[Row]) -> ShardFile:
     Raises: DataError if the disk is full, or a row cannot be a row of that format.
     """
     data = _encode(path, rows)
-    try:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(data)
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written: {error.strerror or error}. Make room and run the same command again: it "
-            "goes on from here"
-        ) from error
+    write_whole(path, data)
     return ShardFile(path, len(rows), hashlib.sha256(data).hexdigest())
 
 
@@ -86,15 +81,10 @@ class Shards:
             yield from read_shard(file)
 
 
-def in_shards(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+def in_shards(rows: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
     """``rows`` cut into lists of ``size``; the last may be shorter."""
-    batch: list[Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    left = iter(rows)
+    while batch := list(islice(left, size)):
         yield batch
 
 

@@ -7,16 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_pipelines.rows import Row, user_fields
-from prefopt.errors import ConfigError, SignalError
+from prefopt.errors import ConfigError
 from prefopt.signals.judge import read_template as read_judge_template
 
 
 def read_template(path: str | None, default: str, placeholders: Sequence[str], setting: str) -> str:
     """The text of a template file, or ``default``. Raises: ConfigError naming ``setting``."""
-    try:
-        return read_judge_template(path, default, placeholders, setting)
-    except SignalError as error:
-        raise ConfigError(str(error)) from error
+    return read_judge_template(path, default, placeholders, setting, ConfigError)
 
 
 def template_basis(text: str) -> dict[str, str]:

@@ -69,10 +69,3 @@ def quantiles(numbers: Mapping[str, float], values: Iterable[float]) -> dict[str
     if not found.size:
         return {}
     return {name: float(np.quantile(found, share)) for name, share in numbers.items()}
-
-
-def default_device() -> str:
-    """CUDA where there is one, else the CPU."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

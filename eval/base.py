@@ -63,6 +63,8 @@ class Answer:
 
 Conversation = tuple[Answer, ...]
 """The answers to one example's turns, in order: one sample."""
+Conversations = Sequence[Conversation]
+"""The samples of one example."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ class Judgment:
     completion_tokens: int = 0
     refused: str | None = None
     """Why the endpoint refused the request; its text is then empty."""
+
+
+Judgments = Mapping[str, Judgment]
+"""What the judge said about one example, by question id."""
 
 
 @dataclass(frozen=True)
@@ -167,13 +173,8 @@ class GenerationTask(Task, Protocol):
         """The published preset for this example."""
         ...
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
-        """Scores one example. ``judgments`` by question id: empty unless the task is a `JudgedTask`."""
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
+        """Scores one example. ``judgments`` are empty unless the task is a `JudgedTask`."""
         ...
 
 
@@ -193,10 +194,7 @@ class JudgedTask(GenerationTask, Protocol):
     """Times an answer without a verdict is asked for, as the benchmark defines."""
 
     def questions(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        baseline: Sequence[Conversation] | None,
+        self, example: Example, samples: Conversations, baseline: Conversations | None
     ) -> list[Question]:
         """What to ask about this example; nothing for one that needs no judge (it is then scored without)."""
         ...

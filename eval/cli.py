@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt.cli import guarded
+from prefopt.cli import command_parser, guarded, parse
 from prefopt.errors import ConfigError
 
 SUMMARY = (
@@ -46,26 +46,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser(name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"prefopt eval {name}".strip(),
-        description=summary,
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """As ``parse_args``, with ``key=value`` settings anywhere."""
-    arguments, rest = parser.parse_known_args(argv)
-    if any(item.startswith("-") or "=" not in item for item in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.overrides = rest
-    return arguments
+    return command_parser(f"prefopt eval {name}".strip(), summary, example)
 
 
 def _run(argv: Sequence[str]) -> None:
-    arguments = _parse(_run_parser(), argv)
-    from eval.load_settings import load_settings
+    arguments = parse(_run_parser(), argv)
+    from eval.settings import load_settings
 
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     settings = load_settings(
@@ -175,9 +161,9 @@ def _score(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--model", metavar="NAME", help="only this model of a file with several")
     parser.add_argument("--json", action="store_true", help="the result object on standard output")
-    arguments = _parse(parser, argv)
-    from eval.load_settings import score_options
+    arguments = parse(parser, argv)
     from eval.score import print_score, score_file
+    from eval.settings import score_options
 
     given = {"calibration": arguments.calibration, "data": arguments.data}
     options = score_options(arguments.task, given, arguments.overrides)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from eval.base import Answer, Decoding, Message
 from eval.models import run_condition
@@ -20,6 +17,7 @@ from prefopt.engines.start import Task, start_engine
 from prefopt.errors import DataError, ModelError
 from prefopt.model.load import load_tokenizer
 from prefopt.recipe.schema import EngineSection, ModelSection
+from prefopt.storage.packed import pack_ids, unpack_ids
 
 logger = logging.getLogger("prefopt.eval")
 
@@ -37,13 +35,11 @@ class Ask:
 
 
 class Generator:
-    """Answers prompts with one policy. Nothing is started before the first answer.
+    """Answers prompts with one policy; its engine runs from `start` on.
 
     Args:
         policy: what answers; an adapter stays on its base, unmerged.
         section: the engine.
-        longest: most tokens that prompt + answer need, for engines that reserve memory by it.
-        seed: of nothing but engines that draw at start.
         device: of an ``hf`` engine.
         log_dir: where servers write what they have to say.
 
@@ -61,8 +57,9 @@ class Generator:
         self.renderer = Renderer(self.tokenizer)
         # A policy that was trained with rewards in its prompts is asked for the target of its run.
         self.condition = run_condition(policy.path)
+        self.context: int | None = None
+        """Longest prompt + response in tokens, once started; None: no limit known."""
         self._engine: Engine | None = None
-        self._context: int | None = None
         self._longest = 0
 
     @property
@@ -95,7 +92,7 @@ class Generator:
                 device=self.device,
                 log_dir=self.log_dir,
             )
-            self._engine, self._context = start_engine(self.section, task)
+            self._engine, self.context = start_engine(self.section, task)
 
     def answer(self, asks: Sequence[Ask]) -> list[list[Answer]]:
         """For each ask, in order, an answer a seed.
@@ -115,14 +112,29 @@ class Generator:
                 )
                 results[index] = [problem] * len(ask.seeds)
                 continue
-            spec = self._spec(ask, room)
+            decoding = replace(ask.decoding, max_new_tokens=min(ask.decoding.max_new_tokens, room))
+            spec = self.spec(decoding, chat=not isinstance(ask.prompt, str))
             calls.setdefault(spec, []).append((index, Request(ids, ask.seeds)))
         for spec, numbered in calls.items():
-            assert self._engine is not None, "start() comes first"
-            completions = self._engine.generate([request for _, request in numbered], spec)
-            for (index, _), group in zip(numbered, completions, strict=True):
-                results[index] = self._answers(group)
+            answers = self.sample([request for _, request in numbered], spec)
+            for (index, _), group in zip(numbered, answers, strict=True):
+                results[index] = group
         return results
+
+    def sample(self, requests: Sequence[Request], spec: SamplingSpec) -> list[list[Answer]]:
+        """The answers to prompts that are token ids already, of one sampling. Raises: EngineError."""
+        assert self._engine is not None, "start() comes first"
+        return [self._answers(group) for group in self._engine.generate(requests, spec)]
+
+    def spec(self, decoding: Decoding, *, chat: bool) -> SamplingSpec:
+        """How the engine samples: ``decoding``, up to where the tokenizer ends a turn or a text."""
+        return SamplingSpec(
+            max_new_tokens=decoding.max_new_tokens,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            top_k=decoding.top_k,
+            stop_token_ids=self.renderer.stop_ids(chat=chat),
+        )
 
     def close(self) -> None:
         """Frees the engine. May be called twice."""
@@ -131,17 +143,7 @@ class Generator:
         self._engine = None
 
     def _room(self, num_prompt_tokens: int) -> int:
-        return 10**9 if self._context is None else self._context - num_prompt_tokens
-
-    def _spec(self, ask: Ask, room: int) -> SamplingSpec:
-        decoding = ask.decoding
-        return SamplingSpec(
-            max_new_tokens=min(decoding.max_new_tokens, room),
-            temperature=decoding.temperature,
-            top_p=decoding.top_p,
-            top_k=decoding.top_k,
-            stop_token_ids=self.renderer.stop_ids(chat=not isinstance(ask.prompt, str)),
-        )
+        return 10**9 if self.context is None else self.context - num_prompt_tokens
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...] | Answer:
         content = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
@@ -167,10 +169,8 @@ class Generator:
 
 
 def answer_record(answer: Answer) -> dict[str, Any]:
-    """An answer as JSON; see `answer_from`. Ids as base64 of int32: a tenth of the memory of a list of numbers."""
-    ids = None
-    if answer.ids is not None:
-        ids = base64.b64encode(np.asarray(answer.ids, "<i4").tobytes()).decode()
+    """An answer as JSON; see `answer_from`."""
+    ids = None if answer.ids is None else pack_ids(answer.ids)
     record = {"text": answer.text, "tokens": answer.num_tokens, "ended": answer.ended, "ids": ids}
     return record | ({"problem": answer.problem} if answer.problem else {})
 
@@ -182,6 +182,6 @@ def answer_from(record: Mapping[str, Any]) -> Answer:
         record["text"],
         record["tokens"],
         record["ended"],
-        None if ids is None else tuple(np.frombuffer(base64.b64decode(ids), "<i4").tolist()),
+        None if ids is None else unpack_ids(ids),
         record.get("problem"),
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eval.logps import Policies
 from prefopt.errors import ModelError
+from prefopt.model.frozen import forward_batches
 from prefopt.model.sweep import layout_fn
 from prefopt.types import Group
 
@@ -40,7 +41,7 @@ def kl_terms(policies: Policies, groups: Sequence[Group]) -> list[list[ResponseT
     """
     found: dict[int, list[ResponseTerms]] = {}
     with torch.inference_mode():
-        for rows in policies.batches(groups, policies.policy):
+        for rows in forward_batches(policies.policy, groups, policies.batch_tokens):
             batch = [groups[row] for row in rows]
             columns = _token_columns(policies, batch)  # (N, 5), tokens of all responses in order
             lengths = [len(response.ids) for group in batch for response in group.responses]

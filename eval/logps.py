@@ -12,15 +12,13 @@ import numpy as np
 import torch
 
 from eval.models import Models
-from prefopt.data.groups import GroupList
 from prefopt.data.render import Renderer
 from prefopt.errors import ConfigError, ModelError
+from prefopt.model.frozen import token_logps
 from prefopt.model.layouts import build_logp_model
 from prefopt.model.load import check_vocabulary, load_policy, load_tokenizer
 from prefopt.model.logps import LogpModel
-from prefopt.model.micro_batches import SplitLimits, split_micro_batches
 from prefopt.model.source import resolve_source
-from prefopt.model.sweep import layout_fn, split_rows
 from prefopt.recipe.schema import ModelSection
 from prefopt.types import Group
 
@@ -57,20 +55,10 @@ class Policies:
     def token_logps(
         self, groups: Sequence[Group], *, of_reference: bool = False
     ) -> list[list[np.ndarray]]:
-        """A group's responses' token log-probs, (T,) fp32 nats each, at temperature 1, groups in order."""
-        found: dict[int, list[np.ndarray]] = {}
+        """As `prefopt.model.frozen.token_logps`, of the policy or of its reference."""
         holder = self.as_reference() if of_reference else contextlib.nullcontext(self.policy)
-        with holder as model, torch.inference_mode():
-            for rows in self.batches(groups, model):
-                batch = [groups[row] for row in rows]
-                layout = layout_fn(packed=model.packed)(batch).to(self.device)
-                found |= dict(zip(rows, split_rows(batch, model(layout)), strict=True))
-        return [found[row] for row in range(len(groups))]
-
-    def batches(self, groups: Sequence[Group], model: LogpModel) -> list[list[int]]:
-        """Row numbers of one forward each, by ``batch_tokens``."""
-        limits = SplitLimits(self.batch_tokens, packed=model.packed)
-        return split_micro_batches(GroupList(groups), range(len(groups)), limits)
+        with holder as model:
+            return token_logps(model, groups, self.batch_tokens)
 
 
 def has_reference(models: Models) -> bool:

@@ -33,7 +33,7 @@ def open_models(settings: EvalSettings) -> Models:
 
     Raises: ModelError for a directory that holds neither.
     """
-    import torch
+    from prefopt.model.frozen import default_device
 
     return Models(
         policy=resolve_run(settings.model),
@@ -41,7 +41,7 @@ def open_models(settings: EvalSettings) -> Models:
         engine=settings.engine,
         judge=settings.judge,
         seed=settings.seed,
-        device=settings.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=str(default_device(settings.device)),
         batch_tokens=settings.batch_tokens,
     )
 

@@ -18,7 +18,6 @@ from eval.base import (
     Template,
     close_task,
 )
-from eval.baseline import answers_from_file
 from eval.engines import Generator
 from eval.generate import Samples, generate, overridden
 from eval.judging import Asked, judge_all, judge_sampling, judgments, open_judge, usage
@@ -33,6 +32,7 @@ from eval.provenance import (
     without_none,
 )
 from eval.registry import TaskSpec
+from eval.responses import answers_from_file
 from eval.results import metrics_json
 from eval.rows import count_answers, row_from, score_batches, score_rows, write_examples
 from eval.settings import EvalSettings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
@@ -145,6 +146,34 @@ def prompt_examples(sections: Sequence[SourceSection]) -> PromptRows:
         paths = ", ".join(section.path for section in sections)
         raise DataError(f"{paths}: no prompt is left; refused: {dict(refused)}")
     return PromptRows([*found.values()], {name: count for name, count in refused.items() if count})
+
+
+class TaskPrompts:
+    """The prompts of a task: of the file that its options name, else of what the evaluated run held out."""
+
+    def __init__(self, task: str, sections: list[SourceSection] | None) -> None:
+        self.task = task
+        self.sections = sections
+
+    def adopt_run(self, recipe: Mapping[str, Any]) -> None:
+        """Takes those that the run held out where no ``data`` was given."""
+        if self.sections is None:
+            self.sections = held_out_sections(self.task, recipe)
+
+    @functools.cached_property
+    def rows(self) -> PromptRows:
+        """Read once. Raises: ConfigError if there is no file to read; as `prompt_examples`."""
+        if self.sections is None:
+            raise ConfigError(
+                f"tasks.{self.task}.data is missing, and MODEL is no run with held-out data: give a file of "
+                f"prompts, tasks.{self.task}.data=PATH"
+            )
+        return prompt_examples(self.sections)
+
+    def refused_counts(self) -> dict[str, int]:
+        """Rows that gave no prompt, by reason; none where nothing is read, as `prefopt eval score` does."""
+        refused = self.rows.refused if self.sections else {}
+        return {f"num_refused_{reason}": count for reason, count in refused.items()}
 
 
 def scored_pairs(path: Path, columns: ColumnMap) -> dict[str, list[Example]]:

@@ -1,12 +1,17 @@
-"""Names of tasks and where they live; a task's keyword-only signature is the schema of its options."""
+"""Tasks: names, where they live, and a task from its options; a keyword-only signature is the schema of these."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from prefopt.recipe.registry import Registry, Spec
+from prefopt.errors import ConfigError
+from prefopt.recipe.entries import parameters
+from prefopt.recipe.load import validated
+from prefopt.recipe.specs import Registry, Spec
+from prefopt.recipe.yaml_file import Document
 
 Kind = Literal["generate", "judge", "model", "harness"]
 
@@ -14,7 +19,7 @@ Kind = Literal["generate", "judge", "model", "harness"]
 TASKS: dict[str, str] = {
     "alpaca_eval2": "eval.tasks.alpaca_eval2",
     "arena_hard": "eval.tasks.arena_hard",
-    "arena_hard_v2": "eval.tasks.arena_hard_v2",
+    "arena_hard_v2": "eval.tasks.arena_hard",
     "mt_bench": "eval.tasks.mt_bench",
     "win_rate": "eval.tasks.win_rate",
     "ifeval": "eval.tasks.ifeval",
@@ -90,6 +95,28 @@ def task_names() -> set[str]:
     return _TASKS.names()
 
 
-def known_tasks() -> Mapping[str, str]:
-    """The built-in table."""
-    return TASKS
+def make_task(
+    name: str, options: Mapping[str, Any] | None = None, document: Document | None = None
+) -> Any:
+    """The task with its options bound; nothing is loaded yet.
+
+    Raises: ConfigError for an unknown name (naming the nearest), or options that do not fit, all at once.
+    """
+    spec = get_task(name)
+    problems = option_problems(spec, options or {}, document)
+    if problems:
+        raise ConfigError(problems)
+    return spec.fn(**(options or {}))
+
+
+def option_problems(
+    spec: TaskSpec, options: Mapping[str, Any], document: Document | None = None
+) -> list[str]:
+    """What is wrong with a task's options, a sentence each."""
+    place = ("tasks", spec.name)
+    return list(validated(parameters(spec), dict(options), document, place=place).problems)
+
+
+def has_option(name: str, option: str) -> bool:
+    """Does the task take this option?"""
+    return option in inspect.signature(get_task(name).fn).parameters

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.base import Adopting, Example, JudgedTask
-from eval.baseline import answers_from_file
 from eval.models import Models, open_models, run_recipe
-from eval.options import make_task
 from eval.phases import Planned, TaskRun
 from eval.provenance import (
     data_hash,
@@ -24,10 +22,11 @@ from eval.provenance import (
     package_versions,
     task_folder,
 )
-from eval.registry import TaskSpec, get_task
+from eval.registry import TaskSpec, get_task, make_task
+from eval.responses import answers_from_file
 from eval.settings import EvalSettings
 from prefopt.errors import ConfigError, DataError
-from prefopt.storage.cache import atomic_write
+from prefopt.storage.cache import write_whole
 
 logger = logging.getLogger("prefopt.eval")
 
@@ -220,9 +219,5 @@ def _run_harness(
 
 
 def _write(path: Path, results: Mapping[str, Any]) -> None:
-    try:
-        with atomic_write(path) as temporary:
-            text = json.dumps(results, indent=1, ensure_ascii=False, sort_keys=False)
-            temporary.write_text(f"{text}\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+    text = json.dumps(results, indent=1, ensure_ascii=False, sort_keys=False)
+    write_whole(path, f"{text}\n", advice="")

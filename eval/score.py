@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.base import Readable
-from eval.options import make_task
-from eval.registry import get_task
+from eval.registry import get_task, make_task
 from eval.results import flat
 from prefopt.errors import ConfigError, DataError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.data.readers import RawRow, data_suffix, read_rows
-from prefopt.data.sources import file_sha256, open_source
+from prefopt.data.sources import open_source
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.schema import SourceSection
 
@@ -106,6 +106,25 @@ def package_file(package: str, *parts: str) -> Path | None:
     return None
 
 
-def sha256(path: Path) -> str:
-    """Of a file's bytes, for provenance."""
-    return file_sha256(path)
+def file_or_hub_rows(option: str, path: str | None, *, repo: str, file: str) -> list[RawRow]:
+    """The rows of ``path``, else of one file of the hub data set ``repo``.
+
+    Args:
+        option: what the user sets to give a file, e.g. ``tasks.arena_hard.data``; named in errors.
+        path: local file, directory or glob, or None.
+        repo: id of the hub data set.
+        file: path in it.
+
+    Raises: ConfigError if the hub's file is not to be had; DataError for a broken file, naming file and line.
+    """
+    if path is not None:
+        return benchmark_rows(option, path, hub=None)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        found = hf_hub_download(repo, file, repo_type="dataset")
+    except (OSError, ValueError) as error:  # HfHubHTTPError is an OSError
+        raise ConfigError(
+            f"{file} of the hub data set {repo} is not to be had ({error}). Give a file: {option}=PATH"
+        ) from error
+    return file_rows(Path(found))

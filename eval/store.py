@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import ConfigError, DataError
+from prefopt.storage.cache import writing
 
 logger = logging.getLogger("prefopt.eval")
 
@@ -69,15 +70,10 @@ class Store:
 
     def _append(self, records: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        try:
+        with writing(self.path):
             self._file.write(text.encode())
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise DataError(
-                f"{self.path}: cannot be written: {error.strerror or error}. Make room and run the same "
-                "command again: it goes on from here"
-            ) from error
 
     def _load(self, basis: dict[str, Any]) -> None:
         if not self.path.is_file():

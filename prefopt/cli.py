@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     siblings = _siblings()
     if given and given[0] in siblings:
         return siblings[given[0]].load().main(given[1:])
-    arguments = _parse(_parser(), given)
+    arguments = parse(_parser(), given)
     return guarded(lambda: arguments.run(arguments))
 
 
@@ -66,7 +66,7 @@ def recipe_main(trains: str, argv: Sequence[str] | None = None) -> int:
         f"accelerate_configs/zero3.yaml recipes/{trains}.py RECIPE.yaml [section.key=value ...]"
     )
     _add_recipe(parser)
-    arguments = _parse(parser, argv)
+    arguments = parse(parser, argv)
     return guarded(lambda: _train(arguments, trains))
 
 
@@ -124,7 +124,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def command_parser(prog: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+    """The parser of one command of a package beside this one; `parse` takes ``key=value`` anywhere in its line."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog=prog, description=summary, epilog=epilog, formatter_class=layout
+    )
+    parser.set_defaults(overrides=[])
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """As ``parse_args``, with overrides also after options: argparse takes only the first run of them."""
     arguments, rest = parser.parse_known_args(argv)
     if any(item.startswith("-") or "=" not in item for item in rest) or (

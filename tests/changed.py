@@ -87,9 +87,12 @@ class Repository:
         return len(self.defined[module] & set().union(*(self.strings[m] for m in [test, *helpers])))
 
     def modules_naming(self, file: str) -> list[str]:
-        """Modules of the tests with a string that is the file's name or path; test files, also its top folder."""
+        """Modules of the tests with a string that is the file's name or path; test files, also its top folder.
+
+        YAML files are also named without their ending: ``"zero3"``.
+        """
         path = Path(file)
-        names = {path.name, path.stem, file}
+        names = {path.name, file, path.stem if path.suffix == ".yaml" else path.name}
         folder = set(path.parts[:-1][:1])
         return [
             name

@@ -54,7 +54,7 @@ LATE_IMPORTERS = {
     "prefopt.data",
     "prefopt.model.attention",
     "prefopt.recipe.load",
-    "prefopt.recipe.registry",
+    "prefopt.recipe.specs",
 }
 
 

@@ -36,6 +36,11 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def here() -> Repository:
+    return Repository(ROOT)
+
+
 def test_tests_are_found_by_imports_of_their_own_of_helpers_and_of_modules(root: Path) -> None:
     """Nearest first: themselves, through a helper or a conftest; then what imports or names a user of it."""
     choice = choose(Repository(root), ["prefopt/losses/dpo.py"], long=[])
@@ -99,8 +104,8 @@ def test_changes_are_those_of_the_branch_and_of_the_working_tree(root: Path) -> 
         ("README.md", "tests/recipes/test_readme.py"),
     ],
 )
-def test_changes_here_reach_their_tests(file: str, test: str) -> None:
-    assert test in choose(Repository(ROOT), [file], long=[]).run
+def test_changes_here_reach_their_tests(here: Repository, file: str, test: str) -> None:
+    assert test in choose(here, [file], long=[]).run
 
 
 def test_the_long_files_are_there() -> None:

@@ -15,7 +15,6 @@ from data_pipelines.card.measures import Duplicates, Lengths, Margins, Sizes
 from data_pipelines.card.ngrams import ngram_section
 from data_pipelines.card.pairs import PairSource, PairView, RefusedPair
 from data_pipelines.card.provenance import provenance_section
-from data_pipelines.card.sketch import BottomSample, hash64
 from data_pipelines.card.texts import (
     Ends,
     Markers,
@@ -26,6 +25,7 @@ from data_pipelines.card.texts import (
 )
 from data_pipelines.contamination import EvalSet
 from data_pipelines.near_duplicates import NearDuplicates
+from data_pipelines.sketch import BottomSample, hash64
 from prefopt.data.sources import is_local
 from prefopt.errors import ConfigError, DataError, suggest
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from data_pipelines.card.findings import Check, Section, share_check
 from data_pipelines.card.pairs import PairView
-from data_pipelines.card.sketch import hash64
 from data_pipelines.contamination import Contamination, Decontamination, EvalSet, eval_prompts
 from data_pipelines.near_duplicates import NearDuplicates, band_keys, band_rows, signatures
+from data_pipelines.sketch import hash64
 
 _BATCH = 2_000
 

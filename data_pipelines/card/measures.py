@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipelines.card.findings import Check, Section, TableView, grade, histogram, share_check
 from data_pipelines.card.pairs import PairView, RefusedPair
-from data_pipelines.card.sketch import Hashes, hash64
+from data_pipelines.sketch import Hashes, hash64
 from prefopt.data.rows import Reject
 
 _MOST_NAMES = 1_000

@@ -22,6 +22,8 @@ class StepSettings(Section):
 
     FILLED: ClassVar[tuple[str, ...]] = ()
     """Keys that hold placeholders and are no part of what its file holds."""
+    HAS_FILE: ClassVar[bool] = False
+    """The key of its kind holds the path of a YAML file, or what would be in it."""
 
     name: str
     """Of the step; later steps name what it came to as `${NAME}`."""

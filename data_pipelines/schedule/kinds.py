@@ -45,6 +45,8 @@ class PipelineStep(StepSettings):
     `${NAME.score}` is the mean of the scores, where it ends with scored groups.
     """
 
+    HAS_FILE: ClassVar = True
+
     pipeline: PathText | dict[str, Any]
     """A YAML file, or the pipeline itself; its output_dir is the schedule's to set."""
     settings: tuple[str, ...] = Field(default=(), strict=False)
@@ -111,6 +113,7 @@ class RecipeStep(StepSettings, LaunchSettings):
     """A recipe of any stage and regime, as of `prefopt train`; `${NAME}` is the policy that comes of it."""
 
     FILLED: ClassVar = ("trains", "launch", "script")
+    HAS_FILE: ClassVar = True
 
     recipe: PathText | dict[str, Any]
     """A YAML file, or the recipe itself; its output_dir is the schedule's to set."""

@@ -130,7 +130,8 @@ def _bind(
                 f"{where}.name = {name!r}: takes letters, digits, - and _, and is none of {', '.join(_TAKEN)}"
             )
         model: Any = KINDS.get(kinds[0], LoopSettings)
-        if kinds[0] in ("pipeline", "recipe") and not isinstance(item[kinds[0]], str | dict):
+        reads_file = kinds[0] in KINDS and KINDS[kinds[0]].HAS_FILE
+        if reads_file and not isinstance(item[kinds[0]], str | dict):
             problems.append(
                 f"{where}.{kinds[0]}: is the path of a YAML file, or what would be in it"
             )
@@ -157,7 +158,7 @@ def _step(
 ) -> Step | None:
     """A step with the file that it names, its settings applied."""
     given = own.raw[kind]
-    if kind == "eval":
+    if not settings.HAS_FILE:
         return Step(settings, NOTHING, path, settings.name, own)
     try:
         inline = isinstance(given, dict)

@@ -22,13 +22,7 @@ from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, responses_of, user_fields
 from data_pipelines.stages.filter import number_at
 from data_pipelines.stages.pair import is_scored, stand_in_ids
-from data_pipelines.value_rows import (
-    default_device,
-    model_problems,
-    quantiles,
-    require_in_range,
-    reward_of,
-)
+from data_pipelines.value_rows import model_problems, quantiles, require_in_range, reward_of
 from prefopt.credit.base import GroupScores
 from prefopt.recipe.entries import Entry, bind
 from prefopt.recipe.registry import BoundCredit, Need
@@ -165,9 +159,10 @@ class Advantage(StageSettings):
         assert place.reads is not None
         if self.head is None:
             return RowByRow(lambda row: self._weigh(row, place))
+        from prefopt.model.frozen import default_device
         from prefopt.values.saved import ValueModel
 
-        device = self.device or default_device()
+        device = str(default_device(self.device))
         model = ValueModel(
             Path(self.head), self._section(), device=device, batch_tokens=self.batch_tokens
         )

@@ -17,8 +17,6 @@ from data_pipelines.rows import SIDES, Row, RowKind, responses_of
 from data_pipelines.stages.filter import margin_of, number_at
 from prefopt.recipe.yaml_file import Document, KeyPath
 
-_NAMED = ("margin", "length_gap", "accuracy", "random")
-
 
 @stage(
     "order",

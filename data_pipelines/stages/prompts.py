@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from array import array
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from data_pipelines.reading import (
 )
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, prompt_text
+from data_pipelines.sketch import hash64
 from prefopt.data.rows import Refused
 from prefopt.errors import DataError
 from prefopt.recipe.schema import ModelSection, PathText, Section, SourceSection
@@ -221,14 +221,14 @@ class _Judge:
 
     def _other_part(self, text: str) -> str:
         part = self.settings.part
-        if part is None or _hash(f"{self.seed}\0{text}") % part.of == part.number - 1:
+        if part is None or hash64(f"{self.seed}\0{text}") % part.of == part.number - 1:
             return _KEPT
         return "other_part"
 
     def _repeated(self, text: str) -> str:
         if not self.settings.drop_duplicates:
             return _KEPT
-        key = _hash(" ".join(text.split()))
+        key = hash64(" ".join(text.split()))
         if key in self._seen:
             return "duplicate"
         self._seen.add(key)
@@ -270,9 +270,3 @@ def _renderer(path: str) -> Renderer:
 def _text(row: SourceRow) -> str:
     assert not isinstance(row.found, Refused)
     return prompt_text({"prompt": row.found.prompt})
-
-
-def _hash(text: str) -> int:
-    """64 bits: among a million prompts two different ones fall together with a chance of one in 10^7."""
-    data = text.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")

@@ -12,7 +12,8 @@ from pydantic import Field, PositiveInt
 
 from data_pipelines.base import Dropped, Needs, Place, Result, StageSettings
 from data_pipelines.registry import stage
-from data_pipelines.rows import Row, RowKind, pack_ids
+from data_pipelines.rows import Row, RowKind
+from eval.base import Answer, Decoding
 from prefopt.errors import ConfigError, ModelError
 from prefopt.recipe.schema import (
     ConditionSection,
@@ -22,11 +23,11 @@ from prefopt.recipe.schema import (
     NonNegativeFloat,
 )
 from prefopt.recipe.yaml_file import Document, KeyPath
+from prefopt.storage.packed import pack_ids
 
 if TYPE_CHECKING:
-    from prefopt.data.render import Renderer
-    from prefopt.engines.base import Completion, Request, SamplingSpec
-    from prefopt.engines.base import Engine as Sampler
+    from eval.engines import Generator
+    from prefopt.engines.base import Request
 
 logger = logging.getLogger("prefopt.data")
 
@@ -138,30 +139,24 @@ class Sample(StageSettings):
 
     def open(self, place: Place) -> SampleWorker:
         """Starts the engine. Raises: ModelError, EngineError; ConfigError if its context is too short."""
+        from eval.engines import Generator
         from eval.models import condition_problems, resolve_run
-        from prefopt.data.render import Renderer
-        from prefopt.engines.start import Task, start_engine
-        from prefopt.model.load import load_tokenizer
+        from prefopt.model.frozen import default_device
 
         policy = resolve_run(self.model)
         for problem in condition_problems(policy.path, self.condition):
             logger.warning("stage %r: %s", place.id, problem)
-        tokenizer = load_tokenizer(policy)
-        task = Task(
-            policy,
-            pad_id=tokenizer.pad_token_id or 0,
-            max_model_len=self.max_prompt_tokens + self.max_new_tokens,
-            device=_default_device(),
-            log_dir=place.log_dir,
-        )
-        engine, context = start_engine(self.engine, task)
+        device = str(default_device())
+        generator = Generator(policy, self.engine, device=device, log_dir=place.log_dir)
+        generator.start(self.max_prompt_tokens + self.max_new_tokens)
+        context = generator.context
         if context is not None and context <= self.max_new_tokens:
-            engine.close()
+            generator.close()
             raise ConfigError(
                 f"stage {place.id!r}: max_new_tokens = {self.max_new_tokens}: prompt and response together must "
                 f"fit the context of {self.model.path!r}, {context} tokens. Lower it"
             )
-        return SampleWorker(self, place, engine, Renderer(tokenizer), context)
+        return SampleWorker(self, place, generator)
 
     @property
     def model_name(self) -> str:
@@ -185,28 +180,17 @@ class SampleWorker:
     Args:
         settings: of the stage.
         place: of the stage.
-        engine: serves the policy.
-        renderer: of the policy's tokenizer.
-        context: longest prompt + response in tokens; None: no limit.
+        generator: the policy, started.
     """
 
-    def __init__(
-        self,
-        settings: Sample,
-        place: Place,
-        engine: Sampler,
-        renderer: Renderer,
-        context: int | None,
-    ) -> None:
+    def __init__(self, settings: Sample, place: Place, generator: Generator) -> None:
         self.settings = settings
         self.place = place
-        self.engine = engine
-        self.renderer = renderer
+        self.generator = generator
         longest = settings.max_prompt_tokens
-        if context is not None:
-            longest = min(longest, context - settings.max_new_tokens)
+        if generator.context is not None:
+            longest = min(longest, generator.context - settings.max_new_tokens)
         self.max_prompt_tokens = longest
-        self._stops: dict[bool, tuple[int, ...]] = {}
 
     def process(self, rows: Sequence[Row]) -> Sequence[Result]:
         """Raises: EngineError; ModelError for messages without a chat template."""
@@ -220,7 +204,8 @@ class SampleWorker:
                 draws = self._draws(temperature)
                 requests = [self._request(rows[i], prompts[i], draws) for i in batch]
                 if requests:
-                    groups = self.engine.generate(requests, self._spec(temperature, chat))
+                    spec = self.generator.spec(self._decoding(temperature), chat=chat)
+                    groups = self.generator.sample(requests, spec)
                     for index, group in zip(batch, groups, strict=True):
                         found[index] += self._responses(group, draws)
         return [
@@ -229,7 +214,7 @@ class SampleWorker:
         ]
 
     def close(self) -> None:
-        self.engine.close()
+        self.generator.close()
 
     def _prompts(self, rows: Sequence[Row]) -> list[Any]:
         """The ids of each prompt, or why it is not asked."""
@@ -238,7 +223,9 @@ class SampleWorker:
 
         try:
             asked = [self._asked(row["prompt"]) for row in rows]
-            rendered = self.renderer.render_batch([ToRender(prompt, ()) for prompt in asked])
+            rendered = self.generator.renderer.render_batch(
+                [ToRender(prompt, ()) for prompt in asked]
+            )
         except ModelError as error:
             raise ModelError(
                 f"stage {self.place.id!r}: {self.settings.model.path!r} has no chat template, and the prompts are "
@@ -284,36 +271,22 @@ class SampleWorker:
         keys = [f"{row['id']}\0{draw.seed}\0{draw.temperature!r}\0{draw.number}" for draw in draws]
         return Request(ids, tuple(self.place.rng(key).getrandbits(62) for key in keys))
 
-    def _spec(self, temperature: float, chat: bool) -> SamplingSpec:
-        from prefopt.engines.base import SamplingSpec
+    def _decoding(self, temperature: float) -> Decoding:
+        settings = self.settings
+        return Decoding(settings.max_new_tokens, temperature, settings.top_p, settings.top_k)
 
-        if chat not in self._stops:
-            self._stops[chat] = self.renderer.stop_ids(chat=chat)
-        return SamplingSpec(
-            max_new_tokens=self.settings.max_new_tokens,
-            temperature=temperature,
-            top_p=self.settings.top_p,
-            top_k=self.settings.top_k,
-            stop_token_ids=self._stops[chat],
-        )
-
-    def _responses(
-        self, group: Sequence[Completion], draws: Sequence[_Draw]
-    ) -> list[dict[str, Any]]:
-        texts = self.renderer.tokenizer.batch_decode(
-            [list(completion.ids) for completion in group], skip_special_tokens=True
-        )
+    def _responses(self, group: Sequence[Answer], draws: Sequence[_Draw]) -> list[dict[str, Any]]:
         return [
             {
-                "text": text,
-                "tokens": len(completion.ids),
-                "ended": completion.stop_reason == "eos",
+                "text": answer.text,
+                "tokens": answer.num_tokens,
+                "ended": answer.ended,
                 "model": self.settings.model_name,
                 "seed": draw.seed,
                 "temperature": draw.temperature,
-                "ids": pack_ids(completion.ids),
+                "ids": pack_ids(answer.ids or ()),
             }
-            for text, completion, draw in zip(texts, group, draws, strict=True)
+            for answer, draw in zip(group, draws, strict=True)
         ]
 
     def _group(self, row: Row, ids: tuple[int, ...], sampled: Sequence[dict[str, Any]]) -> Result:
@@ -336,9 +309,3 @@ class SampleWorker:
         # ids of two tokenizers in one group would be scored as if they were of one
         bare = [{k: v for k, v in each.items() if k != "ids"} for each in responses]
         return {**{k: v for k, v in row.items() if k != "prompt_ids"}, "responses": bare}
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,8 +15,9 @@ from data_pipelines.base import Dropped, Place, StageSettings
 from data_pipelines.manifest import digest
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, prompt_text, responses_of
+from data_pipelines.shards import in_shards
 from data_pipelines.stages.pair import is_scored
-from data_pipelines.value_rows import default_device, model_problems, require_in_range, reward_of
+from data_pipelines.value_rows import model_problems, require_in_range, reward_of
 from prefopt.errors import DataError
 from prefopt.recipe.schema import ModelSection, NoEffect
 from prefopt.recipe.yaml_file import Document, KeyPath
@@ -116,13 +116,14 @@ class Value(StageSettings):
 
     def run(self, place: Place) -> Iterator[Row | Dropped]:
         from eval.models import resolve_run
+        from prefopt.model.frozen import default_device
         from prefopt.values.features import FrozenReference
 
         assert place.input is not None and place.folder is not None and place.reads is not None
         self._check_rewards(place)
         policy = resolve_run(self.model)
         reference = FrozenReference(
-            policy, device=self.device or default_device(), batch_tokens=self.batch_tokens
+            policy, device=str(default_device(self.device)), batch_tokens=self.batch_tokens
         )
         dev = self._read(place, reference)
         fit, hidden_size = self._fit(place, dev, reference)
@@ -148,7 +149,7 @@ class Value(StageSettings):
         """Prompts and rewards of all rows."""
         assert place.input is not None
         dev = _Dev([], [], [], [])
-        for rows in _chunks(place.input.rows(), _RENDER_ROWS):
+        for rows in in_shards(place.input.rows(), _RENDER_ROWS):
             found = reference.prompt_ids([row["prompt"] for row in rows], self.max_prompt_tokens)
             for row, ids in zip(rows, found, strict=True):
                 dev.add(row, ids, self._rewards(row, place))
@@ -307,8 +308,3 @@ def _report(record: HeadRecord) -> dict[str, Any]:
         "train_mse": kept["train_mse"],
         **{f"validation_{key}": each for key, each in record.validation.items()},
     }
-
-
-def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    while chunk := list(islice(rows, size)):
-        yield chunk

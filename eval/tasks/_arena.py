@@ -10,17 +10,18 @@ from typing import Any, Literal
 from eval.base import (
     Answer,
     Conversation,
+    Conversations,
     Decoding,
     Example,
     Judgment,
+    Judgments,
     Question,
     Row,
     Summary,
     Template,
     missing_judgment,
 )
-from eval.hub import file_or_hub_rows
-from eval.sources import benchmark_rows, file_rows, keyed
+from eval.sources import benchmark_rows, file_or_hub_rows, file_rows, keyed
 from eval.style import StyleMethod
 from eval.tasks._arena_files import (
     LabelRules,
@@ -107,10 +108,7 @@ class ArenaTask:
         return self.preset
 
     def questions(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        baseline: Sequence[Conversation] | None,
+        self, example: Example, samples: Conversations, baseline: Conversations | None
     ) -> list[Question]:
         """Assistant A is the baseline in game 1, the model in game 2. A missing answer is judged as an empty one.
 
@@ -155,12 +153,7 @@ class ArenaTask:
             )
         return {key: [(Answer(stored[model][key].text or ""),)] for key, model in wanted.items()}
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         both = [missing_judgment(judgments, name) for name in _GAMES]
         labels = [self.edition.rules.verdict(each.text) for each in both]
         tally = count_labels(labels, self.edition.rules, category=example.fields["category"])

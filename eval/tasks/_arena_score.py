@@ -8,8 +8,7 @@ from typing import Literal
 
 from eval.base import Metric, Row, Summary
 from eval.bradley_terry import win_rate_interval
-from eval.clustered import clustered_mean
-from eval.statistics import problem_counts
+from eval.statistics import clustered_mean, problem_counts
 from eval.style import (
     StyledBattle,
     StyledScore,

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.hub import file_or_hub_rows
-from eval.sources import file_rows, package_file
+from eval.sources import file_or_hub_rows, file_rows, package_file
 from eval.tasks._alpaca_instructions import NUM_INSTRUCTIONS
 from prefopt.data.readers import RawRow
 from prefopt.errors import ConfigError, DataError

@@ -12,18 +12,19 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from eval.base import (
     Answer,
     Conversation,
+    Conversations,
     Decoding,
     Example,
     Judgment,
+    Judgments,
     Question,
     Row,
     Summary,
     Template,
     missing_judgment,
 )
-from eval.hub import file_or_hub_rows
 from eval.registry import task
-from eval.sources import file_rows, keyed, require, text_key
+from eval.sources import file_or_hub_rows, file_rows, keyed, require, text_key
 from eval.tasks._alpaca_instructions import instruction_number
 from eval.tasks._alpaca_judge import judge_messages, load_template, model_first, model_win
 from eval.tasks._alpaca_rows import BASELINE, annotation_row, make_row
@@ -132,10 +133,7 @@ class AlpacaEval2:
         return self.preset
 
     def questions(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        baseline: Sequence[Conversation] | None,
+        self, example: Example, samples: Conversations, baseline: Conversations | None
     ) -> list[Question]:
         if baseline is None:
             raise ConfigError("alpaca_eval2: needs a baseline's answers to compare with")
@@ -164,12 +162,7 @@ class AlpacaEval2:
             )
         return {example.key: [(Answer(answers[example.key]),)] for example in examples}
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         answer, theirs = samples[0][0], self._theirs[example.key]
         judgment = missing_judgment(judgments, _QUESTION)
         first = model_first(str(example.fields["instruction"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,20 +9,13 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from eval.base import Conversation, Decoding, Example, Judgment, Metric, Row, Summary
-from eval.preference_data import (
-    Format,
-    PromptRows,
-    held_out_sections,
-    option_sections,
-    prompt_examples,
-)
+from eval.base import Conversations, Decoding, Example, Judgments, Metric, Row, Summary
+from eval.preference_data import Format, TaskPrompts, option_sections
 from eval.registry import task
 from eval.sources import file_rows, text_key
 from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import ConfigError, DataError
-from prefopt.recipe.schema import SourceSection
 
 _ORDERS = (1, 2, 3)
 _RESPONSE_COLUMNS = ("responses", "samples", "response", "output", "completion", "answer")
@@ -74,45 +66,27 @@ def diversity(
     """
     sections = option_sections("diversity", data, format=format, columns=columns, split=split)
     decoding = Decoding(max_new_tokens, temperature, top_p, num_samples=samples)
-    return Diversity(sections, decoding, self_bleu_responses)
+    return Diversity(TaskPrompts("diversity", sections), decoding, self_bleu_responses)
 
 
 class Diversity:
     """See `diversity`."""
 
-    def __init__(
-        self, sections: list[SourceSection] | None, decoding: Decoding, self_bleu_responses: int
-    ) -> None:
-        self.sections = sections
+    def __init__(self, prompts: TaskPrompts, decoding: Decoding, self_bleu_responses: int) -> None:
+        self.prompts = prompts
         self.preset = decoding
         self.self_bleu_responses = self_bleu_responses
 
     def adopt_run(self, recipe: Mapping[str, Any]) -> None:
-        """Takes the held-out prompts of the evaluated run where no ``data`` was given."""
-        if self.sections is None:
-            self.sections = held_out_sections("diversity", recipe)
+        self.prompts.adopt_run(recipe)
 
     def examples(self) -> list[Example]:
-        return self._prompts.examples
-
-    @functools.cached_property
-    def _prompts(self) -> PromptRows:
-        if self.sections is None:
-            raise ConfigError(
-                "tasks.diversity.data is missing, and MODEL is no run with held-out data: give a file of prompts, "
-                "tasks.diversity.data=PATH"
-            )
-        return prompt_examples(self.sections)
+        return self.prompts.rows.examples
 
     def decoding(self, example: Example) -> Decoding:
         return self.preset
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         answers = [sample[0] for sample in samples]
         given = [answer for answer in answers if answer.problem is None]
         problem = next((answer.problem for answer in answers if answer.problem), None)
@@ -133,13 +107,12 @@ class Diversity:
         if (drawn := self._drawn(texts)) and len(drawn) > 1:
             metrics["corpus_self_bleu"] = mean_metric(self_bleu(drawn))
         metrics |= _lengths(rows, responses)
-        refused = self._prompts.refused if self.sections else {}
         counts = {
             "n": len(rows),
             "n_responses": len(responses),
             "n_empty": sum(not text.split() for text in responses),
             **problem_counts(rows),
-            **{f"num_refused_{reason}": count for reason, count in refused.items()},
+            **self.prompts.refused_counts(),
         }
         return Summary(metrics, counts)
 

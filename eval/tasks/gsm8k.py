@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import PositiveInt
 
-from eval.base import Answer, Conversation, Decoding, Example, Judgment, Row, Summary
+from eval.base import Answer, Conversations, Decoding, Example, Judgments, Row, Summary
 from eval.registry import task
 from eval.responses import answer_of, model_of, response_of, response_rows
 from eval.sources import benchmark_rows, keyed, require, text_key
@@ -59,12 +59,7 @@ class Gsm8k:
     def decoding(self, example: Example) -> Decoding:
         return self.preset
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         return _row(example.key, str(example.fields["answer"]), samples[0][0])
 
     def summarise(self, rows: Sequence[Row]) -> Summary:

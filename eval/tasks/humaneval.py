@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from pydantic import PositiveFloat, PositiveInt
 
-from eval.base import Answer, Conversation, Decoding, Example, Judgment, Row, Summary
+from eval.base import Answer, Conversations, Decoding, Example, Judgments, Row, Summary
 from eval.registry import task
 from eval.responses import model_of, response_of
 from eval.sources import benchmark_rows, file_rows, keyed, require
@@ -125,12 +125,7 @@ class HumanEval:
     def decoding(self, example: Example) -> Decoding:
         return self.preset
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         answers = [conversation[0] for conversation in samples]
         program = chat_program if self.mode == "chat" else _cut_program
         programs = [None if each.problem else program(example, each.text) for each in answers]

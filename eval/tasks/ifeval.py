@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import PositiveInt
 
-from eval.base import Conversation, Decoding, Example, Judgment, Row, Summary
-from eval.clustered import clustered_mean
+from eval.base import Conversations, Decoding, Example, Judgments, Row, Summary
 from eval.registry import task
-from eval.statistics import mean_metric, problem_counts, values_of
+from eval.statistics import clustered_mean, mean_metric, problem_counts, values_of
 from eval.tasks._ifeval_files import Item, items_of, read_responses
 from prefopt.errors import DataError
 from prefopt.signals.constraint_checks import NEEDS_LANGUAGE
@@ -76,12 +75,7 @@ class Ifeval:
     def decoding(self, example: Example) -> Decoding:
         return self.preset
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         answer = samples[0][0]
         instructions = [instruction(id, given) for id, given in example.fields["instructions"]]
         return _row(example.key, instructions, answer.text, answer.problem, self._split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,17 +14,10 @@ import numpy as np
 from pydantic import PositiveInt
 
 from eval.base import Answer, Decoding, Example, Metric, Row, Summary
-from eval.preference_data import (
-    Format,
-    PromptRows,
-    held_out_sections,
-    option_sections,
-    prompt_examples,
-)
+from eval.preference_data import Format, TaskPrompts, option_sections
 from eval.registry import task
 from eval.statistics import mean_metric, problem_counts, values_of
-from prefopt.errors import ConfigError, DataError
-from prefopt.recipe.schema import SourceSection
+from prefopt.errors import DataError
 
 _PER_RESPONSE = ("kl", "kl_k3", "kl_rao_blackwell", "length")
 
@@ -68,7 +60,8 @@ def kl(
         max_new_tokens: longest response; the KL is that of responses cut there.
     """
     sections = option_sections("kl", data, format=format, columns=columns, split=split)
-    return Kl(sections, Decoding(max_new_tokens, temperature=1.0, num_samples=samples))
+    decoding = Decoding(max_new_tokens, temperature=1.0, num_samples=samples)
+    return Kl(TaskPrompts("kl", sections), decoding)
 
 
 @dataclass(frozen=True)
@@ -87,26 +80,15 @@ class Kl:
     batch_size = 64
     uses_baseline = True
 
-    def __init__(self, sections: list[SourceSection] | None, decoding: Decoding) -> None:
-        self.sections = sections
+    def __init__(self, prompts: TaskPrompts, decoding: Decoding) -> None:
+        self.prompts = prompts
         self.preset = decoding
 
     def adopt_run(self, recipe: Mapping[str, Any]) -> None:
-        """Takes the held-out prompts of the evaluated run where no ``data`` was given."""
-        if self.sections is None:
-            self.sections = held_out_sections("kl", recipe)
+        self.prompts.adopt_run(recipe)
 
     def examples(self) -> list[Example]:
-        return self._prompts.examples
-
-    @functools.cached_property
-    def _prompts(self) -> PromptRows:
-        if self.sections is None:
-            raise ConfigError(
-                "tasks.kl.data is missing, and MODEL is no run with held-out data: give a file of prompts, "
-                "tasks.kl.data=PATH"
-            )
-        return prompt_examples(self.sections)
+        return self.prompts.rows.examples
 
     def open(self, models: Any) -> _Opened:
         from eval.engines import Generator
@@ -163,13 +145,12 @@ class Kl:
         for name, (total, scale) in per_token.items():
             metrics[name] = _ratio([row.details[total] for row in scored], tokens, scale)
         metrics["eos_rate"] = mean_metric(values_of(scored, "eos_rate"), 100)
-        refused = self._prompts.refused if self.sections else {}
         counts = {
             "n": len(rows),
             "n_responses": sum(row.details["num_responses"] for row in scored),
             "n_tokens": int(sum(tokens)),
             **problem_counts(rows),
-            **{f"num_refused_{reason}": count for reason, count in refused.items()},
+            **self.prompts.refused_counts(),
         }
         most = self.preset.max_new_tokens
         note = f"samples at temperature 1, at most {most} tokens; entropy is exact, over the whole vocabulary"

@@ -10,20 +10,19 @@ from pydantic import PositiveInt
 
 from eval.base import (
     Answer,
-    Conversation,
+    Conversations,
     Decoding,
     Example,
-    Judgment,
+    Judgments,
     Metric,
     Row,
     Summary,
     Template,
 )
-from eval.clustered import clustered_mean
 from eval.registry import task
 from eval.responses import answer_of, model_of, response_rows
 from eval.sources import benchmark_rows, columns, keyed, require, text_key
-from eval.statistics import mean_metric, problem_counts, values_of
+from eval.statistics import clustered_mean, mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import ConfigError, DataError
 from prefopt.signals.judge import fill
@@ -100,12 +99,7 @@ class LLMBar:
     def decoding(self, example: Example) -> Decoding:
         return self.preset
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         fields = example.fields
         row = _row(fields["pair"], fields["order"], fields["label"], samples[0][0])
         return Row(

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import PositiveFloat, PositiveInt
 
-from eval.base import Answer, Conversation, Decoding, Example, Judgment, Row, Summary
+from eval.base import Answer, Conversations, Decoding, Example, Judgments, Row, Summary
 from eval.registry import task
 from eval.responses import model_of, response_of, response_rows
 from eval.sources import benchmark_rows, keyed, require, text_key
@@ -71,12 +71,7 @@ class Math500:
     def decoding(self, example: Example) -> Decoding:
         return self.preset
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         return self._row(example.key, example.fields, samples[0][0])
 
     def summarise(self, rows: Sequence[Row]) -> Summary:

@@ -11,20 +11,20 @@ from pydantic import PositiveInt
 
 from eval.base import (
     Conversation,
+    Conversations,
     Decoding,
     Example,
     Judgment,
+    Judgments,
     Question,
     Row,
     Summary,
     Template,
     missing_judgment,
 )
-from eval.clustered import clustered_mean
-from eval.hub import file_or_hub_rows
 from eval.registry import task
-from eval.sources import columns, file_rows, keyed, package_file, require
-from eval.statistics import problem_counts
+from eval.sources import columns, file_or_hub_rows, file_rows, keyed, package_file, require
+from eval.statistics import clustered_mean, problem_counts
 from eval.tasks._mt_bench_rows import (
     HIGHEST,
     LOWEST,
@@ -131,10 +131,7 @@ class MTBench:
         return Decoding(self.max_new_tokens, temperature)
 
     def questions(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        baseline: Sequence[Conversation] | None,
+        self, example: Example, samples: Conversations, baseline: Conversations | None
     ) -> list[Question]:
         """One a turn. An answer that is not there is judged as an empty one."""
         answers = [answer.text for answer in samples[0]]
@@ -157,12 +154,7 @@ class MTBench:
     def baseline_answers(self, examples: Sequence[Example]) -> dict[str, list[Conversation]]:
         raise ConfigError("mt_bench: rates one model at a time: there is no baseline")
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         turns = {
             name: rated(missing_judgment(judgments, name), answer.problem)
             for name, answer in zip(TURNS, samples[0], strict=False)

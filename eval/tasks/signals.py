@@ -6,11 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from eval.base import Answer, Conversation, Decoding, Example, Judgment, Metric, Row, Summary
+from eval.base import Answer, Conversations, Decoding, Example, Judgments, Metric, Row, Summary
 from eval.registry import task
 from eval.sources import keyed, text_key
 from eval.statistics import mean_metric, problem_counts, values_of
@@ -18,11 +18,12 @@ from prefopt.data.formats import Reading, prompt_reading, prompt_row
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, column
 from prefopt.data.sources import open_source
-from prefopt.errors import ConfigError, DataError, SignalError
+from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.entries import Entry
 from prefopt.recipe.load import import_plugin, validated
 from prefopt.recipe.registry import BoundSignal
 from prefopt.recipe.schema import ColumnMap, Section, SourceSection
+from prefopt.signals.base import UnknownIds
 from prefopt.signals.combine import WeightedSignals, build_signals
 from prefopt.types import Candidates, Prompt
 
@@ -116,12 +117,7 @@ class Signals:
     def decoding(self, example: Example) -> Decoding:
         return self.preset
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         answers = [conversation[0] for conversation in samples]
         problem = next((answer.problem for answer in answers if answer.problem), None)
         if problem is not None:
@@ -167,28 +163,14 @@ class Signals:
             signals.close()
 
 
-class UnknownIds(tuple[int, ...]):
-    """Token ids that nobody here knows: a signal that reads them is told so, instead of being given none."""
-
-    why: str
-
-    def __new__(cls, why: str) -> UnknownIds:
-        self = super().__new__(cls)
-        self.why = why
-        return self
-
-    def _refuse(self, *_: Any) -> NoReturn:
-        raise SignalError(f"{_WHERE}: a signal reads {self.why}")
-
-    __len__ = __iter__ = __getitem__ = __contains__ = _refuse  # type: ignore[assignment]
-
-
-_PROMPT_IDS = UnknownIds(
-    "the token ids of the prompt, which only the generating engine has; the tasks kl and pair_accuracy score by "
-    "log-probs"
+_READS_PROMPT = (
+    "reads the token ids of the prompt, which only the generating engine has; the tasks kl and pair_accuracy "
+    "score by log-probs"
 )
-_RESPONSE_IDS = UnknownIds(
-    "the token ids of an answer that came without them; only answers generated in this run have any"
+_PROMPT_IDS: Any = UnknownIds(f"{_WHERE}: a signal {_READS_PROMPT}")
+_RESPONSE_IDS: Any = UnknownIds(
+    f"{_WHERE}: a signal reads the token ids of an answer that came without them; only answers generated in this "
+    "run have any"
 )
 
 
@@ -224,7 +206,7 @@ def _problems(index: int, section: Mapping[str, Any]) -> list[str]:
             f"{_WHERE}.{index}.name is missing: the signal's name; `prefopt signals` lists them"
         ]
     if name == "implicit_reward":
-        return [f"{_WHERE}.{index}.name = {name!r}: reads {_PROMPT_IDS.why}"]
+        return [f"{_WHERE}.{index}.name = {name!r}: {_READS_PROMPT}"]
     if name == "judge" and section.get("mode", "pairwise") == "pairwise":
         return [
             f"{_WHERE}.{index}.mode = 'pairwise': compares a model's answers with each other, so that "

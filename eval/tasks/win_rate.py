@@ -12,9 +12,11 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from eval.base import (
     Answer,
     Conversation,
+    Conversations,
     Decoding,
     Example,
     Judgment,
+    Judgments,
     Message,
     Metric,
     Question,
@@ -28,7 +30,7 @@ from eval.sources import benchmark_rows, keyed, require, text_key
 from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import ConfigError, DataError
-from prefopt.signals.judge import PAIRWISE_TEMPLATE, REMINDERS, conversation, fill
+from prefopt.signals.judge import PAIRWISE_TEMPLATE, REMINDERS, conversation, fill, read_template
 from prefopt.signals.verdicts import OrderStats, joint_outcome, order_stats, parse_verdict
 from prefopt.types import Prompt
 
@@ -120,10 +122,7 @@ class WinRate:
         return self.preset
 
     def questions(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        baseline: Sequence[Conversation] | None,
+        self, example: Example, samples: Conversations, baseline: Conversations | None
     ) -> list[Question]:
         if baseline is None:
             raise _no_baseline()
@@ -148,12 +147,7 @@ class WinRate:
     def baseline_answers(self, examples: Sequence[Example]) -> dict[str, list[Conversation]]:
         raise _no_baseline()
 
-    def row(
-        self,
-        example: Example,
-        samples: Sequence[Conversation],
-        judgments: Mapping[str, Judgment],
-    ) -> Row:
+    def row(self, example: Example, samples: Conversations, judgments: Judgments) -> Row:
         answer, theirs = samples[0][0], self._theirs[example.key]
         lengths = {"length": len(answer.text), "baseline_length": len(theirs.text)}
         problem = answer.problem or (f"baseline_{theirs.problem}" if theirs.problem else None)
@@ -265,18 +259,10 @@ def _dicts(messages: Sequence[Message]) -> tuple[dict[str, Any], ...]:
 
 
 def _template(path: str | None) -> Template:
-    if path is None:
-        return Template(_NAME, "prefopt", {"prompt": PAIRWISE_TEMPLATE})
-    option = f"tasks.win_rate.template = {path!r}"
-    file = Path(path).expanduser()
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{option}: cannot be read: {error}") from error
-    missing = [name for name in _PLACEHOLDERS if name not in text]
-    if missing:
-        raise ConfigError(f"{option}: a pairwise template needs {', '.join(missing)}")
-    return Template(_NAME, file.name, {"prompt": text})
+    option = "tasks.win_rate.template"
+    text = read_template(path, PAIRWISE_TEMPLATE, _PLACEHOLDERS, option, ConfigError)
+    origin = "prefopt" if path is None else Path(path).name
+    return Template(_NAME, origin, {"prompt": text})
 
 
 def _no_baseline() -> ConfigError:

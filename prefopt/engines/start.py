@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from prefopt.engines.base import Engine
-from prefopt.recipe.registry import Registry, Spec
 from prefopt.recipe.schema import EngineSection, ModelSection, PeftSection
+from prefopt.recipe.specs import Registry, Spec
 
 if TYPE_CHECKING:
     from prefopt.model.load import LoadedPolicy

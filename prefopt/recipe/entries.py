@@ -16,14 +16,8 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from prefopt.errors import suggest
-from prefopt.recipe.registry import (
-    REGISTRIES,
-    Bound,
-    BoundCredit,
-    BoundObjective,
-    BoundSignal,
-    Spec,
-)
+from prefopt.recipe.registry import REGISTRIES, Bound, BoundCredit, BoundObjective, BoundSignal
+from prefopt.recipe.specs import Spec
 
 MISSING_NAME, UNKNOWN_NAME = "missing_name", "unknown_name"
 """Types of the errors about an entry's ``name``; their message is a whole sentence."""

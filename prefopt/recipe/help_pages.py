@@ -17,9 +17,10 @@ from pydantic.fields import FieldInfo
 
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.explain import show_value
-from prefopt.recipe.registry import REGISTRIES, CreditSpec, Need, ObjectiveSpec, SignalSpec, Spec
+from prefopt.recipe.registry import REGISTRIES, CreditSpec, Need, ObjectiveSpec, SignalSpec
 from prefopt.recipe.schema import Recipe, Section
 from prefopt.recipe.section import choice_name
+from prefopt.recipe.specs import Spec
 from prefopt.recipe.walk import Schema, is_choice, sections
 
 _WIDTH = 96

@@ -9,8 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from prefopt.errors import DataError
-from prefopt.storage.cache import atomic_write
+from prefopt.storage.cache import write_whole
 
 TEMPLATES = Path(__file__).with_name("templates")
 """``page.html.j2``, which a page extends; ``parts.html.j2``, what its body is made of; the style sheet."""
@@ -49,11 +48,5 @@ def write_text(path: Path, text: str) -> None:
 
     Raises: DataError if it cannot be written.
     """
-    try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written: {error.strerror or error}. Make room, or name another folder with "
-            "--output"
-        ) from error
+    data = text.encode(errors="backslashreplace")
+    write_whole(path, data, "Make room, or name another folder with --output")

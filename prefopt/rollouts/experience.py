@@ -7,20 +7,18 @@ of little-endian int32 and float32 (exact, and an eighth of the space); texts an
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from prefopt.engines.base import Completion
 from prefopt.engines.probe import Gap
 from prefopt.errors import TrainingError
 from prefopt.rollouts.batch import RolloutBatch, RolloutGroup
 from prefopt.rollouts.plan import Start
+from prefopt.storage.packed import pack_floats, pack_ids, unpack_floats, unpack_ids
 
 DIRECTORY = "rollouts"
 _SHARD_BYTES = 64 * 2**20
@@ -147,13 +145,13 @@ def _group_row(group: RolloutGroup) -> dict[str, Any]:
         "id": group.prompt_id,
         "place": start.place,
         "row": start.row,
-        "prompt_ids": _pack(group.prompt_ids, "<i4"),
+        "prompt_ids": pack_ids(group.prompt_ids),
         "prefix_tokens": len(start.prefix),
         "responses": [
             {
                 "text": text,
-                "ids": _pack(completion.ids, "<i4"),
-                "logps": _pack(completion.logps, "<f4"),
+                "ids": pack_ids(completion.ids),
+                "logps": pack_floats(completion.logps),
                 "stop_reason": completion.stop_reason,
                 "seed": seed,
             }
@@ -161,7 +159,7 @@ def _group_row(group: RolloutGroup) -> dict[str, Any]:
                 group.texts, group.completions, start.seeds, strict=False
             )
         ],
-        "offline_ids": None if group.offline_ids is None else _pack(group.offline_ids, "<i4"),
+        "offline_ids": None if group.offline_ids is None else pack_ids(group.offline_ids),
         "rewards": group.rewards,
         "parts": dict(group.parts),
         "pairs": group.pairs,
@@ -188,33 +186,22 @@ def read_batch(rows: list[dict[str, Any]]) -> RolloutBatch:
 
 def _read_group(row: dict[str, Any]) -> RolloutGroup:
     responses = row["responses"]
-    prompt_ids = _ints(row["prompt_ids"])
+    prompt_ids = unpack_ids(row["prompt_ids"])
     prefix = prompt_ids[len(prompt_ids) - row["prefix_tokens"] :]
     return RolloutGroup(
         start=Start(row["place"], row["row"], prefix, tuple(r["seed"] for r in responses)),
         prompt_id=row["id"],
         prompt_ids=prompt_ids,
         completions=tuple(
-            Completion(_ints(r["ids"]), _floats(r["logps"]), r["stop_reason"]) for r in responses
+            Completion(unpack_ids(r["ids"]), unpack_floats(r["logps"]), r["stop_reason"])
+            for r in responses
         ),
         texts=tuple(r["text"] for r in responses),
         rewards=None if row["rewards"] is None else tuple(row["rewards"]),
         parts={name: tuple(values) for name, values in row["parts"].items()},
-        offline_ids=None if row["offline_ids"] is None else _ints(row["offline_ids"]),
+        offline_ids=None if row["offline_ids"] is None else unpack_ids(row["offline_ids"]),
         pairs=tuple((chosen, rejected) for chosen, rejected in row["pairs"]),
         advantages=None if row["advantages"] is None else tuple(row["advantages"]),
         skipped=row["skipped"],
         failed=row["failed"],
     )
-
-
-def _pack(values: Any, dtype: str) -> str:
-    return base64.b64encode(np.asarray(values, dtype).tobytes()).decode()
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(np.frombuffer(base64.b64decode(text), "<i4").tolist())
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    return tuple(np.frombuffer(base64.b64decode(text), "<f4").tolist())

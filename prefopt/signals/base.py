@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
-from prefopt.errors import DataError
+from prefopt.errors import DataError, SignalError
 from prefopt.types import Candidates, Prompt
 
 
@@ -40,6 +40,25 @@ class Replacing(Protocol):
     def replaces(self, group: Candidates) -> tuple[bool, ...]:
         """For each response, True where the score replaces instead of adding."""
         ...
+
+
+class UnknownIds(Sequence[int]):
+    """Stands for token ids that nobody has made: whoever reads them is told so.
+
+    Args:
+        why: what is said, and what to do about it.
+
+    Raises: SignalError on any access. An empty tuple would score instead: no length, no repetition. Any other
+        error would drop group after group.
+    """
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise SignalError(self._why)
+
+    __len__ = __iter__ = __getitem__ = __contains__ = _refuse  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

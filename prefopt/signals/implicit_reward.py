@@ -14,10 +14,7 @@ from prefopt.signals.base import Signal
 from prefopt.types import Candidates
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from prefopt.model.logps import LogpModel
-    from prefopt.types import Group
 
 
 @signal("implicit_reward", source="arXiv:2305.18290, section 4: β log π/π_ref")
@@ -48,18 +45,15 @@ def implicit_reward(
     Raises: SignalError if ``reference`` is missing or the tokenizer is another; ModelError if a model
         cannot be loaded.
     """
-    import torch
-
+    from prefopt.model.frozen import default_device
     from prefopt.model.layouts import build_logp_model
     from prefopt.model.load import load_policy, load_tokenizer
     from prefopt.recipe.schema import ModelSection
 
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
     def load(model: str) -> LogpModel:
         section = ModelSection(path=model, dtype=dtype)
         loaded: Any = load_policy(section, None, seed=0, trainable=False).model
-        return build_logp_model(loaded.to(chosen)).eval()
+        return build_logp_model(loaded.to(default_device(device))).eval()
 
     tokenizer = load_tokenizer(ModelSection(path=path))
     models = load(path), load(reference or _base_of(path))
@@ -89,57 +83,34 @@ class ImplicitReward:
     def score(self, groups: Sequence[Candidates]) -> list[list[float]]:
         if self.policy is None:
             raise SignalError("the models of implicit_reward were closed")
-        scores = [[float("nan")] * len(group.ids) for group in groups]
-        for batch in self._batches(groups):
-            self._check_tokenizer(groups[batch[0][0]])
-            values = iter(self._forward([group for _, group in batch]))
-            for index, _ in batch:
-                for number, ids in enumerate(groups[index].ids):
-                    if ids:
-                        scores[index][number] = next(values)
-        return scores
+        scored = [group for group in groups if any(group.ids)]
+        if scored:
+            self._check_tokenizer(scored[0])
+        ratios = iter(self._log_ratios(scored))
+        return [
+            [next(ratios) if ids else float("nan") for ids in candidates.ids]
+            for candidates in groups
+        ]
 
     def close(self) -> None:
         self.policy = self.reference = None
 
-    def _batches(self, groups: Sequence[Candidates]) -> Iterator[list[tuple[int, Group]]]:
+    def _log_ratios(self, scored: Sequence[Candidates]) -> Iterator[float]:
+        """β log-ratio of every response that is not empty, in order."""
+        from prefopt.model.frozen import token_logps
         from prefopt.types import Group, Response
 
-        batch: list[tuple[int, Group]] = []
-        tokens = 0
-        for index, candidates in enumerate(groups):
-            responses = tuple(Response(ids) for ids in candidates.ids if ids)
-            if not responses:
-                continue
-            prompt = candidates.prompt
-            group = Group(prompt.id, prompt.ids, responses)
-            # what the padded layout holds: never less than the packed one
-            size = sum(len(prompt.ids) + len(response.ids) for response in responses)
-            if batch and tokens + size > self.batch_tokens:
-                yield batch
-                batch, tokens = [], 0
-            batch.append((index, group))
-            tokens += size
-        if batch:
-            yield batch
-
-    def _forward(self, groups: list[Group]) -> list[float]:
-        """β log-ratio of every response, row by row."""
-        import torch
-
-        lengths = [len(response.ids) for group in groups for response in group.responses]
-        with torch.inference_mode():
-            ratio = self._sums(self.policy, groups) - self._sums(self.reference, groups)  # (R,)
-        if self.per_token:
-            ratio = ratio / torch.tensor(lengths)
-        return (self.beta * ratio).tolist()
-
-    def _sums(self, model: LogpModel, groups: list[Group]) -> Tensor:
-        from prefopt.model.collate import pack, pad
-
-        layout = (pack if model.packed else pad)(groups)
-        device = next(model.parameters()).device
-        return model(layout.to(device)).double().sum(-1).cpu()
+        groups = [
+            Group(each.prompt.id, each.prompt.ids, tuple(Response(ids) for ids in each.ids if ids))
+            for each in scored
+        ]
+        policy, reference = (
+            token_logps(model, groups, self.batch_tokens) for model in (self.policy, self.reference)
+        )
+        for own, theirs in zip(policy, reference, strict=True):
+            for a, b in zip(own, theirs, strict=True):
+                ratio = float(a.sum(dtype="float64") - b.sum(dtype="float64"))
+                yield self.beta * ratio / (len(a) if self.per_token else 1)
 
     def _check_tokenizer(self, group: Candidates) -> None:
         """Raises SignalError if the ids mean something else to these models than to the policy."""

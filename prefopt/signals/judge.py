@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from prefopt.errors import DataError, SignalError
+from prefopt.errors import DataError, PrefoptError, SignalError
 from prefopt.recipe.registry import signal
 from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal
@@ -313,18 +313,24 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     return re.sub(rf"\{{({names})\}}", lambda match: values[match.group(1)], template)
 
 
-def read_template(path: str | None, default: str, placeholders: Sequence[str], setting: str) -> str:
+def read_template(
+    path: str | None,
+    default: str,
+    placeholders: Sequence[str],
+    setting: str,
+    raises: type[PrefoptError] = SignalError,
+) -> str:
     """The text of a template file, or ``default`` without one.
 
-    Raises: SignalError naming ``setting`` for a file that cannot be read or lacks a placeholder.
+    Raises: ``raises`` naming ``setting`` for a file that cannot be read or lacks a placeholder.
     """
     if path is None:
         return default
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SignalError(f"{setting} = {path!r}: {error}") from error
+        raise raises(f"{setting} = {path!r}: cannot be read: {error}") from error
     missing = [name for name in placeholders if name not in text]
     if missing:
-        raise SignalError(f"{setting} = {path!r}: the template needs {', '.join(missing)}")
+        raise raises(f"{setting} = {path!r}: the template needs {', '.join(missing)}")
     return text

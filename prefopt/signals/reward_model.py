@@ -241,14 +241,13 @@ def _load(section: Any, tokenizer: Any) -> tuple[Any, int | None]:
 
 
 def _freeze(model: Any, device: str | None) -> None:
-    import torch
-
+    from prefopt.model.frozen import default_device
     from prefopt.model.load import disable_dropout
 
     disable_dropout(model)
     model.requires_grad_(False)
     model.eval()
-    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    model.to(default_device(device))
 
 
 def _refuse_other_models(path: str, model: Any, missing: Sequence[str], adapter: bool) -> None:

@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from prefopt.errors import DataError
+
 ENV_VARIABLE = "PREFOPT_CACHE"
 
 
@@ -49,6 +51,26 @@ def _umask() -> int:
     current = os.umask(0)  # the only portable way to read it is to set it
     os.umask(current)
     return current
+
+
+AGAIN = "Make room and run the same command again"
+GOES_ON = f"{AGAIN}: it goes on from here"
+
+
+@contextlib.contextmanager
+def writing(path: Path, advice: str = GOES_ON) -> Iterator[None]:
+    """Turns what a full disk or a lost permission raises into a DataError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        why = f"{path}: cannot be written: {error.strerror or error}"
+        raise DataError(f"{why}. {advice}" if advice else why) from error
+
+
+def write_whole(path: Path, data: bytes | str, advice: str = GOES_ON) -> None:
+    """Writes a file whole or not at all; text as UTF-8. Raises: DataError as `writing`."""
+    with writing(path, advice), atomic_write(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from prefopt.data.rows import Refused
-from prefopt.errors import DataError, ModelError
+from prefopt.errors import ModelError
 from prefopt.model.hashing import state_hash
 from prefopt.model.load import load_tokenizer
 from prefopt.model.source import resolve_source
 from prefopt.recipe.schema import ModelSection
-from prefopt.storage.cache import atomic_directory
+from prefopt.storage.cache import AGAIN, atomic_directory, writing
 from prefopt.values.features import BATCH_TOKENS, FrozenReference, tokenizer_identity
 from prefopt.values.heads import make_head
 from prefopt.values.training import Fit, FitSettings
@@ -107,17 +107,12 @@ def save_head(
 
     Raises: DataError if they cannot be written.
     """
-    try:
-        with atomic_directory(directory) as temporary:
-            save_file(_tensors(fit.head), temporary / WEIGHTS_FILE)
-            text = json.dumps({"format": FORMAT, **dataclasses.asdict(record)}, indent=1)
-            (temporary / HEAD_FILE).write_text(text + "\n", encoding="utf-8")
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
-            (temporary / PREDICTIONS_FILE).write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"{directory}: cannot be written: {error.strerror or error}. Make room and run the same command again"
-        ) from error
+    with writing(directory, AGAIN), atomic_directory(directory) as temporary:
+        save_file(_tensors(fit.head), temporary / WEIGHTS_FILE)
+        text = json.dumps({"format": FORMAT, **dataclasses.asdict(record)}, indent=1)
+        (temporary / HEAD_FILE).write_text(text + "\n", encoding="utf-8")
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+        (temporary / PREDICTIONS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
 def head_hash(fit: Fit) -> str:

@@ -7,9 +7,6 @@ orders, their preferences by log-prob. Everything it writes is under ``runs/quic
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,40 +23,40 @@ from recipes.quickstart.judge import (
     write_judge_base,
 )
 from recipes.quickstart.prepare import write_jsonl
+from recipes.quickstart.run import RUN_DIR as QUICKSTART
 from recipes.quickstart.run import (
-    ROOT,
     SUMMARY,
     Clock,
+    begin,
     console,
     has_policy,
     launch,
     make_splits,
+    results,
+    reward_gain,
+    reward_settings,
     run_prefopt,
-    set_environment,
+    verdict,
+    write_summary,
 )
-from recipes.quickstart.run import RUN_DIR as QUICKSTART
 
 RUN_DIR = Path("runs/quickstart-eval")  # as judge.yaml has it, relative to ROOT
 CHECKPOINTS = {"sft": QUICKSTART / "sft", "simpo": QUICKSTART / "simpo"}
 NUM_PROMPTS = 300
-MAX_NEW_TOKENS = 10
 NUM_HELD_OUT = 300
 """Comparisons on which the judge itself is measured, in both orders."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs it; 0 if SimPO beats SFT by two standard errors in reward and under the judge, else 1."""
-    parser = argparse.ArgumentParser(prog="make quickstart-eval", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="of task, judge and samples")
-    seed = parser.parse_args(argv).seed
-    os.chdir(ROOT)
-    set_environment()
+    seeds = "of task, judge and samples"
+    seed, clock = begin("make quickstart-eval", __doc__, argv, seeds)
     if not has_policy(seed) or not (CHECKPOINTS["simpo"] / "final").is_dir():
         raise SystemExit(
             "quickstart-eval: there is no checkpoint of this seed: run `make quickstart` first"
         )
     shutil.rmtree(RUN_DIR, ignore_errors=True)
-    clock, splits = Clock(), make_splits(seed)
+    splits = make_splits(seed)
     with clock.phase("judge", "1/4  a judge learns which of two answers is right"):
         held_out = comparisons(splits.preference[:NUM_HELD_OUT], seed=seed + 1)
         _write_data(splits, seed)
@@ -71,14 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _evaluate(url)
         judge = measure_judge(url, held_out)
     with clock.phase("compare", "3/4  is the difference more than noise?"):
-        run_prefopt(
-            "eval",
-            "compare",
-            RUN_DIR / "sft",
-            RUN_DIR / "simpo",
-            "--output",
-            RUN_DIR / "comparison",
-        )
+        made = (RUN_DIR / name for name in CHECKPOINTS)
+        run_prefopt("eval", "compare", *made, "--output", RUN_DIR / "comparison")
     return _report(judge, clock)
 
 
@@ -114,12 +105,7 @@ def _evaluate(url: str) -> None:
     common = [
         "engine.name=vllm",
         "engine.enforce_eager=true",
-        "decoding.temperature=0",
-        f"decoding.max_new_tokens={MAX_NEW_TOKENS}",
-        f"tasks.signals.data={data / 'prompts.jsonl'}",
-        "tasks.signals.format=text",
-        "tasks.signals.signals=[{name: sorted_digits}]",
-        "tasks.signals.plugins=[recipes/quickstart/online_signal.py]",
+        *reward_settings(data / "prompts.jsonl"),
         f"tasks.pair_accuracy.data={QUICKSTART / 'data' / 'held_out_pairs.jsonl'}",
         "tasks.pair_accuracy.format=text",
         "tasks.pair_accuracy.by=mean_logp",
@@ -141,34 +127,22 @@ def _evaluate(url: str) -> None:
 
 def _report(judge: dict[str, float], clock: Clock) -> int:
     """Prints and writes the summary; returns the exit status."""
-    results = {
-        name: json.loads((RUN_DIR / name / "results.json").read_text(encoding="utf-8"))["tasks"]
-        for name in CHECKPOINTS
-    }
-    rewards = {name: tasks["signals"]["metrics"]["reward"] for name, tasks in results.items()}
-    win = results["simpo"]["win_rate"]["metrics"]["win_rate"]
-    gain = rewards["simpo"]["value"] - rewards["sft"]["value"]
-    noise = (rewards["simpo"]["stderr"] ** 2 + rewards["sft"]["stderr"] ** 2) ** 0.5
-    summary = {
-        "reward": rewards,
-        "win_rate": win,
-        "judge": judge,
-        "seconds": clock.seconds | {"total": round(sum(clock.seconds.values()), 1)},
-    }
-    (RUN_DIR / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    tasks = {name: results(RUN_DIR / name) for name in CHECKPOINTS}
+    rewards = {name: each["signals"]["metrics"]["reward"] for name, each in tasks.items()}
+    win = tasks["simpo"]["win_rate"]["metrics"]["win_rate"]
+    gain, noise = reward_gain(rewards["sft"], rewards["simpo"])
+    summary = {"reward": rewards, "win_rate": win, "judge": judge}
+    total = write_summary(RUN_DIR, summary, clock.seconds)
     console.rule("4/4  what came out")
     console.print(
         f"reward {rewards['sft']['value']:.3f} → {rewards['simpo']['value']:.3f} (± {noise:.3f}); "
         f"win rate of SimPO over SFT {win['value']:.1f} ± {win['stderr']:.1f} %, by a judge that is right on "
         f"{100 * judge['accuracy']:.1f} % of held-out comparisons ({100 * judge['accuracy_both_orders']:.1f} % in "
-        f"both orders); {summary['seconds']['total']:.0f} s\n"
+        f"both orders); {total:.0f} s\n"
         f"page: {RUN_DIR / 'comparison' / 'comparison.html'}\nthe same numbers: {RUN_DIR / SUMMARY}",
         highlight=False,
     )
-    passed = gain > 2 * noise and win["value"] > 50 + 2 * win["stderr"]
-    if not passed:
-        console.print("[bold red]no improvement beyond two standard errors[/bold red]")
-    return 0 if passed else 1
+    return verdict(gain > 2 * noise and win["value"] > 50 + 2 * win["stderr"])
 
 
 if __name__ == "__main__":

@@ -7,9 +7,6 @@ it writes is under ``runs/quickstart-online``, a policy it had to make under ``r
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,17 +16,15 @@ from typing import Any
 from rich.table import Table
 
 from recipes.quickstart.run import (
-    ROOT,
     SUMMARY,
-    Clock,
+    begin,
     changes_table,
     console,
-    has_policy,
+    have_policy,
     launch,
     load_policy,
-    make_policy,
-    make_splits,
-    set_environment,
+    verdict,
+    write_summary,
 )
 
 RUN_DIR = Path("runs/quickstart-online")  # as online.yaml has it, relative to ROOT
@@ -40,16 +35,8 @@ BAR_WIDTH = 40
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs it; 0 if held-out task accuracy beats its start by two standard errors, else 1."""
-    parser = argparse.ArgumentParser(prog="make quickstart-online", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="of task, model, samples and training")
-    seed = parser.parse_args(argv).seed
-    os.chdir(ROOT)
-    set_environment()
-    clock = Clock()
-    if has_policy(seed):
-        splits, done = make_splits(seed), 0
-    else:
-        splits, done = make_policy(seed, clock, num_phases=5), 2
+    seed, clock = begin("make quickstart-online", __doc__, argv)
+    splits, done = have_policy(seed, clock)
     shutil.rmtree(RUN_DIR, ignore_errors=True)
     with clock.phase("before", f"{done + 1}/{done + 3}  the SFT policy on held-out prompts"):
         write_prompts(splits)
@@ -86,15 +73,12 @@ def report(before: Any, after: Any, seconds: Mapping[str, float]) -> int:
 
     change, run_dir = Change(before, after), RUN_DIR / TRAINING
     curve = reward_curve(read_metrics(run_dir / "metrics.jsonl"))
-    total = round(sum(seconds.values()), 1)
     summary = {
         "task_accuracy": change.as_dict(),
         "reward": [{"step": step, "mean": reward} for step, reward in curve],
         "run_dir": str(run_dir),
-        "seconds": {**seconds, "total": total},
-        "versions": versions(),
     }
-    (RUN_DIR / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    total = write_summary(RUN_DIR, summary, seconds, versions=versions())
     console.print(curve_table(curve))
     console.print(changes_table({"task_accuracy": change}))
     console.print(
@@ -104,11 +88,7 @@ def report(before: Any, after: Any, seconds: Mapping[str, float]) -> int:
         highlight=False,
         soft_wrap=True,
     )
-    if not change.is_improvement:
-        console.print(
-            "[bold red]no improvement beyond two standard errors: task_accuracy[/bold red]"
-        )
-    return 0 if change.is_improvement else 1
+    return verdict(change.is_improvement, ": task_accuracy")
 
 
 def reward_curve(

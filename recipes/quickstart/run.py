@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,14 +54,9 @@ class Clock:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the quickstart; 0 if both held-out numbers beat their start by two standard errors, else 1."""
-    parser = argparse.ArgumentParser(prog="make quickstart", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="of task, model, samples and training")
-    seed = parser.parse_args(argv).seed
-    os.chdir(ROOT)
-    set_environment()
+    seed, clock = begin("make quickstart", __doc__, argv)
     from recipes.quickstart.prepare import write_jsonl
 
-    clock = Clock()
     splits = make_policy(seed, clock, num_phases=5)
     with clock.phase("sample", "3/5  the policy's own answers, right and wrong, become pairs"):
         model, tokenizer = load_policy()
@@ -74,6 +70,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, tokenizer = load_policy(adapter=RUN_DIR / "simpo" / "final")
         after = _measure(model, tokenizer, splits, held_out_pairs.rows, "after")
     return report(before, after, clock.seconds, num_pairs=len(train_pairs.rows))
+
+
+def begin(
+    command: str,
+    describes: str | None,
+    argv: Sequence[str] | None,
+    seeds: str = "of task, model, samples and training",
+) -> tuple[int, Clock]:
+    """The command line's seed, and a clock; folder and environment are set for all that follows."""
+    parser = argparse.ArgumentParser(prog=command, description=describes)
+    parser.add_argument("--seed", type=int, default=0, help=seeds)
+    seed = parser.parse_args(argv).seed
+    os.chdir(ROOT)
+    set_environment()
+    return seed, Clock()
+
+
+def have_policy(seed: int, clock: Clock) -> tuple[Any, int]:
+    """The problems' splits, and how many of five phases it took to have an SFT policy: none if there was one."""
+    if has_policy(seed):
+        return make_splits(seed), 0
+    return make_policy(seed, clock, num_phases=5), 2
 
 
 def make_policy(seed: int, clock: Clock, *, num_phases: int) -> Any:
@@ -135,6 +153,26 @@ def run_prefopt(*arguments: object) -> None:
         raise SystemExit(f"quickstart: `prefopt {words[0]}` failed with status {status}")
 
 
+def reward_settings(prompts: Path) -> list[str]:
+    """Overrides of `prefopt eval`: greedy answers to these prompts, scored by the task's own program."""
+    return [
+        *("decoding.temperature=0", "decoding.max_new_tokens=10"),
+        *(f"tasks.signals.data={prompts}", "tasks.signals.format=text"),
+        "tasks.signals.signals=[{name: sorted_digits}]",
+        "tasks.signals.plugins=[recipes/quickstart/online_signal.py]",
+    ]
+
+
+def results(directory: Path) -> dict[str, Any]:
+    """The tasks of what `prefopt eval` left."""
+    return json.loads((directory / "results.json").read_text(encoding="utf-8"))["tasks"]
+
+
+def reward_gain(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[float, float]:
+    """The difference of two mean rewards, and its standard error, as if their prompts were different ones."""
+    return after["value"] - before["value"], math.hypot(before["stderr"], after["stderr"])
+
+
 def load_policy(adapter: Path | None = None) -> tuple[Any, Any]:
     """The SFT policy, with an adapter where one is given, and its tokenizer, as any user would load them."""
     from peft import PeftModel
@@ -161,22 +199,33 @@ def report(before: Any, after: Any, seconds: dict[str, float], *, num_pairs: int
         **{name: change.as_dict() for name, change in changes.items()},
         "num_pairs": num_pairs,
         "run_dir": str(run_dir),
-        "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
-        "versions": versions(),
     }
-    (RUN_DIR / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    total = write_summary(RUN_DIR, summary, seconds, versions=versions())
     console.print(changes_table(changes))
     console.print(
-        f"trained on {num_pairs:,} pairs; {summary['seconds']['total']:.0f} s in all\n"
+        f"trained on {num_pairs:,} pairs; {total:.0f} s in all\n"
         f"run directory: {run_dir}\nthe same numbers: {RUN_DIR / SUMMARY}",
         highlight=False,
     )
     failed = [name for name, change in changes.items() if not change.is_improvement]
-    if failed:
-        console.print(
-            f"[bold red]no improvement beyond two standard errors: {', '.join(failed)}[/bold red]"
-        )
-    return 1 if failed else 0
+    return verdict(not failed, f": {', '.join(failed)}")
+
+
+def write_summary(
+    directory: Path, summary: Mapping[str, Any], seconds: Mapping[str, float], **further: Any
+) -> float:
+    """Writes summary.json with the seconds of each phase; returns those of all."""
+    total = round(sum(seconds.values()), 1)
+    found = {**summary, "seconds": {**seconds, "total": total}, **further}
+    (directory / SUMMARY).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return total
+
+
+def verdict(improved: bool, what: str = "") -> int:
+    """The exit status; says so where there is no improvement."""
+    if not improved:
+        console.print(f"[bold red]no improvement beyond two standard errors{what}[/bold red]")
+    return 0 if improved else 1
 
 
 def set_environment() -> None:

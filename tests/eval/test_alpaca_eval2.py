@@ -19,7 +19,7 @@ import huggingface_hub.constants
 import pytest
 
 from eval.base import Answer, Example, Judgment
-from eval.options import make_task
+from eval.registry import make_task
 from eval.score import score_file
 from eval.sources import file_rows, text_key
 from eval.tasks._alpaca_instructions import instruction_number

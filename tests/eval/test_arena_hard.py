@@ -14,12 +14,11 @@ import pytest
 
 from eval.base import Answer, Conversation, Example, Row
 from eval.judging import Asked, judge_all, judgments, open_judge
-from eval.options import make_task
+from eval.registry import make_task
 from eval.score import score_file
 from eval.settings import JudgeSection
 from eval.store import Store
-from eval.tasks.arena_hard import only_label
-from eval.tasks.arena_hard_v2 import last_label
+from eval.tasks.arena_hard import last_label, only_label
 from prefopt.errors import ConfigError, DataError
 from tests.signals import chat_server
 from tests.signals.chat_server import ChatServer

@@ -14,7 +14,7 @@ from eval.bradley_terry import (
     win_rate,
     win_rate_interval,
 )
-from eval.clustered import clustered_mean
+from eval.statistics import clustered_mean
 from eval.style import (
     STYLE_V01,
     STYLE_V2,

@@ -16,7 +16,7 @@ from scipy import stats
 from eval.base import Metric, Row, Summary
 from eval.comparison.compare import compare, comparison_json, print_comparison
 from eval.comparison.paired import holm
-from eval.options import make_task
+from eval.registry import make_task
 from eval.statistics import mean_metric
 from prefopt.errors import ConfigError, DataError
 from tests.eval.result_dirs import A, B, entry, scored, write_output

@@ -12,7 +12,7 @@ import pytest
 import sacrebleu
 
 from eval.base import Answer, Example
-from eval.options import make_task
+from eval.registry import make_task
 from eval.score import score_file
 from eval.tasks.diversity import corpus_distinct, sequence_diversity
 from prefopt.errors import DataError

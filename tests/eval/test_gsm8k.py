@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval.base import Answer
-from eval.options import make_task
+from eval.registry import make_task
 from prefopt.errors import DataError
 from tests.eval.runs import write_jsonl
 

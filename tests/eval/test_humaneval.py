@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from eval.base import Answer, Example, Row
-from eval.options import make_task
+from eval.registry import make_task
 from eval.tasks.humaneval import chat_program, completion_program, pass_at_k
 from prefopt.errors import ConfigError, DataError
 from tests.eval.runs import write_jsonl

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from eval.base import Row
 from eval.models import open_models
-from eval.options import make_task
+from eval.registry import make_task
 from eval.settings import EvalSettings
 from prefopt.errors import ConfigError, ModelError
 from prefopt.recipe.schema import ModelSection

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from eval.base import Answer, Row, Summary
-from eval.options import make_task
+from eval.registry import make_task
 from prefopt.errors import ConfigError, DataError
 from tests.eval.runs import write_jsonl
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from eval.base import Answer, Row
-from eval.options import make_task
+from eval.registry import make_task
 from prefopt.errors import DataError
 from tests.eval.runs import write_jsonl
 

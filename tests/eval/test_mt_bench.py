@@ -14,7 +14,7 @@ import pytest
 
 from eval.base import Answer, Conversation, Example, Row
 from eval.judging import Asked, judge_all, judgments, open_judge
-from eval.options import make_task
+from eval.registry import make_task
 from eval.score import score_file
 from eval.settings import JudgeSection
 from eval.store import Store

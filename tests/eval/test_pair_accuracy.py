@@ -25,7 +25,7 @@ from eval.calibration import (
     reliability_bins,
 )
 from eval.models import open_models
-from eval.options import make_task
+from eval.registry import make_task
 from eval.score import score_file
 from eval.settings import EvalSettings, JudgeSection
 from prefopt.errors import ConfigError, DataError, ModelError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from eval.models import open_models
-from eval.options import make_task
+from eval.registry import make_task
 from eval.score import score_file
 from eval.settings import EvalSettings
 from eval.tasks.reward_bench import NUM_EXAMPLES, SECTIONS

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.base import Answer as ModelAnswer
 from eval.engines import answer_from, answer_record
-from eval.options import make_task
+from eval.registry import make_task
 from prefopt.cli import main
 from tests.eval.runs import problems, read_jsonl, write_chat_model, write_jsonl
 from tests.recipes.commands import measured

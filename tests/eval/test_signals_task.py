@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from eval.base import Answer, Example, Row
-from eval.options import make_task
+from eval.registry import make_task
 from prefopt.errors import ConfigError, DataError, SignalError
 from tests.eval.runs import write_jsonl
 from tests.signals.chat_server import Answer as Reply

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from eval.base import Answer, Example, Judgment, Row
-from eval.options import make_task
+from eval.registry import make_task
 from eval.score import score_file
 from prefopt.cli import main
 from prefopt.errors import ConfigError, DataError

@@ -73,7 +73,7 @@ def interrupted(path: Path, *arguments: str, shards: int) -> None:
         write_record(*record)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_pipelines.map_stage.write_record", write)
+        patch.setattr("data_pipelines.stage_runs.write_record", write)
         assert main(["data", "build", str(path), *arguments]) == 130
 
 

@@ -8,10 +8,11 @@ import pytest
 
 from data_pipelines.base import Dropped
 from data_pipelines.candidates import READS_IDS, candidates
-from data_pipelines.rows import Row, RowKind, pack_ids
+from data_pipelines.rows import Row, RowKind
 from prefopt.data.render import Renderer
 from prefopt.errors import DataError, SignalError
 from prefopt.recipe.registry import get_signal
+from prefopt.storage.packed import pack_ids
 from prefopt.types import Candidates
 from tests.unit.tiny_tokenizers import TokenizerFactory
 

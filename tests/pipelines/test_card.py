@@ -15,8 +15,8 @@ from data_pipelines.card.findings import Card, Check, Section
 from data_pipelines.card.ngrams import log_odds
 from data_pipelines.card.outputs import page
 from data_pipelines.card.pairs import PairSource, PairView
-from data_pipelines.card.sketch import BottomSample
 from data_pipelines.card.texts import Markers
+from data_pipelines.sketch import BottomSample
 from prefopt.cli import main
 from prefopt.errors import ConfigError, DataError
 from tests.pipelines.pipelines import build, write_pipeline

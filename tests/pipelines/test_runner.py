@@ -254,7 +254,7 @@ def test_redoing_a_stage_alone_is_refused_for_those_after_it(
     assert "stage 'slow' is to be made first" in refused(capsys, path)
 
 
-def test_changed_code_is_refused_and_a_comment_is_no_change(
+def test_changed_code_is_refused_and_neither_a_comment_nor_an_import_is_a_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In processes of their own: a module is imported once."""
@@ -269,7 +269,7 @@ def test_changed_code_is_refused_and_a_comment_is_no_change(
     assert run().returncode == 0
     plugin.write_text(
         source.replace('"""Adds a drawn', '"""Gives a drawn').replace(
-            "import os\n", "import os  # why\n"
+            "import os\n", "import os  # why\nimport json as _moved\n"
         )
     )
     assert run().returncode == 0

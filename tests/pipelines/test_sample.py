@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefopt.engines.start as start
-from data_pipelines.rows import unpack_ids
 from prefopt.engines.base import SamplingSpec
+from prefopt.storage.packed import unpack_ids
 from tests.engines.policies import sampled_logps
 from tests.pipelines.pipelines import (
     build,

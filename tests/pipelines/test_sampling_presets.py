@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from data_pipelines.pipeline import load_pipeline
-from data_pipelines.rows import unpack_ids
 from prefopt.cli import main
+from prefopt.storage.packed import unpack_ids
 from tests.pipelines.pipelines import counts, rows
 from tests.pipelines.test_score import write_armorm
 from tests.signals.chat_server import Answer, chat_server

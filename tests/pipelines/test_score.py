@@ -180,7 +180,7 @@ def test_ids_that_sampling_left_are_scored_as_they_are(
     pipeline: Pipeline, tiny_tokenizer: TokenizerFactory
 ) -> None:
     """Ten tokens at 0.1 each, though the text alone has three: -1.0."""
-    from data_pipelines.rows import pack_ids
+    from prefopt.storage.packed import pack_ids
 
     row = group("q", "abc")
     row |= {"prompt_ids": pack_ids([5])}

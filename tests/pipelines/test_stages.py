@@ -11,12 +11,13 @@ import pytest
 
 from data_pipelines.base import Dropped, Place
 from data_pipelines.external_order import reordered
-from data_pipelines.rows import Row, RowKind, pack_ids, responses_of, unpack_ids, with_responses
+from data_pipelines.rows import Row, RowKind, responses_of, with_responses
 from data_pipelines.stages.advantage import Advantage
 from data_pipelines.stages.filter import Filter
 from data_pipelines.stages.mix import Mix
 from data_pipelines.stages.order import Order
 from data_pipelines.stages.pair import Pair
+from prefopt.storage.packed import pack_ids, unpack_ids
 
 
 class Rows:

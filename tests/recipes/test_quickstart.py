@@ -25,7 +25,6 @@ from recipes.quickstart.evaluate import (
 from recipes.quickstart.prepare import (
     make_model,
     make_tokenizer,
-    read_jsonl,
     sft_rows,
     write_base,
     write_jsonl,
@@ -217,7 +216,7 @@ def test_both_recipes_pass_the_check_once_their_data_is_made(
     row = {"prompt": "1203:", "chosen": "0123", "rejected": "1203"}
     for name in ("pairs.jsonl", "held_out_pairs.jsonl"):
         write_jsonl(base / "data" / name, [row])
-    assert read_jsonl(base / "data" / "pairs.jsonl") == [row]
+    assert json.loads((base / "data" / "pairs.jsonl").read_text()) == row
     for name in ("sft", "simpo"):
         check(ROOT / "recipes" / "quickstart" / f"{name}.yaml")
 

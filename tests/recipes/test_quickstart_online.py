@@ -127,7 +127,8 @@ def test_the_exit_code_says_whether_accuracy_improved(
     after: float, status: int, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(record=True, width=120)
-    monkeypatch.setattr(online, "console", console)
+    for module in (online, run):
+        monkeypatch.setattr(module, "console", console)
     monkeypatch.setattr(online, "RUN_DIR", tmp_path)
     shutil.copytree(trained, tmp_path / online.TRAINING)
     assert online.report(Accuracy(0.5, 400), Accuracy(after, 400), {"online": 1.5}) == status

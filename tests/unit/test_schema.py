@@ -23,9 +23,10 @@ from prefopt.recipe.checks.peft import _PLAIN_LORA
 from prefopt.recipe.declared import is_declaration
 from prefopt.recipe.help_pages import keys_page
 from prefopt.recipe.load import load_recipe
-from prefopt.recipe.registry import REGISTRIES, BoundObjective, Registry
+from prefopt.recipe.registry import REGISTRIES, BoundObjective
 from prefopt.recipe.schema import HFSection, Recipe, Section
 from prefopt.recipe.section import NoEffect, choice_name
+from prefopt.recipe.specs import Registry
 from prefopt.recipe.walk import recorded
 from prefopt.training.run_record import settings_that_count, warn_about_changes
 

@@ -125,7 +125,7 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
 
 def engine_environment(*, quiet: bool) -> dict[str, str]:
     """Environment variables vLLM runs with; what the user has set stays."""
-    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     if quiet:
         defaults["VLLM_LOGGING_LEVEL"] = "ERROR"
     # In process, without its subprocess, vLLM takes RANK and WORLD_SIZE for its own and hangs.

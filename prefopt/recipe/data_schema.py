@@ -56,10 +56,9 @@ class ColumnMap(Section):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Records of runs have no `turns` where it is the last: those of before the key hash as they did.
-        return {
-            key: value for key, value in dump(self).items() if (key, value) != ("turns", "last")
-        }
+        # Left out at their defaults, so that the settings of runs before these keys hash as they did.
+        newer = {"margin": None, "turns": "last"}
+        return {k: v for k, v in dump(self).items() if k not in newer or v != newer[k]}
 
 
 class SourceSection(Section):

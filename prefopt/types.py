@@ -39,11 +39,11 @@ class _WithTokenIds:
         values = (getattr(self, each.name) for each in fields(self) if each.compare)
         return tuple(v.tobytes() if isinstance(v, np.ndarray) else v for v in values)
 
-    def _keep_ids(self, name: str) -> None:
+    def _keep(self, name: str, dtype: type = np.int32) -> None:
         # A view, so that only ours is read only.
-        ids = np.asarray(getattr(self, name), np.int32).view()
-        ids.flags.writeable = False
-        object.__setattr__(self, name, ids)
+        values = np.asarray(getattr(self, name), dtype).view()
+        values.flags.writeable = False
+        object.__setattr__(self, name, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +62,29 @@ class Response(_WithTokenIds):
     """The sampler's log-prob of each token, nats, at the sampling temperature."""
     advantage: float | None = None
     """In the units of the score; of a credit rule on rollouts, or a column of a data set's sample rows."""
+    loss_mask: np.ndarray | Sequence[bool] | None = None
+    """(n,) bool, True on tokens that carry loss; the others are context between them. None: all do, and a mask
+    that says the same becomes that. Only SFT rows of a data set have one."""
 
     def __post_init__(self) -> None:
-        self._keep_ids("ids")
+        self._keep("ids")
+        if self.loss_mask is None:
+            return
+        self._keep("loss_mask", bool)
+        if len(self.loss_mask) != len(self.ids) or not np.any(self.loss_mask) or self.is_sampled:
+            raise ValueError(
+                f"a loss mask of {len(self.loss_mask)} for {len(self.ids)} tokens: it has one value a token, some "
+                "of them True, and none is of a response that a policy sampled"
+            )
+        if np.all(self.loss_mask):
+            object.__setattr__(self, "loss_mask", None)
+
+    @property
+    def loss_places(self) -> np.ndarray:
+        """Indices into ``ids`` of the tokens that carry loss, in order."""
+        if self.loss_mask is None:
+            return np.arange(len(self.ids))
+        return np.flatnonzero(self.loss_mask)
 
     @property
     def is_sampled(self) -> bool:
@@ -89,7 +109,9 @@ class Group(_WithTokenIds):
     kept by row."""
 
     def __post_init__(self) -> None:
-        self._keep_ids("prompt_ids")
+        self._keep("prompt_ids")
+        if self.pairs and any(response.loss_mask is not None for response in self.responses):
+            raise ValueError(f"{self.id}: the responses of a pair carry loss on every token")
 
     @property
     def samples(self) -> tuple[bool, ...]:
@@ -129,11 +151,6 @@ class ResponseBatch:
     def ids(self) -> tuple[str, ...]:
         return tuple(group.id for group in self.groups)
 
-    @property
-    def response_lengths(self) -> list[int]:
-        """Token counts of the R responses, row by row."""
-        return [len(response.ids) for group in self.groups for response in group.responses]
-
 
 @dataclass(frozen=True)
 class ResponseLogps:
@@ -145,7 +162,7 @@ class ResponseLogps:
 
     policy: Tensor
     mask: Tensor
-    """(R, T) bool, True on response tokens (terminal EOS included)."""
+    """(R, T) bool, True on response tokens that carry loss (terminal EOS included)."""
     pairs: Tensor
     """(P, 2) int64 row indices, chosen then rejected."""
     reference: Tensor | None = None

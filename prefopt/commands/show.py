@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -23,7 +24,13 @@ HEAD_TOKENS, TAIL_TOKENS = 200, 60
 FIELD_CHARS = 300
 """Characters shown of a column that signals read."""
 
-STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red", "response": "green"}
+STYLES = {
+    "prompt": "dim",
+    "context": "dim",
+    "chosen": "green",
+    "rejected": "red",
+    "response": "green",
+}
 SEPARATOR = "│"
 
 
@@ -81,7 +88,7 @@ def _print_group(console: Console, group: Group, tokenizer: Any) -> None:
     parts = " · ".join(f"{role} {len(ids)}" for role, ids in _parts(group))
     console.print(Text(f"── {group.id} ── {parts} · {group.num_tokens} tokens in all", "bold"))
     for role, ids in _parts(group):
-        loss = "no loss" if role == "prompt" else "loss on every token"
+        loss = "no loss" if role in _WITHOUT_LOSS else "loss on every token"
         console.print(Text(f"{role} ({len(ids)} tokens, {loss})", f"bold {STYLES[role]}"))
         console.print(token_text(tokenizer, ids, STYLES[role]))
     console.print(Text(_ends(tokenizer, group), "italic"))
@@ -116,16 +123,21 @@ def _piece(tokenizer: Any, token: int) -> str:
     return text.replace("\n", "⏎\n")
 
 
+_WITHOUT_LOSS = ("prompt", "context")
+
+
 def _parts(group: Group) -> list[tuple[str, TokenIds]]:
-    """Role and ids of each part of a group, the prompt first."""
+    """Role and ids of each part of a group, the prompt first; between turns with loss lies context."""
     roles = {}
     for chosen, rejected in group.pairs:
         roles |= {chosen: "chosen", rejected: "rejected"}
-    responses = [
-        (roles.get(index, "response"), response.ids)
-        for index, response in enumerate(group.responses)
-    ]
-    return [("prompt", group.prompt_ids), *responses]
+    parts: list[tuple[str, TokenIds]] = [("prompt", group.prompt_ids)]
+    for index, response in enumerate(group.responses):
+        counts = np.isin(np.arange(len(response.ids)), response.loss_places)
+        starts = np.flatnonzero(np.diff(counts)) + 1
+        for ids, run in zip(np.split(response.ids, starts), np.split(counts, starts), strict=True):
+            parts.append((roles.get(index, "response") if run[0] else "context", ids))
+    return parts
 
 
 def _ends(tokenizer: Any, group: Group) -> str:
@@ -133,7 +145,7 @@ def _ends(tokenizer: Any, group: Group) -> str:
     ends = ", ".join(
         f"{role} ends with {_piece(tokenizer, ids[-1])!r}"
         for role, ids in _parts(group)
-        if role != "prompt"
+        if role not in _WITHOUT_LOSS
     )
     return f"{_bos(tokenizer, group.prompt_ids)}; {ends}{_scores(group.responses)}"
 

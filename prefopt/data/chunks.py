@@ -36,7 +36,8 @@ class Chunk:
     """What became of a run of raw rows.
 
     ``lengths`` (n, 1 + K) counts the tokens of the prompt and of each response of the n rows kept;
-    ``tokens`` (L,) int32 holds their ids in that order, row by row.
+    ``tokens`` (L,) int32 holds their ids in that order, row by row. ``loss_mask`` (L,) bool says which carry
+    loss; empty where all of every response do.
     """
 
     num_read: int
@@ -46,11 +47,13 @@ class Chunk:
     scores: np.ndarray
     advantages: np.ndarray
     prompt_keys: np.ndarray
+    loss_mask: np.ndarray
     rejects: list[dict[str, Any]]
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        return self.tokens, self.lengths, self.scores, self.advantages, self.prompt_keys
+        labels = (self.scores, self.advantages, self.prompt_keys, self.loss_mask)
+        return self.tokens, self.lengths, *labels
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ class ChunkReader:
         sources = [(row, reading) for row in raw for reading in self.readings]
         rows = [self._read(row, reading) for row, reading in sources]
         requests = [
-            Request(row.prompt, row.responses, row.ended) for row in rows if isinstance(row, Row)
+            Request(row.prompt, row.responses, row.ended, row.earlier)
+            for row in rows
+            if isinstance(row, Row)
         ]
         rendered = iter(self.renderer.render_batch(requests))
         results = [next(rendered) if isinstance(row, Row) else row for row in rows]
@@ -95,7 +100,7 @@ class ChunkReader:
         rows: Sequence[Row | Refused],
         results: Sequence[Rendered | Refused],
     ) -> Chunk:
-        ids, kept, scores, advantages, keys, rejects = [], [], [], [], [], []
+        ids, kept, scores, advantages, keys, masks, rejects = [], [], [], [], [], [], []
         for (source, reading), row, result in zip(sources, rows, results, strict=True):
             name = _row_id(source, reading)
             if isinstance(result, Refused) or isinstance(row, Refused):
@@ -106,6 +111,8 @@ class ChunkReader:
             scores.append([np.nan if score is None else score for score in row.scores])
             advantages.append(np.nan if row.advantage is None else row.advantage)
             keys.append(_prompt_key(row, result.prompt_ids))
+            if reading.columns.turns == "all":
+                masks.append(_loss_mask(result))
         parts = [part for row in kept for part in row]
         width = 3 if self.readings[0].pairs else 2
         return Chunk(
@@ -116,8 +123,18 @@ class ChunkReader:
             scores=np.array(scores, np.float64).reshape(-1, width - 1),
             advantages=np.array(advantages if self.samples is not None else [], np.float64),
             prompt_keys=np.array(keys, np.uint64),
+            loss_mask=np.concatenate([np.zeros(0, bool), *masks]),
             rejects=rejects,
         )
+
+
+def _loss_mask(rendered: Rendered) -> np.ndarray:
+    """(L,) bool of prompt and response, True in the turns of the response that carry loss."""
+    prompt, (response,) = len(rendered.prompt_ids), rendered.responses
+    mask = np.zeros(prompt + len(response), bool)
+    for start, stop in rendered.turns or ((0, len(response)),):
+        mask[prompt + start : prompt + stop] = True
+    return mask
 
 
 def _row_id(row: RawRow, reading: Reading) -> str:
@@ -131,9 +148,11 @@ def check(result: Rendered | Refused, limits: Limits, *, ended: bool = True) -> 
     if isinstance(result, Refused):
         return result
     prompt, responses = len(result.prompt_ids), [len(ids) for ids in result.responses]
-    reason = None
-    if min(responses) < 1 + ended:  # a lone end token: the template has stripped all there was
-        reason = Reject.EMPTY_CHOSEN if responses[0] < 2 else Reject.EMPTY_REJECTED
+    turns, reason = [stop - start for start, stop in result.turns], None
+    shortest = min(turns or responses)
+    if shortest < 1 + ended:  # a lone end token: the template has stripped all there was
+        is_chosen = bool(turns) or responses[0] < 2
+        reason = Reject.EMPTY_CHOSEN if is_chosen else Reject.EMPTY_REJECTED
     elif len(set(result.responses)) < len(responses):
         reason = Reject.IDENTICAL
     elif limits.max_prompt is not None and prompt > limits.max_prompt:

@@ -12,7 +12,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prefopt.data.readers import RawRow
-from prefopt.data.rows import Labels, Message, Refused, Reject, Row, column, has_column, score
+from prefopt.data.rows import (
+    Labels,
+    Message,
+    Refused,
+    Reject,
+    Row,
+    answered_turns,
+    column,
+    has_column,
+    refusal,
+    score,
+)
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.schema import ColumnMap, SourceSection
 
@@ -60,6 +71,7 @@ def resolve(section: SourceSection, first: RawRow, *, pairs: bool) -> Reading:
     columns = _present(section.columns, first, pairs)
     form = section.format if section.format != "auto" else _detect(columns, first)
     if form == "text":
+        require_last_turn(section, "plain text has no turns: leave it out, or set format: chat")
         if columns.prompt is None:
             # `prompt` is what people forget to map; say which columns there are
             column(first, section.columns.prompt or "prompt")
@@ -81,6 +93,7 @@ def prompt_reading(section: SourceSection, first: RawRow) -> Reading:
 
     Raises: DataError for a missing column.
     """
+    require_last_turn(section, "a prompt has no turn with loss")
     columns = section.columns
     if columns.prompt in (None, "prompt") and not has_column(first.data, "prompt"):
         dialogue = next((name for name in _DIALOGUE_COLUMNS if has_column(first.data, name)), None)
@@ -115,7 +128,7 @@ def prompt_row(row: RawRow, reading: Reading) -> Row | Refused:
         if columns.system is not None:
             turns = _with_system(row, columns.system, turns)
         result = Row(turns, (), ())
-    return _refusal(result, reading) or result
+    return refusal(result, drop_ties=reading.drop_ties) or result
 
 
 def canonical(row: RawRow, reading: Reading) -> Row | Refused:
@@ -140,12 +153,20 @@ def canonical(row: RawRow, reading: Reading) -> Row | Refused:
             )
         scores = (margin, 0.0)
     result = replace(result, scores=scores[: len(values)])
-    return _refusal(result, reading) or result
+    return refusal(result, drop_ties=reading.drop_ties) or result
+
+
+def require_last_turn(section: SourceSection, why: str) -> None:
+    """Raises ConfigError if a source has ``turns: all`` where the last turn alone is read, and ``why``."""
+    if section.columns.turns == "all":
+        raise ConfigError(f"data: {section.path}: columns.turns = all: {why}")
 
 
 def _check(section: SourceSection, pairs: bool) -> None:
     columns = section.columns
     where = f"data: {section.path}:"
+    if pairs:
+        require_last_turn(section, "the sides of a pair are last turns: leave it out")
     if pairs and columns.rejected is None:
         raise ConfigError(
             f"{where} columns.rejected = null: preference pairs need both sides; name the column, "
@@ -234,7 +255,8 @@ def _chat_row(row: RawRow, reading: Reading, values: list[Any]) -> Row | Refused
         return Refused(Reject.PROMPTS_DIFFER)
     if columns.system is not None:
         prompt = _with_system(row, columns.system, prompt)
-    return Row(prompt, tuple(dialogue[-1] for dialogue in dialogues), ())
+    earlier = answered_turns(prompt) if columns.turns == "all" else ()
+    return Row(prompt, tuple(dialogue[-1] for dialogue in dialogues), (), earlier=earlier)
 
 
 def _prompt_of(context: list[Message] | None, dialogue: list[Message]) -> list[Message] | None:
@@ -358,31 +380,6 @@ def _transcript(text: str) -> list[Message]:
         _turn(ROLES["human"] if speaker == "Human" else "assistant", words.strip())
         for speaker, words in zip(parts[::2], parts[1::2], strict=True)
     ]
-
-
-def _refusal(row: Row, reading: Reading) -> Refused | None:
-    """Why a well-formed row must not reach a loss, if so."""
-    if _is_empty(row.prompt):
-        return Refused(Reject.EMPTY_PROMPT)
-    for response, reason in zip(
-        row.responses, (Reject.EMPTY_CHOSEN, Reject.EMPTY_REJECTED), strict=False
-    ):
-        if _is_empty(response):
-            return Refused(reason)
-    if len(row.responses) == 2 and row.responses[0] == row.responses[1]:
-        return Refused(Reject.IDENTICAL)
-    if reading.drop_ties and None not in row.scores and len(set(row.scores)) == 1:
-        return Refused(Reject.TIE, f"both scores are {row.scores[0]}")
-    return None
-
-
-def _is_empty(part: str | Message | list[Message]) -> bool:
-    """No text at all; a message that calls tools or carries other fields is not empty."""
-    if isinstance(part, str):
-        return not part.strip()
-    if isinstance(part, list):
-        return all(_is_empty(message) for message in part)
-    return not part["content"].strip() and not set(part) - {"role", "content"}
 
 
 def _kind(value: Any) -> str:

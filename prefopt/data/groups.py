@@ -26,6 +26,11 @@ class GroupSource(Protocol):
         ...
 
     @property
+    def num_loss_tokens(self) -> Sequence[np.ndarray] | np.ndarray:
+        """As ``response_lengths``, of the tokens that carry loss (`Response.loss_mask`)."""
+        ...
+
+    @property
     def rewards(self) -> np.ndarray:
         """(n,) score of each row's first response, NaN where it has none: what sample rows are drawn by."""
         ...
@@ -61,6 +66,9 @@ class GroupList:
         self.groups = tuple(replace(g, source_row=(source, i)) for i, g in enumerate(groups))
         self.prompt_lengths = np.array([len(g.prompt_ids) for g in self.groups])
         self.response_lengths = [np.array([len(r.ids) for r in g.responses]) for g in self.groups]
+        self.num_loss_tokens = [
+            np.array([len(r.loss_places) for r in g.responses]) for g in self.groups
+        ]
         self.rewards = _or_nan([g.responses[0].score for g in self.groups])
         self.advantages = _or_nan([g.responses[0].advantage for g in self.groups])
 
@@ -74,6 +82,8 @@ class GroupList:
             digest.update(repr((group.id, len(group.prompt_ids), group.pairs, labels)).encode())
             ids = [group.prompt_ids, *(r.ids for r in group.responses)]
             digest.update(np.concatenate(ids).tobytes())
+            masks = [r.loss_places.tobytes() for r in group.responses if r.loss_mask is not None]
+            digest.update(b"".join(masks))
         return digest.hexdigest()
 
     def __len__(self) -> int:

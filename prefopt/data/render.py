@@ -29,6 +29,8 @@ class Rendered:
 
     prompt_ids: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
+    turns: tuple[tuple[int, int], ...] = ()
+    """Of a response of several turns: start and stop in it of each that carries loss; else the whole does."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Request:
     responses: tuple[str | Message, ...]
     ended: bool = True
     """False: no end token after the responses, which stop within their turn."""
+    earlier: tuple[int, ...] = ()
+    """Places in the prompt of turns that are trained on as the one response is. What is rendered as the response
+    then begins with the first of them."""
 
 
 def conditioned(prompt: Prompt, template: str, reward: float) -> Prompt:
@@ -66,6 +71,10 @@ class Renderer:
     response without); plain text is tokenised as it stands. Either way prompt + response is tokenised
     as one text and must begin with the prompt's own ids: otherwise the policy would be trained after
     a context it never sees when it generates.
+
+    A turn within a dialogue is found in the same way: the dialogue cut after it is rendered as if it were all, and
+    must be how the whole begins. So the turn has the tokens it would have as a last turn, its end token included,
+    with any template; `{% generation %}` marks are in few templates, and not all put the end token inside them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -109,17 +118,19 @@ class Renderer:
         flat = [text for row in texts if not isinstance(row, Refused) for text in row]
         ids = iter(self._encode(flat))
         return [
-            row
-            if isinstance(row, Refused)
-            else self._assemble([next(ids) for _ in row], request.ended)
+            row if isinstance(row, Refused) else self._assemble([next(ids) for _ in row], request)
             for row, request in zip(texts, requests, strict=True)
         ]
 
     def _texts(self, request: Request) -> list[str] | Refused:
-        """The prompt's text, then prompt + response for each response."""
+        """The prompt's text, then prompt + response for each response; the same of each earlier turn."""
+        wanted = [(request.prompt, response) for response in (None, *request.responses)]
+        for place in request.earlier:
+            before, turn = request.prompt[:place], request.prompt[place]
+            wanted += [(before, None), (before, turn)]
         texts = []
-        for response in (None, *request.responses):
-            text = self._text(request.prompt, response)
+        for prompt, response in wanted:
+            text = self._text(prompt, response)
             if isinstance(text, Refused):
                 return text
             texts.append(text)
@@ -170,7 +181,32 @@ class Renderer:
             whole = whole[len(lead) :]
         return whole if whole[: len(self.prefix)] == self.prefix else self.prefix + whole
 
-    def _assemble(self, ids: list[list[int]], ended: bool = True) -> Rendered | Refused:
+    def _assemble(self, ids: list[list[int]], request: Request) -> Rendered | Refused:
+        """From the ids of `_texts`."""
+        count = 1 + len(request.responses)
+        whole = self._split(ids[:count], request.ended)
+        if isinstance(whole, Refused) or not request.earlier:
+            return whole
+        cuts = zip(ids[count::2], ids[count + 1 :: 2], strict=True)
+        return self._joined(whole, [self._split(list(cut)) for cut in cuts])
+
+    def _joined(self, last: Rendered, earlier: list[Rendered | Refused]) -> Rendered | Refused:
+        """One response from the first of the ``earlier`` turns to the end of the ``last``."""
+        whole = last.prompt_ids + last.responses[0]
+        turns = []
+        for turn in (*earlier, last):
+            if isinstance(turn, Refused):
+                return turn
+            cut = turn.prompt_ids + turn.responses[0]
+            if whole[: len(cut)] != cut:
+                names = ("the dialogue up to a turn", "the whole")
+                return Refused(Reject.TURN_NOT_PREFIX, self._where_it_parts(cut, whole, names))
+            turns.append((len(turn.prompt_ids), len(cut)))
+        first = turns[0][0]
+        places = tuple((start - first, stop - first) for start, stop in turns)
+        return Rendered(whole[:first], (whole[first:],), places)
+
+    def _split(self, ids: list[list[int]], ended: bool = True) -> Rendered | Refused:
         """Splits prompt + response at the prompt's end, and ends each response once (or not at all)."""
         prompt = self._start(ids[0])
         responses = []
@@ -195,15 +231,20 @@ class Renderer:
             )
         return (*ids, eos)
 
-    def _where_it_parts(self, prompt: tuple[int, ...], whole: tuple[int, ...]) -> str:
-        """The texts on which prompt and prompt + response part ways, for the rejects file."""
+    def _where_it_parts(
+        self,
+        prompt: tuple[int, ...],
+        whole: tuple[int, ...],
+        names: tuple[str, str] = ("the prompt alone", "prompt + response"),
+    ) -> str:
+        """The texts on which a beginning and what it should begin part ways, for the rejects file."""
         at = next(
             (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
             min(len(prompt), len(whole)),
         )
         alone = self.tokenizer.decode(list(prompt[at : at + 8]))
         joined = self.tokenizer.decode(list(whole[at : at + 8]))
-        return f"at token {at} the prompt alone has {alone!r}, prompt + response {joined!r}"
+        return f"at token {at} {names[0]} has {alone!r}, {names[1]} {joined!r}"
 
 
 def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

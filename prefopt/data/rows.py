@@ -34,6 +34,8 @@ class Reject(enum.StrEnum):
     """The chat template raised on this row, e.g. because roles do not alternate."""
     PROMPT_NOT_PREFIX = "prompt_not_prefix"
     """The tokens of the prompt are not the first tokens of prompt + response."""
+    TURN_NOT_PREFIX = "turn_not_prefix"
+    """With ``turns: all``: the dialogue up to some turn of the assistant is not how the whole dialogue begins."""
     PROMPT_TOO_LONG = "prompt_too_long"
     TOO_LONG = "too_long"
 
@@ -56,6 +58,8 @@ class Row:
     """False where the response stops within its turn."""
     source_prompt: str | list[Message] | None = None
     """The prompt before a reward was written into it: rows of one prompt stay together by it."""
+    earlier: tuple[int, ...] = ()
+    """Places in ``prompt`` of the turns that are trained on as the response is (``turns: all``)."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,43 @@ class Refused:
     detail: str | None = None
     lengths: tuple[int, ...] | None = None
     """Tokens of the prompt and of each response, where it came that far."""
+
+
+def is_empty(part: str | Message | list[Message]) -> bool:
+    """No text at all; a message that calls tools or carries other fields is not empty."""
+    if isinstance(part, str):
+        return not part.strip()
+    if isinstance(part, list):
+        return all(is_empty(message) for message in part)
+    return not part["content"].strip() and not set(part) - {"role", "content"}
+
+
+def refusal(row: Row, *, drop_ties: bool) -> Refused | None:
+    """Why a well-formed row must not reach a loss, if so."""
+    if is_empty(row.prompt):
+        return Refused(Reject.EMPTY_PROMPT)
+    for response, reason in zip(
+        row.responses, (Reject.EMPTY_CHOSEN, Reject.EMPTY_REJECTED), strict=False
+    ):
+        if is_empty(response):
+            return Refused(reason)
+    for place in row.earlier:
+        if is_empty(row.prompt[place]):
+            return Refused(Reject.EMPTY_CHOSEN, f"turn {place + 1} is empty")
+    if len(row.responses) == 2 and row.responses[0] == row.responses[1]:
+        return Refused(Reject.IDENTICAL)
+    if drop_ties and None not in row.scores and len(set(row.scores)) == 1:
+        return Refused(Reject.TIE, f"both scores are {row.scores[0]}")
+    return None
+
+
+def answered_turns(dialogue: list[Message]) -> tuple[int, ...]:
+    """Places of the assistant's turns, but for one that opens a dialogue: nothing asks for it."""
+    return tuple(
+        place
+        for place, message in enumerate(dialogue)
+        if message["role"] == "assistant" and not is_empty(dialogue[:place])
+    )
 
 
 def has_column(data: dict[str, Any], path: str) -> bool:

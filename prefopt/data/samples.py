@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
-from prefopt.data.formats import Reading, canonical, resolve
+from prefopt.data.formats import Reading, canonical, require_last_turn, resolve
 from prefopt.data.readers import RawRow
 from prefopt.data.render import conditioned
 from prefopt.data.rows import Labels, Refused, Row, column, has_column, score
@@ -108,6 +108,7 @@ def resolve_samples(
 
     Raises: ConfigError for settings that contradict each other; DataError for a missing column.
     """
+    require_last_turn(section, "a sample's label is of its last turn: leave it out")
     columns = section.columns
     if section.drop_ties:
         raise ConfigError(

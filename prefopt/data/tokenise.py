@@ -30,6 +30,7 @@ from prefopt.data.tokens import (
     ADVANTAGES,
     IDS,
     LENGTHS,
+    LOSS_MASK,
     META,
     PROMPTS,
     REJECTS,
@@ -45,7 +46,7 @@ from prefopt.storage.cache import atomic_directory, cache_root
 
 log = logging.getLogger(__name__)
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 """Raise whenever the files of a store change shape, or rows are refused differently."""
 
 _CHUNK_ROWS = 256
@@ -200,7 +201,7 @@ def _write_store(directory: Path, chunks: Iterable[Chunk], job: _Job) -> None:
     """Appends chunks to the files of a store. Raises: DataError if no row survives."""
     ids: list[str] = []
     counts: dict[str, int] = {}
-    arrays = (TOKENS, LENGTHS, SCORES, ADVANTAGES, PROMPTS)
+    arrays = (TOKENS, LENGTHS, SCORES, ADVANTAGES, PROMPTS, LOSS_MASK)
     files = {name: (directory / name).open("wb") for name in arrays}
     try:
         with (directory / REJECTS).open("w", encoding="utf-8") as rejects:
@@ -229,6 +230,10 @@ _HINTS = {
         "the prompt alone is tokenised otherwise than at the start of prompt + response: give plain text "
         "a clear boundary (end the prompt with a line break, not a space), or choose a chat template that "
         "renders earlier turns as it renders the generation prompt"
+    ),
+    Reject.TURN_NOT_PREFIX: (
+        "the chat template renders an earlier turn of the assistant otherwise than a last one, or ends it with no "
+        "token of its own: set model.chat_template to one that renders every turn alike, or columns.turns: last"
     ),
     Reject.TEMPLATE_REFUSED: "the chat template does not take these dialogues; set model.chat_template",
     Reject.PROMPTS_DIFFER: "map columns.prompt to the column that both sides answer",

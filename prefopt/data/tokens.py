@@ -20,16 +20,19 @@ import numpy as np
 from prefopt.errors import DataError
 from prefopt.types import Group, Response
 
-TOKENS, LENGTHS, SCORES, ADVANTAGES, PROMPTS, IDS = (
+TOKENS, LENGTHS, SCORES, ADVANTAGES, PROMPTS, LOSS_MASK, IDS = (
     "tokens.i4",
     "lengths.i8",
     "scores.f8",
     "advantages.f8",
     "prompts.u8",
+    "loss_mask.u1",
     "ids.txt",
 )
-CONTENT = (TOKENS, LENGTHS, SCORES, ADVANTAGES, PROMPTS, IDS)
+CONTENT = (TOKENS, LENGTHS, SCORES, ADVANTAGES, PROMPTS, LOSS_MASK, IDS)
 """What the fingerprint of a store covers."""
+_OPTIONAL = (ADVANTAGES, LOSS_MASK)
+"""Of these, what is empty where no row has any of it."""
 REJECTS, META = "rejects.jsonl", "meta.json"
 
 
@@ -39,12 +42,13 @@ class TokenStore:
 
     Attributes:
         directory: where its files lie.
-        fingerprint: SHA-256 of token ids, lengths, scores, advantages and row ids.
+        fingerprint: SHA-256 of token ids, lengths, scores, advantages, loss masks and row ids.
         tokens: (L,) int32, all rows one after the other; memory-mapped.
         lengths: (n, 1 + K) int64 tokens of the prompt and of each of the K responses.
         scores: (n, K) float64, NaN where a response has none.
         advantages: (n,) float64 of the rows that are samples, NaN where there is none.
         prompt_keys: (n,) uint64 hash of the prompt's ids.
+        loss_mask: (L,) bool, which of ``tokens`` carry loss; empty where every response token does.
         ids: the n row ids.
         reject_counts: refused rows by reason.
     """
@@ -56,6 +60,7 @@ class TokenStore:
     scores: np.ndarray
     advantages: np.ndarray
     prompt_keys: np.ndarray
+    loss_mask: np.ndarray
     ids: tuple[str, ...]
     reject_counts: Mapping[str, int]
 
@@ -78,6 +83,7 @@ class TokenStore:
             scores=np.fromfile(directory / SCORES, np.float64).reshape(rows, responses),
             advantages=_advantages(directory, rows),
             prompt_keys=np.fromfile(directory / PROMPTS, np.uint64),
+            loss_mask=_loss_mask(directory),
             ids=tuple(json.loads((directory / IDS).read_text("utf-8"))),
             reject_counts=meta["rejects"],
         )
@@ -90,6 +96,17 @@ class TokenStore:
         """(n,) index into ``tokens`` at which each row begins."""
         return np.concatenate([[0], self.lengths.sum(1).cumsum()[:-1]])
 
+    @cached_property
+    def num_loss_tokens(self) -> np.ndarray:
+        """(n, K) int64 tokens of each response that carry loss."""
+        if not len(self.loss_mask):
+            return self.lengths[:, 1:]
+        ends = self.lengths.cumsum().reshape(self.lengths.shape)
+        # Of an empty part reduceat takes one value all the same: of prompts, which are not asked for.
+        starts = (ends - self.lengths).ravel()
+        counts = np.add.reduceat(self.loss_mask, starts, dtype=np.int64)
+        return counts.reshape(self.lengths.shape)[:, 1:]
+
     def group(self, row: int) -> Group:
         start, lengths = int(self.starts[row]), self.lengths[row]
         # A copy, once a row: what happens to the file later does not reach groups that were read.
@@ -97,8 +114,14 @@ class TokenStore:
         ends = lengths.cumsum().tolist()
         scores = [None if np.isnan(score) else float(score) for score in self.scores[row]]
         advantage = None if np.isnan(self.advantages[row]) else float(self.advantages[row])
+        mask = np.array(self.loss_mask[start : start + len(ids)]) if len(self.loss_mask) else None
         responses = [
-            Response(ids[begin:end], score, advantage=advantage)
+            Response(
+                ids[begin:end],
+                score,
+                advantage=advantage,
+                loss_mask=None if mask is None else mask[begin:end],
+            )
             for begin, end, score in zip(ends, ends[1:], scores, strict=False)
         ]
         pairs, source_row = pairs_among(len(responses)), (self.fingerprint, row)
@@ -127,6 +150,8 @@ class TokenSet:
         """(n,) tokens of each prompt."""
         self.response_lengths: np.ndarray = lengths[:, 1:]
         """(n, K) tokens of each response."""
+        self.num_loss_tokens: np.ndarray = self._gather("num_loss_tokens")
+        """(n, K) tokens of each response that carry loss."""
         self.num_tokens: np.ndarray = lengths.sum(1)
         """(n,) tokens of each row with its prompt taken once."""
         self.prompt_keys: np.ndarray = self._gather("prompt_keys")
@@ -218,9 +243,9 @@ def fingerprint(digests: Mapping[str, str]) -> str:
     """The content hash of a store from those of its files; what was refused is no part of it.
 
     Rows that are no samples have an empty file of advantages, which is left out: pairs keep the hash they had, and
-    with it runs that were started before there were samples can go on.
+    with it runs that were started before there were samples can go on. So it is with loss masks.
     """
-    names = [name for name in CONTENT if name != ADVANTAGES or digests[name] != _OF_NOTHING]
+    names = [name for name in CONTENT if name not in _OPTIONAL or digests[name] != _OF_NOTHING]
     return hashlib.sha256("".join(digests[name] for name in names).encode()).hexdigest()
 
 
@@ -230,6 +255,11 @@ _OF_NOTHING = hashlib.sha256().hexdigest()
 def _advantages(directory: Path, rows: int) -> np.ndarray:
     found = np.fromfile(directory / ADVANTAGES, np.float64)
     return found if len(found) else np.full(rows, np.nan)
+
+
+def _loss_mask(directory: Path) -> np.ndarray:
+    path = directory / LOSS_MASK
+    return np.memmap(path, bool, mode="r") if path.stat().st_size else np.zeros(0, bool)
 
 
 def _read_meta(directory: Path) -> dict[str, Any]:

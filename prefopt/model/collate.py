@@ -3,9 +3,10 @@
 ``packed`` writes each prompt once and its responses after it as branches, groups end to end in one row:
 no padding, no prompt computed twice. ``padded`` is the plain layout, one row a response; it is the parity
 reference and the fallback. Both describe the same N response tokens, so nothing downstream can tell
-which one ran.
+which one ran. Tokens of a response that carry no loss (`Response.loss_mask`) are inputs like any other, and
+nothing predicts them.
 
-Shape letters: B rows of the layout, L its width, N response tokens, R responses, T longest response.
+Shape letters: B rows of the layout, L its width, N response tokens with loss, R responses, T longest response.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class GroupSpan:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """One forward pass: inputs, and which hidden state predicts which response token.
+    """One forward pass: inputs, and which hidden state predicts which response token that carries loss.
 
     The last token of a response is predicted but never an input: nothing follows it.
     """
@@ -79,9 +80,11 @@ class TokenLayout:
 
 
 def response_mask(batch: ResponseBatch) -> Tensor:
-    """(R, T) bool, True on response tokens."""
-    lengths = torch.tensor(batch.response_lengths)
-    return torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    """(R, T) bool, True on response tokens that carry loss."""
+    responses = [response for group in batch.groups for response in group.responses]
+    mask = torch.zeros(len(responses), _width(responses), dtype=torch.bool)
+    mask.view(-1)[_slots(responses)] = True
+    return mask
 
 
 def make_batch(groups: Sequence[Group]) -> ResponseBatch:
@@ -110,7 +113,7 @@ def _column(values: Sequence[float | None], *, missing: float) -> Tensor | None:
 
 def _behavior_logps(responses: Sequence[Response]) -> Tensor:
     """(R, T) fp32 log-probs of the sampler, zero on rows and tokens without."""
-    result = torch.zeros(len(responses), max(len(response.ids) for response in responses))
+    result = torch.zeros(len(responses), _width(responses))
     for row, response in enumerate(responses):
         if response.logps is not None:
             result[row, : len(response.logps)] = torch.tensor(response.logps)
@@ -131,8 +134,9 @@ def pack(groups: Sequence[Group]) -> TokenLayout:
             inputs.append(response.ids[:-1])
             positions.append(np.arange(prompt, prompt + branch))
             # The last prompt token predicts the first token of every branch.
-            predict += [[last], np.arange(start, start + branch)]
-            targets.append(response.ids)
+            predictors = np.concatenate([[last], np.arange(start, start + branch)])
+            predict.append(predictors[response.loss_places])
+            targets.append(np.take(response.ids, response.loss_places))
             start += branch
     row = joined(inputs)[None], joined(positions)[None]
     return _layout(groups, *row, predict, targets, spans=tuple(spans))
@@ -140,17 +144,17 @@ def pack(groups: Sequence[Group]) -> TokenLayout:
 
 def pad(groups: Sequence[Group], *, pad_id: int = 0) -> TokenLayout:
     """Plain layout of ``groups``: one right-padded row a response, each with its own copy of the prompt."""
-    rows = [(group.prompt_ids, response.ids) for group in groups for response in group.responses]
-    width = max(len(prompt) + len(response) for prompt, response in rows) - 1
+    rows = [(group.prompt_ids, response) for group in groups for response in group.responses]
+    width = max(len(prompt) + len(response.ids) for prompt, response in rows) - 1
     inputs = torch.full((len(rows), width), pad_id)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     predict, targets = [], []
     for index, (prompt, response) in enumerate(rows):
-        stop = len(prompt) + len(response) - 1
-        inputs[index, :stop] = joined([prompt, response[:-1]])
+        stop = len(prompt) + len(response.ids) - 1
+        inputs[index, :stop] = joined([prompt, response.ids[:-1]])
         mask[index, :stop] = 1
-        predict.append(np.arange(index * width + len(prompt) - 1, index * width + stop))
-        targets.append(response)
+        predict.append(index * width + len(prompt) - 1 + response.loss_places)
+        targets.append(np.take(response.ids, response.loss_places))
     positions = torch.arange(width).repeat(len(rows), 1)
     return _layout(groups, inputs, positions, predict, targets, attention_mask=mask)
 
@@ -165,19 +169,29 @@ def _layout(
     spans: tuple[GroupSpan, ...] | None = None,
     attention_mask: Tensor | None = None,
 ) -> TokenLayout:
-    lengths = [len(response.ids) for group in groups for response in group.responses]
-    width = max(lengths)
+    responses = [response for group in groups for response in group.responses]
     return TokenLayout(
         input_ids=inputs,
         position_ids=positions,
         predict=joined(predict),
         targets=joined(targets),
-        slots=joined([row * width + np.arange(length) for row, length in enumerate(lengths)]),
-        num_rows=len(lengths),
-        width=width,
+        slots=_slots(responses),
+        num_rows=len(responses),
+        width=_width(responses),
         spans=spans,
         attention_mask=attention_mask,
     )
+
+
+def _width(responses: Sequence[Response]) -> int:
+    """T."""
+    return max(len(response.ids) for response in responses)
+
+
+def _slots(responses: Sequence[Response]) -> Tensor:
+    """(N,) int64 indices into the flattened (R, T) of the tokens that carry loss."""
+    width = _width(responses)
+    return joined([row * width + each.loss_places for row, each in enumerate(responses)])
 
 
 def joined(parts: Sequence[TokenIds]) -> Tensor:

@@ -94,7 +94,7 @@ class LogpModel(nn.Module):
         return unwrap_causal_lm(self.model)
 
     def forward(self, layout: TokenLayout) -> Tensor:
-        """(R, T) fp32 natural-log probabilities of the response tokens, zero elsewhere."""
+        """(R, T) fp32 natural-log probabilities of the response tokens with loss, zero elsewhere."""
         logps = self._head(self.states(layout), layout.targets)
         result = logps.new_zeros(layout.num_rows * layout.width)
         return result.index_put((layout.slots,), logps).view(layout.num_rows, layout.width)

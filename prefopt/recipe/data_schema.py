@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    FiniteFloat,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from prefopt.recipe.section import PathText, Section
 
@@ -17,9 +24,14 @@ class ColumnMap(Section):
     Where the default is absent, `conversations` is taken, else the prompt is the common start."""
     chosen: str = "chosen"
     """Preferred response: text, one message, or a whole dialogue. SFT rows may have it all in
-    `conversations` or `messages` instead; only the last turn is trained on."""
+    `conversations` or `messages` instead."""
     rejected: str | None = "rejected"
     """Dispreferred response, same shapes as `chosen`; `null` for SFT rows."""
+    turns: Literal["last", "all"] = "last"
+    """Which turns of the assistant carry loss. `all`, for `stage: sft` on dialogues: every turn that answers
+    something, up to the token that ends it, and the turns between are context; the prompt is what comes before the
+    first. A row whose chat template renders an earlier turn otherwise than a last one (Qwen3 drops its thinking)
+    is rejected and counted."""
     score_chosen: str | None = None
     """Column with the score of `chosen`; a dot descends (`metadata.score_chosen`)."""
     score_rejected: str | None = None
@@ -41,6 +53,12 @@ class ColumnMap(Section):
     """Column with a system message put before the prompt."""
     id: str | None = None
     """Column that identifies the row in logs and rejects; default: file name and row number."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Left out at their defaults, so that the settings of runs before these keys hash as they did.
+        newer = {"margin": None, "turns": "last"}
+        return {k: v for k, v in dump(self).items() if k not in newer or v != newer[k]}
 
 
 class SourceSection(Section):

@@ -41,7 +41,7 @@ class Window:
     num_samples: int = 0
     """Responses of the global batch that stand by themselves (`Group.samples`)."""
     num_sample_tokens: int = 0
-    """Their tokens."""
+    """Their tokens that carry loss."""
     version: int | None = None
     """Policy version that sampled them."""
     max_policy_gap: float | None = None
@@ -73,12 +73,12 @@ def make_window(
         filler: what a rank without anything to do runs; default: the shortest row.
     """
     # Of the whole window only lengths and labels: tokens are read by the rank that trains on them.
-    lengths = {row: source.response_lengths[row].tolist() for row in rows}
-    chosen = [lengths[row][pair[0]] for row in rows for pair in source.pairs(row)]
+    counted = {row: source.num_loss_tokens[row].tolist() for row in rows}
+    chosen = [counted[row][pair[0]] for row in rows for pair in source.pairs(row)]
     samples = [
         n
         for row in rows
-        for n, counts in zip(lengths[row], source.samples(row), strict=True)
+        for n, counts in zip(counted[row], source.samples(row), strict=True)
         if counts
     ]
     shares = _shares(source, rows, world_size)

@@ -234,6 +234,18 @@ class ListeningSFT(_Listening, SFTTrainer):
         return _sequences(inputs["input_ids"], *masks)
 
 
+class ListeningTurns(ListeningSFT):
+    """TRL's SFTTrainer on token ids with its mask of the assistant's turns."""
+
+    @staticmethod
+    def as_text(group: Group) -> dict[str, Any]:
+        (response,) = group.responses
+        mask = [0] * (len(group.prompt_ids) + len(response.ids))
+        for place in response.loss_places:
+            mask[len(group.prompt_ids) + place] = 1
+        return {"input_ids": [*group.prompt_ids, *response.ids], "assistant_masks": mask}
+
+
 class ListeningReward(_Listening, RewardTrainer):
     """TRL's RewardTrainer."""
 
@@ -255,6 +267,7 @@ _CONFIGS: dict[type[Any], type[Any]] = {
     ListeningCPO: CPOConfig,
     ListeningORPO: ORPOConfig,
     ListeningSFT: SFTConfig,
+    ListeningTurns: SFTConfig,
     ListeningReward: RewardConfig,
 }
 

@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,6 +27,7 @@ from tests.parity.recorded_runs import (
     SEED,
     ListeningReward,
     ListeningSFT,
+    ListeningTurns,
     Recording,
     assert_same_run,
     our_trainer,
@@ -59,9 +61,11 @@ def record(trainer: PreferenceTrainer, run_dir: Path) -> Recording:
 
 
 def _sequences(group: Group) -> tuple[Any, Any]:
-    """Prompt and response; of a pair, both sides whole."""
+    """Tokens without and with loss; of a pair, both sides whole."""
     if not group.pairs:
-        return group.prompt_ids, group.responses[0].ids
+        ids = group.responses[0].ids
+        places = group.responses[0].loss_places
+        return (*group.prompt_ids, *np.delete(ids, places)), tuple(np.take(ids, places))
     chosen, rejected = (group.responses[side].ids for side in group.pairs[0])
     return (*group.prompt_ids, *chosen), (*group.prompt_ids, *rejected)
 
@@ -79,6 +83,30 @@ def test_sft_takes_the_steps_of_trl(micro_batch_size: int, tmp_path: Path) -> No
     assert trainer.limits.packed
     rows = rows_in_order(trainer)
     theirs = trl_trainer(ListeningSFT, tmp_path, rows, micro_batch_size=micro_batch_size).record()
+    assert_same_run(record(trainer, tmp_path), theirs)
+
+
+def dialogues() -> list[Group]:
+    """Responses of one to three turns with loss, of ragged lengths, and context between them."""
+    rng = np.random.default_rng(SEED)
+
+    def masked(group: Group) -> Group:
+        ids, mask = [], []
+        for turn in range(rng.integers(1, 4)):
+            for counts in (False, True)[turn == 0 :]:
+                length = rng.integers(2, 9)
+                ids += rng.integers(3, VOCABULARY, length).tolist()
+                mask += [counts] * int(length)
+        return dataclasses.replace(group, responses=(Response(ids, loss_mask=mask),))
+
+    return [masked(group) for group in single_responses()]
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 2])
+def test_sft_on_every_turn_takes_the_steps_of_trl(micro_batch_size: int, tmp_path: Path) -> None:
+    trainer = our_trainer(tmp_path, dialogues(), None, stage="sft", **UNEVEN)
+    rows = rows_in_order(trainer)
+    theirs = trl_trainer(ListeningTurns, tmp_path, rows, micro_batch_size=micro_batch_size).record()
     assert_same_run(record(trainer, tmp_path), theirs)
 
 

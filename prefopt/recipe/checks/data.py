@@ -42,6 +42,7 @@ def sources_take_their_keys(recipe: Recipe, _: Surroundings) -> Iterator[Finding
 def sources_have_their_columns(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     for key, source in named_sources(recipe):
         columns = source.columns
+        yield from _turns(recipe, key, source)
         if not _is_trained_on(recipe, key):
             continue
         yield from _margins(recipe, key, source)
@@ -74,6 +75,22 @@ def sources_have_their_columns(recipe: Recipe, _: Surroundings) -> Iterator[Find
                 f"{key}.drop_ties",
                 "needs columns.score_chosen and columns.score_rejected: a tie is two equal scores",
             )
+
+
+def _turns(recipe: Recipe, key: str, source: SourceSection) -> Iterator[Finding]:
+    """Earlier turns carry loss in SFT on dialogues, and nowhere else."""
+    name = f"{key}.columns.turns"
+    if source.columns.turns == "last":
+        return
+    if recipe.stage != "sft" or not _is_trained_on(recipe, key):
+        yield Finding(
+            name,
+            "is for rows that stage = 'sft' trains on; elsewhere the last turn alone is a response",
+        )
+    elif source.format == "text":
+        yield Finding(
+            name, "plain text has no turns: leave it out, or read dialogues as format: chat"
+        )
 
 
 def _margins(recipe: Recipe, key: str, source: SourceSection) -> Iterator[Finding]:

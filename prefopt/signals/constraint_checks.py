@@ -32,15 +32,19 @@ Words = Annotated[list[Text], Field(min_length=1)]
 
 CHECKS: dict[str, Check] = {}
 """By IFEval's instruction id."""
+NEEDS_LANGUAGE: set[str] = set()
+"""Ids of the checks that ask a language detector."""
 
 _Check = TypeVar("_Check", bound=Check)
 
 
-def check(name: str) -> Callable[[_Check], _Check]:
+def check(name: str, *, language: bool = False) -> Callable[[_Check], _Check]:
     """Files a function under an instruction id."""
 
     def file(fn: _Check) -> _Check:
         CHECKS[name] = fn
+        if language:
+            NEEDS_LANGUAGE.add(name)
         return fn
 
     return file
@@ -125,19 +129,19 @@ def letter_frequency(
 # --- language, case and punctuation ------------------------------------------------------------------
 
 
-@check("language:response_language")
+@check("language:response_language", language=True)
 def response_language(text: str, language: Text) -> bool:
     """An ISO 639-1 code; a text that shows no language follows."""
     return detect_language(text) in (language, None)
 
 
-@check("change_case:english_capital")
+@check("change_case:english_capital", language=True)
 def all_capital(text: str) -> bool:
     """English, or no language that could be told, without a lower-case letter."""
     return text.isupper() and detect_language(text) in ("en", None)
 
 
-@check("change_case:english_lowercase")
+@check("change_case:english_lowercase", language=True)
 def all_lowercase(text: str) -> bool:
     """English, or no language that could be told, without a capital."""
     return text.islower() and detect_language(text) in ("en", None)

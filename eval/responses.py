@@ -11,6 +11,9 @@ from eval.sources import columns, file_rows, keyed
 from prefopt.data.readers import RawRow
 from prefopt.errors import DataError
 
+_KEYS = ("key", "id", "question_id", "instruction", "prompt")
+_ANSWERS = ("answer", "response", "output", "completion")
+
 
 def response_rows(path: Path, *names: str) -> list[RawRow]:
     """The rows of a file of answers, in file order, no two of them one model's answer to one problem.
@@ -53,10 +56,6 @@ def answer_of(value: Any, where: str) -> Answer:
     if not isinstance(value, str):
         raise DataError(f"{where} is {type(value).__name__}: must be text, or null for no answer")
     return Answer(value)
-
-
-_KEYS = ("key", "id", "question_id", "instruction", "prompt")
-_ANSWERS = ("answer", "response", "output", "completion")
 
 
 def answers_from_file(path: Path, examples: Sequence[Example]) -> dict[str, list[Conversation]]:

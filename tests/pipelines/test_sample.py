@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import prefopt.engines.start as start
+from eval import engines
 from prefopt.engines.base import SamplingSpec
 from prefopt.storage.packed import unpack_ids
 from tests.engines.policies import sampled_logps
@@ -267,8 +267,8 @@ def test_the_engine_starts_once_a_worker(
         started.append(engine)
         return engine, context
 
-    launch = start.start_engine
-    monkeypatch.setattr(start, "start_engine", counted)
+    launch = engines.start_engine
+    monkeypatch.setattr(engines, "start_engine", counted)
     build(pipeline("p", {}, shard_rows=1))
     assert len(started) == 1 and started[0].model is None  # closed
 

@@ -314,7 +314,7 @@ found["stage"] = json.loads(file.read_text())["prompt"]
 
 answers = folder / "answers.jsonl"
 answers.write_text("\\n".join(json.dumps({"prompt": p, "response": p + "!"}) for p in "ab"))
-from eval.options import make_task
+from eval.registry import make_task
 
 task = make_task("newcomer", {})
 found["benchmark"] = task.summarise(task.read(answers)[""]).metrics["shouts"].value

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.pipeline import PipelineSettings
 from prefopt.errors import ConfigError
 from prefopt.recipe.explain import RENAMED
 from prefopt.recipe.load import draft_recipe, load_recipe
@@ -264,11 +265,12 @@ def test_an_objective_without_a_name_lists_the_names(recipe_file: Path) -> None:
 
 
 def test_renamed_keys_point_at_keys_that_exist() -> None:
-    known = {f"{name}.{key}".lstrip(".") for name, s in sections(Recipe) for key in s.model_fields}
+    both = (*sections(Recipe), *sections(PipelineSettings))
+    known = {f"{name}.{key}".lstrip(".") for name, s in both for key in s.model_fields}
     known = {key.replace(".N.", ".0.") for key in known}
     outside = ("objective.", "peft.")  # hyper-parameters and peft's own keys
     for old, hint in RENAMED.items():
-        words = [word.strip(",.;:") for word in hint.split()]
+        words = [word.strip(",.;:").split("=")[0] for word in hint.split()]
         keys = [word for word in words if "." in word and not word.startswith(outside)]
         assert keys or any(word.startswith(outside) for word in words), old
         assert set(keys) <= known, old

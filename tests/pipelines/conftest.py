@@ -32,10 +32,13 @@ def cluster() -> Iterator[Cluster]:
     from ray.cluster_utils import Cluster
 
     ray_constants.ENABLE_RAY_CLUSTER = False
-    folder = tempfile.mkdtemp(prefix="ray-")  # short: sockets lie in it
+    # Short: sockets lie in it. Ray's own default, too: the address is written there, and nobody makes it.
+    root = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
+    folder = os.path.join(root, "ray")
+    os.mkdir(folder)
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "temp_dir": folder})
     try:
         yield cluster
     finally:
         cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(root, ignore_errors=True)

@@ -19,9 +19,8 @@ from data_pipelines.executors import RayExecutor, Retries
 from data_pipelines.shard_work import Job, Made, Order, ShardWorker, ordered_settings
 from prefopt.errors import ConfigError, DataError
 
-logger = logging.getLogger("prefopt.data")
-_SAY_S = 60.0
-"""Seconds without a shard after which it is said what is waited for."""
+_LOOK_S = 5.0
+"""Seconds after which it is looked again what the cluster still has."""
 _CONNECT_S = 10.0
 
 
@@ -57,9 +56,8 @@ class RayCluster:
                 while waiting and len(flying) < room:
                     job = waiting.popleft()
                     flying[crew.send(job)] = job
-                ready, _ = self.ray.wait(list(flying), timeout=_SAY_S)
-                if not ready:
-                    logger.info("%s: %d shards are at work on Ray", order.place.id, len(flying))
+                crew.release(room if waiting else len(flying))
+                ready, _ = self.ray.wait(list(flying), timeout=_LOOK_S)
                 for sent in ready:
                     job = flying.pop(sent)
                     made = crew.collect(sent)
@@ -134,6 +132,15 @@ class _Crew:
         if actor is not None:
             self.idle.append(actor)
         return made
+
+    def release(self, most: int) -> None:
+        """Ends idle actors until there are ``most`` of any kind, or none is idle.
+
+        An actor keeps its cores for life. Where a machine was lost, a new one may wait for those of an idle one,
+        and for ever: nobody is asked for more shards than the cluster now has room for.
+        """
+        while self.idle and len(self.idle) + len(self.busy) > most:
+            self.ray.kill(self.idle.pop())
 
     def finish(self) -> None:
         """Has the actors free what they hold; one that is lost by now holds nothing."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from data_pipelines.base import Needs
+from data_pipelines.on_ray import _Crew
 from data_pipelines.registry import get_stage
 from tests.pipelines.conftest import NODE
 from tests.pipelines.pipelines import (
@@ -25,6 +26,8 @@ from tests.pipelines.pipelines import (
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
+
+pytestmark = pytest.mark.timeout(600)  # a lost worker shows as waiting for ever
 
 GROUPS: list[dict[str, Any]] = [{"stage": "made_up", "num_rows": 70}]
 
@@ -51,6 +54,21 @@ def test_a_machine_is_lost_in_the_middle_and_the_bytes_are_those_of_a_calm_run(
     assert "the shard is made again" in caplog.text
     calm = build(
         write_pipeline(tmp_path / "calm.yaml", [*GROUPS, {"stage": "slow"}], shard_rows=20)
+    )
+    assert without_name(made(folder)) == without_name(made(calm))
+
+
+def test_a_worker_that_waits_for_the_core_of_an_idle_one_gets_it(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine is gone before Ray knows: a second worker was asked for, and there is one core for both."""
+    rooms = iter([2])
+    monkeypatch.setattr(_Crew, "room", lambda self: next(rooms, 1))
+    slow = {"stage": "slow", "stays": True}
+    path = write_pipeline(tmp_path / "p.yaml", [*GROUPS, slow], shard_rows=40)
+    folder = build(path, "executor.name=ray", f"executor.address={cluster.address}")
+    calm = build(
+        write_pipeline(tmp_path / "calm.yaml", [*GROUPS, {"stage": "slow"}], shard_rows=40)
     )
     assert without_name(made(folder)) == without_name(made(calm))
 

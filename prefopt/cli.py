@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from prefopt import __version__
 from prefopt.errors import ConfigError, PrefoptError
+from prefopt.launch import check_launched, speaks
 
 if TYPE_CHECKING:
     from prefopt.recipe.schema import Recipe
@@ -65,6 +66,8 @@ def recipe_main(trains: str, argv: Sequence[str] | None = None) -> int:
         description=f"Trains a {trains} recipe. Usually through: accelerate launch --config_file "
         f"accelerate_configs/zero3.yaml recipes/{trains}.py RECIPE.yaml [section.key=value ...]"
     )
+    # `deepspeed` and `torch.distributed.launch` add it to the line, and say the same in LOCAL_RANK.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     _add_recipe(parser)
     arguments = parse(parser, argv)
     return guarded(lambda: _train(arguments, trains))
@@ -76,8 +79,7 @@ def guarded(command: Callable[[], object]) -> int:
         with _logs_on_stderr():
             command()
     except ConfigError as error:
-        # Every rank finds the same; one of each machine says so.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if speaks():  # every rank finds the same
             print(f"{error}", file=sys.stderr)
         return 2
     except PrefoptError as error:
@@ -333,11 +335,11 @@ def _refuse_overrides(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace, trains: str | None = None) -> None:
     from prefopt.recipe.checks import examine
 
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    recipe, notes = examine(arguments.recipe, arguments.overrides, num_processes=num_processes)
+    launch = check_launched()  # first: what a recipe needs depends on it
+    recipe, notes = examine(arguments.recipe, arguments.overrides, num_processes=launch.world_size)
     if trains is not None:
         _require_script(arguments.recipe, recipe, trains)
-    if os.environ.get("RANK", "0") == "0":
+    if launch.is_main:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
     from prefopt.wiring import train

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from accelerate.utils import set_seed
 from prefopt.data import DataBundle, PromptSet
 from prefopt.data.groups import GroupSource
 from prefopt.errors import ConfigError
+from prefopt.launch import check_launched
 from prefopt.model.adapters import save_final
 from prefopt.model.distributed import (
     check_launch,
@@ -80,7 +80,7 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
-    check(recipe, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    check(recipe, num_processes=check_launched().world_size)
     run_dir = Path(recipe.run.output_dir)
     resume_from = find_checkpoint(run_dir, recipe.train.resume)
     tokenizer = load_tokenizer(recipe.model)

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHand
 from torch import Tensor, nn
 
 from prefopt.errors import ConfigError
+from prefopt.launch import alone_on, launched, not_set_up
 
 # The shortest default of the collectives we meet (NCCL's).
 _COLLECTIVE_TIMEOUT_S = 600.0
@@ -50,7 +51,7 @@ def process_group_options(longest_wait_s: float = 0.0) -> list[KwargsHandler]:
     Left alone on a machine without one, accelerate 1.15 gives every process of a DeepSpeed launch rank 0
     of 1, and DeepSpeed then stops over its batch size.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched().world_size == 1:
         return []
     options: dict[str, Any] = {} if torch.cuda.is_available() else {"backend": "gloo"}
     if longest_wait_s > _COLLECTIVE_TIMEOUT_S:
@@ -59,20 +60,20 @@ def process_group_options(longest_wait_s: float = 0.0) -> list[KwargsHandler]:
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Raises ConfigError if the launch asked for DeepSpeed or FSDP and accelerate set up something else.
+    """Raises ConfigError if the processes are not what the launch asked for: their type, or their number.
 
-    It does so without a word on CPU (accelerate 1.15): FSDP becomes DDP, and ACCELERATE_USE_CPU=true turns
-    DeepSpeed off.
+    accelerate 1.15 changes both without a word on CPU: FSDP becomes DDP, ACCELERATE_USE_CPU=true turns DeepSpeed
+    off, and without that variable the processes of DDP are each alone (`prefopt.launch` finds most of it earlier).
+    That they exchange anything is not taken from what accelerate says of itself but tried. A collective.
     """
+    found, size = accelerator.distributed_type, launched().world_size
     for name in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         asked = os.environ.get(f"ACCELERATE_USE_{name.value}", "false").lower() == "true"
-        if asked and accelerator.distributed_type != name:
-            found = accelerator.distributed_type.value
-            raise ConfigError(
-                f"accelerate launch: the configuration asks for {name.value}, accelerate set up {found} on "
-                f"{accelerator.device}; use accelerate_configs/ddp.yaml there, or a GPU. DeepSpeed runs on "
-                "CPU if ACCELERATE_USE_CPU is not set"
-            )
+        if asked and found != name:
+            raise ConfigError(not_set_up(name.value, found.value, str(accelerator.device), size))
+    ones = torch.ones(1, device=accelerator.device)
+    if (added := int(sum_over_processes(accelerator, ones).item())) != size:
+        raise ConfigError(alone_on(found.value, size, added))
 
 
 def configure_deepspeed(accelerator: Accelerator, max_norm: float | None) -> None:

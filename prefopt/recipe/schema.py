@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import (
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from prefopt.recipe.choices import (
     CachedReferenceSection,
@@ -214,6 +221,11 @@ class EvalSection(Section):
     """Leave out to train to the last step and keep its weights."""
     generation: GenerationSection | None = None
     """Leave out to generate nothing."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Left out where it is, so that the settings of runs before this key hash as they did.
+        return {key: value for key, value in dump(self).items() if key != "best" or value}
 
 
 class RunSection(Section):

@@ -63,12 +63,21 @@ class Best:
         if self.section.metric.startswith("eval/") and self.section.metric not in row:
             raise ConfigError(self._unknown(row))
 
-    def describe(self) -> str:
-        """Where the best was found."""
-        name = self.section.metric
-        if self.step is None:
-            return f"eval.best.metric = {name}: no number was logged under this name"
-        return f"{name} was best at step {self.step}: {self.value:.6g}"
+    def result_step(self, last: int, total: int) -> int:
+        """Whose weights the run of ``last`` steps ends with; says why, and whether it ended before ``total``."""
+        name, step = self.section.metric, self.step
+        if self.stopped and last < total:
+            logger.info(
+                "stopped at step %d of %d: no better for %d values", last, total, self.worse
+            )
+        if step is None:
+            logger.warning("%s: no number was logged under this name; step %d stays", name, last)
+            return last
+        chosen = last if self.section.final == "last" else step
+        logger.info(
+            "%s was best at step %d: %.6g; the result is step %d", name, step, self.value, chosen
+        )
+        return chosen
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint (JSON)."""

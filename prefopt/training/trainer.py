@@ -160,22 +160,12 @@ class PreferenceTrainer:
 
     def _take_best(self) -> int:
         """Puts the weights of the best step in place, if that is what the recipe wants; the step they are of."""
-        step, best = self.regime.step, self.best
-        if best is None:
-            return step
-        if best.stopped and step < self.regime.num_steps:
-            logger.info(
-                "stopped at step %d of %d: no better for %d values",
-                step,
-                self.regime.num_steps,
-                best.worse,
-            )
-        logger.info("%s", best.describe())
-        if best.section.final == "last" or best.step in (None, step):
-            return step
-        self.checkpoints.load(self.checkpoints.path_of(best.step))
-        logger.info("the result is the weights of step %d", best.step)
-        return best.step
+        if self.best is None:
+            return self.regime.step
+        step = self.best.result_step(self.regime.step, self.regime.num_steps)
+        if step != self.regime.step:
+            self.checkpoints.load(self.checkpoints.path_of(step))
+        return step
 
     def close(self) -> None:
         """Stops whatever feeds the trainer: engines, their processes, signals."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from prefopt.model.load import load_tokenizer
 from prefopt.recipe.schema import ModelSection
 from prefopt.rollouts.batch import RolloutBatch, RolloutGroup, merge
 from prefopt.rollouts.experience import DIRECTORY, read_batch, read_log
-from prefopt.training.run_record import RUN_FILE
+from prefopt.storage.run_files import read_run
 
 MOST_CHARS = 1200
 """Characters shown of a longer prompt or response: two thirds of its beginning, one of its end."""
@@ -129,9 +128,9 @@ def _percent(count: int, total: int) -> str:
 def _tokenizer(run_dir: Path) -> Any:
     """The run's tokenizer, or None where it is not to be had: the responses are readable without it."""
     try:
-        record = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+        record = read_run(run_dir)
         return load_tokenizer(ModelSection.model_validate(record["recipe"]["model"]))
-    except (OSError, ValueError, KeyError, ModelError):
+    except (ValueError, DataError, ModelError):
         return None
 
 

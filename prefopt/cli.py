@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt import __version__
-from prefopt.errors import ConfigError, PrefoptError
+from prefopt.errors import ConfigError, InUseError, PrefoptError
 from prefopt.launch import check_launched, speaks
 
 if TYPE_CHECKING:
@@ -82,6 +82,10 @@ def guarded(command: Callable[[], object]) -> int:
         if speaks():  # every rank finds the same
             print(f"{error}", file=sys.stderr)
         return 2
+    except InUseError as error:
+        if speaks():
+            print(f"{error}", file=sys.stderr)
+        return 1
     except PrefoptError as error:
         rank = os.environ.get("RANK")
         print(f"[rank {rank}] {error}" if rank else f"{error}", file=sys.stderr)

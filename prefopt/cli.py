@@ -325,7 +325,7 @@ def _show(arguments: argparse.Namespace) -> None:
     from prefopt.commands.show import show
     from prefopt.recipe.checks import examine
 
-    recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True)
+    recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True, to_train=False)
     show(recipe, arguments.n, color=color)
 
 

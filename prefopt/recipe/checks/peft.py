@@ -12,6 +12,7 @@ from typing import Any
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.checks.files import is_local, read_adapter_config
 from prefopt.recipe.checks.rules import Finding, Surroundings, rule, was_set
+from prefopt.recipe.other_tools import PEFT, hint_for
 from prefopt.recipe.schema import PeftSection, Recipe
 
 # Fields of a peft config that the loading code fills in.
@@ -144,6 +145,9 @@ def _key_problem(key: str, value: Any, fields: set[str], hints: Any, owner: str)
     if key in SET_BY_CODE:
         return "is set by prefopt; leave it out"
     if key not in fields:
+        brought = PEFT.get(key) or hint_for("peft", key)
+        if brought is not None:
+            return f"unknown key of peft's {owner}; {brought}"
         near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'? " if near else ""
         return f"unknown key of peft's {owner}; {hint}Known: {', '.join(sorted(fields))}."

@@ -12,7 +12,7 @@ from typing import Any
 from prefopt.errors import suggest
 from prefopt.recipe.entries import MISSING_NAME, UNKNOWN_NAME
 from prefopt.recipe.other_tools import hint_for
-from prefopt.recipe.registry import objective_keys
+from prefopt.recipe.registry import objective_keys, objective_names
 from prefopt.recipe.walk import Schema, document_string, known_keys, owners, sections
 from prefopt.recipe.yaml_file import Document, KeyPath
 
@@ -136,6 +136,8 @@ def _remedy(item: Mapping[str, Any]) -> str:
         return f": [{value}]."
     if kind == "model_type" and isinstance(value, str):
         return ", one a line under it, or {key: value}."
+    if tuple(item["loc"]) == ("stage",) and value in objective_names():
+        return f"; write objective: {{name: {value}}}."
     if kind == "literal_error" and isinstance(value, str):
         near = difflib.get_close_matches(value, _choices(item), n=1, cutoff=0.6)
         return f"; did you mean {near[0]!r}?" if near else "."

@@ -263,6 +263,7 @@ def test_missing_keys_are_listed_with_their_documentation(tmp_path: Path) -> Non
         ("objective.gamma_beta_ratio=0.5", "objective.gamma = gamma_beta_ratio * beta"),
         ("objective.bta=1", "did you mean 'beta'?"),
         ("objective.name=simop", "did you mean 'simpo'?"),
+        ("stage=dpo", "'reward_model'; write objective: {name: dpo}."),
         ("objective.name=3", "objective.name = 3: unknown"),
         ("objective.name=sigmoid", "is dpo (TRL names the function of the loss). Known: a_lol"),
         ("objective.name=KTO", "not there: it is for answers that are good or bad each by itself"),

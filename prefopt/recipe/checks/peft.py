@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import ConfigError, suggest
-from prefopt.recipe.checks.files import is_local, read_adapter_config
+from prefopt.recipe.checks.files import is_local, mistaken_for_hub, read_adapter_config
 from prefopt.recipe.checks.rules import Finding, Surroundings, rule, was_set
 from prefopt.recipe.other_tools import PEFT, hint_for
 from prefopt.recipe.schema import PeftSection, Recipe
@@ -74,6 +74,7 @@ def adapter_fits_base(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     yield from _ignored_beside_adapter(recipe.peft)
     adapter = recipe.peft.adapter
     if not is_local(adapter):
+        yield from mistaken_for_hub("peft.adapter", adapter)
         return
     directory = Path(adapter).expanduser()
     config = read_adapter_config(directory)

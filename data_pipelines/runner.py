@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data_pipelines.base import Place
 from data_pipelines.executors import Executor, open_executor
 from data_pipelines.folder import StageFolder, only_driver, write_manifest
@@ -21,6 +19,7 @@ from data_pipelines.shard_work import Order, stage_code
 from data_pipelines.shards import Shards
 from data_pipelines.stage_runs import run_map, run_whole
 from prefopt.errors import ConfigError, DataError
+from prefopt.report.progress import Bar
 
 logger = logging.getLogger("prefopt.data")
 
@@ -148,7 +147,7 @@ def _run(
         folder=folder.shards,
     )
     started = time.perf_counter()
-    with tqdm(desc=stage.id, unit="row", total=stage.settings.num_rows_in(place)) as bar:
+    with Bar(desc=stage.id, unit="row", total=stage.settings.num_rows_in(place)) as bar:
         if stage.spec.works == "map":
             order = _order(pipeline, stage, place, basis["code"])
             record = run_map(stage.settings, order, folder, executor, bar)

@@ -72,6 +72,9 @@ def recipe_main(trains: str, argv: Sequence[str] | None = None) -> int:
 
 def guarded(command: Callable[[], object]) -> int:
     """Runs a command; a known error becomes its message and an exit code, Ctrl-C becomes 130."""
+    if not sys.stderr.isatty():
+        # Bars of the libraries, which read this when tqdm is imported; ours are `prefopt.report.progress`.
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
     try:
         with _logs_on_stderr():
             command()

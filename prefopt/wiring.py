@@ -23,6 +23,7 @@ from prefopt.model.distributed import (
     gathered_state,
     process_group_options,
 )
+from prefopt.model.extensions import compiling
 from prefopt.model.layouts import build_logp_model, build_score_model
 from prefopt.model.load import (
     LoadedPolicy,
@@ -292,7 +293,9 @@ def _prepared(wiring: _Wiring, module: Module) -> tuple[Any, Any]:
     """The wrapped model and optimizer."""
     settings = wiring.recipe.train
     configure_deepspeed(wiring.accelerator, settings.max_grad_norm)
-    return wiring.accelerator.prepare(module, build_optimizer(module, settings))
+    optimizer = build_optimizer(module, settings)
+    with compiling(wiring.accelerator):
+        return wiring.accelerator.prepare(module, optimizer)
 
 
 def save_verified(

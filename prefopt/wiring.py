@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 
 from prefopt.data import DataBundle, PromptSet
 from prefopt.data.groups import GroupSource
-from prefopt.errors import ConfigError, DataError
+from prefopt.errors import ConfigError
 from prefopt.model.adapters import save_final
 from prefopt.model.distributed import (
     check_launch,
@@ -53,9 +53,10 @@ from prefopt.rollouts.setup import (
     load_run_data,
     most_group_tokens,
 )
-from prefopt.rollouts.statistics import time_split
+from prefopt.rollouts.statistics import say_time_split
 from prefopt.storage.cache import atomic_write
-from prefopt.storage.run_files import METRICS_FILE, RUN_FILE, read_metrics, read_run
+from prefopt.storage.run_files import METRICS_FILE, RUN_FILE, read_run
+from prefopt.training.best import Best
 from prefopt.training.checkpoint import find_checkpoint, oldest_checkpoint, writing
 from prefopt.training.draws import build_draw, check_labels
 from prefopt.training.generation_probe import build_probe
@@ -143,15 +144,8 @@ def _run(
     accelerator.wait_for_everyone()
     result = trainer.train()
     if accelerator.is_main_process and recipe.has_rollouts:
-        _say_time_split(run_dir / METRICS_FILE)
+        say_time_split(run_dir / METRICS_FILE)
     return result
-
-
-def _say_time_split(path: Path) -> None:
-    try:
-        logger.info("%s", time_split(read_metrics(path)))
-    except DataError as error:  # somebody edits the file: the weights are yet to be saved
-        logger.warning("%s", error)
 
 
 def build_trainer(
@@ -199,6 +193,7 @@ def build_trainer(
         importance_cap=None if recipe.rollouts is None else recipe.rollouts.importance_cap,
         eval_every=recipe.eval.every,
         probe=build_probe(recipe, policy, tokenizer, eval_source, accelerator),
+        best=None if recipe.eval.best is None else Best(recipe.eval.best, accelerator),
     )
 
 

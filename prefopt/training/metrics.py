@@ -26,6 +26,9 @@ from prefopt.training.checkpoint import writing
 
 logger = logging.getLogger(__name__)
 
+LOSSES = ("loss/pairs", "loss/nll", "loss/samples")
+"""The means whose sum is minimised; a window that had anything to learn from has one of them."""
+
 
 class MeanMeter:
     """Sums and counts by name, held on one device until `reduce`.

@@ -47,9 +47,11 @@ def open_models(settings: EvalSettings) -> Models:
 def resolve_run(section: ModelSection) -> ModelSection:
     """``section`` with a run directory replaced by the policy that it ended with (``final``).
 
-    Its recipe's chat template and tokenizer are already in there. A checkpoint is named by its own path.
+    Its recipe's chat template and tokenizer are already in there, and the code of its model is run as the run did.
+    A checkpoint is named by its own path.
     Raises: ModelError for a run that has not ended.
     """
+    section = section.model_copy(update=run_trust(section))
     directory = Path(section.path).expanduser()
     if not (directory / RUN_FILE).is_file():
         return section
@@ -60,6 +62,13 @@ def resolve_run(section: ModelSection) -> ModelSection:
             "checkpoints' adapter or model directories"
         )
     return section.model_copy(update={"path": str(final)})
+
+
+def run_trust(section: ModelSection) -> dict[str, Any]:
+    """Whether the code of a run's model is run: as asked, or as the run did."""
+    model = (run_recipe(section.path) or {}).get("model") or {}
+    trusted = section.trust_remote_code or bool(model.get("trust_remote_code"))
+    return {"trust_remote_code": trusted}
 
 
 def run_recipe(path: str) -> dict[str, Any] | None:

@@ -59,6 +59,7 @@ from prefopt.storage.run_files import METRICS_FILE, RUN_FILE, read_run
 from prefopt.training.best import Best
 from prefopt.training.checkpoint import find_checkpoint, oldest_checkpoint, writing
 from prefopt.training.draws import build_draw, check_labels
+from prefopt.training.ending import check_ending
 from prefopt.training.generation_probe import build_probe
 from prefopt.training.optimizer import build_optimizer
 from prefopt.training.regimes import OfflineRegime
@@ -92,6 +93,7 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     accelerator = _accelerator(recipe)
     policy = load_trained(recipe, tokenizer)
     check_vocabulary(policy.model, tokenizer)
+    check_ending(recipe, policy, tokenizer, accelerator)
     trainer = build_trainer(
         recipe, data.train, data.eval, policy, accelerator,
         prompts=data.prompts, tokenizer=tokenizer,

@@ -53,7 +53,7 @@ def reading(
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror or problem}. {advice}") from problem
     except SHAPE_ERRORS as problem:
-        raise error(f"{path}: is not {what}: {in_words(problem)}. {advice}") from problem
+        raise error(f"{path}: is not {what} as written: {in_words(problem)}. {advice}") from problem
 
 
 def in_words(problem: Exception) -> str:
@@ -150,15 +150,22 @@ def log_rows(
     keys: Mapping[str, Kind],
     advice: str,
     error: type[PrefoptError] = DataError,
-) -> Iterator[tuple[LogLine, dict[str, Any]]]:
-    """`log_lines` with their objects. Raises: ``error`` with file and line for what is none, or lacks a key."""
+    *,
+    first: Mapping[str, Kind] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The objects of `log_lines`. Raises: ``error`` with file and line for what is none, or lacks a key.
+
+    Args:
+        keys: what each must hold, as of `as_object`.
+        first: what the first line must hold instead.
+    """
     try:
         for line in log_lines(path):
             try:
-                row = line.row(keys)
+                row = line.row(first if first is not None and line.number == 1 else keys)
             except UnreadableError as problem:
                 raise error(f"{path}:{line.number}: {problem}. {advice}") from problem
-            yield line, row
+            yield row
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror or problem}. {advice}") from problem
 

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from prefopt.errors import ModelError, TrainingError
 from prefopt.storage.cache import atomic_directory
+from prefopt.storage.checksums import check_weights, write_sums
 from prefopt.storage.model_files import ADAPTER_CONFIG, BASE_FILE, shard_names
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def save_final(
         else:
             save_full(model, staging, state_dict)
         tokenizer.save_pretrained(staging)
+        write_sums(staging)
 
 
 def save_adapter(
@@ -266,6 +268,7 @@ def load_saved_adapter(base: PreTrainedModel, directory: Path, *, trainable: boo
 
     Raises: ModelError if the adapter is damaged, or its shapes or names are those of another base.
     """
+    check_weights(directory)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(

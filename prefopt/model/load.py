@@ -30,6 +30,7 @@ from prefopt.model.source import (
 )
 from prefopt.recipe.peft_config import peft_config
 from prefopt.recipe.schema import ModelSection, PeftSection
+from prefopt.storage.checksums import check_weights
 from prefopt.storage.model_files import ADAPTER_CONFIG, BASE_FILE
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -167,6 +168,7 @@ def load_base(
         options["revision"] = source.revision or "main"
     if model.quantization is not None:
         options |= _quantization_options(model)
+    check_weights(source.directory)
     config = load_config(source, trust_remote_code=model.trust_remote_code)
     try:
         if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):

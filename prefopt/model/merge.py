@@ -16,6 +16,7 @@ from prefopt.model.load import load_policy, load_tokenizer
 from prefopt.model.rehearsal import rehearse_saving
 from prefopt.model.source import load_config, resolve_source
 from prefopt.recipe.schema import ModelSection
+from prefopt.storage.checksums import write_sums
 from prefopt.storage.model_files import ADAPTER_CONFIG
 from prefopt.storage.run_files import RUN_FILE, read_run
 
@@ -61,6 +62,7 @@ def merge_adapter(source: Path, output: Path, *, trust_remote_code: bool = False
     with staged(output) as staging:
         save_full(merged, staging, None)
         tokenizer.save_pretrained(staging)
+        write_sums(staging)
     log.info(
         "merged %s into %s: logits agree to %.1e of the largest (fp32)", adapter, output, error
     )

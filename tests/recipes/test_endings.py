@@ -143,11 +143,13 @@ def garden(inputs: Path, tmp_path: Path) -> Path:
 def test_a_run_on_code_of_its_own_is_merged_saved_and_evaluated_as_it_was_trained(
     command: Prefopt, inputs: Path, tmp_path: Path, garden: Path
 ) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", garden, inputs / "pairs.jsonl",
-                          model={"trust_remote_code": True}, train={"num_epochs": 1})  # fmt: skip
-    said = command.refuses("train", recipe, "model.trust_remote_code=false", code=1)
+    recipe = write_recipe(
+        tmp_path / "r.yaml", garden, inputs / "pairs.jsonl", train={"num_epochs": 1}
+    )
+    trust = "model.trust_remote_code=true"
+    said = command.refuses("train", recipe, code=1)
     assert "comes with code of its own. Read it, and where you trust it set model.trust" in said
-    assert command("train", recipe)[0] == 0
+    assert command("train", recipe, trust)[0] == 0
     run, merged = tmp_path / "run", tmp_path / "merged"
     code, said = command("merge", run, "--output", merged)
     assert code == 0, said
@@ -161,7 +163,7 @@ def test_a_run_on_code_of_its_own_is_merged_saved_and_evaluated_as_it_was_traine
               f"tasks.pair_accuracy.data={inputs / 'pairs.jsonl'}")  # fmt: skip
     code, said = command(*judged)
     assert code == 0, said
-    full = (recipe, "peft=null", f"run.output_dir={tmp_path / 'full'}")
+    full = (recipe, trust, "peft=null", f"run.output_dir={tmp_path / 'full'}")
     code, said = command("train", *full)
     assert code == 0, said
     assert (tmp_path / "full" / "final" / "garden.py").is_file()
@@ -184,3 +186,36 @@ def test_an_adapter_whose_base_is_gone_says_which_and_what_to_do(
     assert f"set base_model_name_or_path in {final / 'adapter_config.json'} to where it" in said
     edit(final / "adapter_config.json", base_model_name_or_path=str(tmp_path / "moved"))
     assert command(*merge)[0] == 0
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_flipped_byte_in_the_result_is_noticed_wherever_it_is_loaded(
+    command: Prefopt, inputs: Path, tmp_path: Path, tuning: str
+) -> None:
+    """safetensors loads it without a word; a settings file may be edited."""
+    recipe = write_recipe(
+        tmp_path / "r.yaml", inputs / "model", inputs / "pairs.jsonl", train={"num_epochs": 1}
+    )
+    assert command("train", recipe, *([] if tuning == "lora" else ["peft=null"]))[0] == 0
+    final = tmp_path / "run" / "final"
+    again = (
+        "train",
+        recipe,
+        f"model.path={final}",
+        "peft=null",
+        f"run.output_dir={tmp_path / 'b'}",
+    )
+    edit(final / "tokenizer_config.json", added="by hand")
+    assert command(*again)[0] == 0
+    shutil.rmtree(tmp_path / "b")
+    (weights,) = final.glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    merge = ("merge", final, "--output", tmp_path / "merged")
+    for words in (again, merge) if tuning == "lora" else (again,):
+        said = command.refuses(*words, code=1)
+        assert f"{final}: {weights.name} is not what was written: its bytes changed" in said
+        assert "delete prefopt_files.json where they were changed on purpose" in said
+    (final / "prefopt_files.json").unlink()
+    assert command(*again)[0] == 0

@@ -22,6 +22,7 @@ from prefopt.model.source import (
     resolve_source,
 )
 from prefopt.recipe.schema import VllmKeys
+from prefopt.storage.checksums import check_weights
 from prefopt.storage.model_files import read_adapter_config
 
 
@@ -34,6 +35,8 @@ def served_model(section: VllmKeys, task: Task) -> ServedModel:
         rank = _rank_in_training(section.name, task.training)
         dtype = str(unwrap_causal_lm(task.training.policy.model).dtype).removeprefix("torch.")
     else:
+        for directory in (source.directory, *source.adapters):  # vLLM looks at no checksum
+            check_weights(directory)
         config = _saved_config(task, source)
         rank = _saved_rank(section.name, task, source)
         own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from data_pipelines.base import Dropped, Place, StageSettings
-from data_pipelines.manifest import digest
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, prompt_text, responses_of
 from data_pipelines.shards import in_shards
@@ -21,6 +20,7 @@ from prefopt.errors import DataError
 from prefopt.recipe.schema import ModelSection, NoEffect
 from prefopt.recipe.yaml_file import Document, KeyPath
 from prefopt.report.progress import Bar
+from prefopt.storage.reading import digest
 
 if TYPE_CHECKING:
     from prefopt.values.features import FrozenReference, StoredStates

@@ -164,7 +164,8 @@ class PreferenceTrainer:
             return self.regime.step
         step = self.best.result_step(self.regime.step, self.regime.num_steps)
         if step != self.regime.step:
-            self.checkpoints.load(self.checkpoints.path_of(step))
+            path = self.checkpoints.path_of(step)
+            self.checkpoints.load(self.checkpoints.intact(path, step_back=False))
         return step
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -20,8 +21,8 @@ _IMPORTED = [
     "transformers.models.llama.modeling_llama",
     "data_pipelines.runner",
     "data_pipelines.show",
-    "deepspeed",
     "openai",
+    *(["deepspeed"] if find_spec("deepspeed") else []),
 ]
 CONTEXT.set_forkserver_preload(_IMPORTED)
 

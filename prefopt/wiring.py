@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -33,6 +34,7 @@ from prefopt.model.load import (
 )
 from prefopt.model.logps import LogpModel, unwrap_causal_lm
 from prefopt.model.micro_batches import SplitLimits, longest_row_tokens
+from prefopt.model.precision import keeps_masters, refuse_half, with_precision
 from prefopt.model.reward_model import load_reward_model
 from prefopt.model.scores import ScoreModel
 from prefopt.recipe.checks import check
@@ -88,8 +90,9 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     objective = run_objective(recipe)
     if objective.reads_samples and data.train is not None and not recipe.has_rollouts:
         check_labels(recipe.data, objective, data.train)  # before a model is loaded in vain
+    recipe = with_precision(recipe, has_cuda=torch.cuda.is_available())
     accelerator = _accelerator(recipe)
-    policy = load_trained(recipe, tokenizer)
+    policy = load_trained(recipe, tokenizer, masters=not keeps_masters(accelerator))
     check_vocabulary(policy.model, tokenizer)
     trainer = build_trainer(
         recipe, data.train, data.eval, policy, accelerator,
@@ -114,12 +117,18 @@ def run_objective(recipe: Recipe) -> BoundObjective:
     return stage_objective(recipe.stage, **margin)
 
 
-def load_trained(recipe: Recipe, tokenizer: Any) -> LoadedPolicy:
-    """What the recipe trains, as it is before the first step: a policy, or a reward model."""
+def load_trained(recipe: Recipe, tokenizer: Any, *, masters: bool = True) -> LoadedPolicy:
+    """What the recipe trains, as it is before the first step: a policy, or a reward model.
+
+    Args:
+        masters: hold it in float32 (`prefopt.model.precision`); False where the launch does.
+    """
     model, peft, seed = recipe.model, recipe.peft, recipe.train.seed
     if recipe.stage == "reward_model":
-        return load_reward_model(model, peft, seed=seed, pad_token_id=tokenizer.pad_token_id)
-    return load_policy(model, peft, seed=seed)
+        return load_reward_model(
+            model, peft, seed=seed, pad_token_id=tokenizer.pad_token_id, masters=masters
+        )
+    return load_policy(model, peft, seed=seed, masters=masters)
 
 
 def _run(
@@ -289,6 +298,7 @@ def _wire_rollouts(
 def _prepared(wiring: _Wiring, module: Module) -> tuple[Any, Any]:
     """The wrapped model and optimizer."""
     settings = wiring.recipe.train
+    refuse_half(module, masters_kept=keeps_masters(wiring.accelerator))
     configure_deepspeed(wiring.accelerator, settings.max_grad_norm)
     return wiring.accelerator.prepare(module, build_optimizer(module, settings))
 
@@ -308,7 +318,7 @@ def save_verified(
     if accelerator.is_main_process:
         assert state is not None
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        save_final(policy.model, tokenizer, directory, state_dict=state)
+        save_final(policy.model, tokenizer, directory, state_dict=policy.to_save(state))
         logger.info("saved and verified %s", directory)
     accelerator.wait_for_everyone()
 
@@ -339,7 +349,8 @@ def _longest_wait_s(recipe: Recipe) -> float:
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
-    precision = "no" if recipe.train.precision == "fp32" else recipe.train.precision
+    precision = recipe.train.precision
+    precision = "no" if precision in ("fp32", "auto") else precision
     try:
         accelerator = Accelerator(
             mixed_precision=precision,

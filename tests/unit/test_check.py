@@ -121,6 +121,25 @@ def test_a_sound_recipe_passes_offline_and_says_what_it_took_on_trust(recipe_fil
         ),
         (["train.max_steps=5", "train.num_epochs=2"], "train.num_epochs = 2.0", "max_steps = 5"),
         (["eval.every=5"], "eval.every = 5", "nothing to evaluate on"),
+        (
+            ["data.eval_frac=0.1", "eval.best={metric: eval/loss/total, mode: min}"],
+            "eval.best.metric = 'eval/loss/total'",
+            "no best to find",
+        ),
+        (
+            ["eval={every: 5, generation: {}, best: {metric: eval/loss/total, mode: min}}"],
+            "eval.best.metric = 'eval/loss/total'",
+            "of held-out rows",
+        ),
+        (
+            [
+                "data.eval_frac=0.1",
+                "eval.every=5",
+                "eval.best={metric: eval/generation/reward, mode: max}",
+            ],
+            "eval.best.metric = 'eval/generation/reward'",
+            "Add eval.generation",
+        ),
         (["train.resume=nowhere"], "train.resume = 'nowhere'", "no such checkpoint"),
         (
             ["data.max_prompt_tokens=2048"],

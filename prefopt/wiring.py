@@ -32,15 +32,15 @@ from prefopt.model.load import (
     load_policy,
     load_tokenizer,
 )
-from prefopt.model.logps import LogpModel, unwrap_causal_lm
-from prefopt.model.micro_batches import SplitLimits, longest_row_tokens
+from prefopt.model.logps import LogpModel
+from prefopt.model.micro_batches import longest_row_tokens, split_limits
 from prefopt.model.precision import keeps_masters, refuse_half, with_precision
 from prefopt.model.reward_model import load_reward_model
 from prefopt.model.scores import ScoreModel
 from prefopt.recipe.checks import check
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.registry import BoundObjective, stage_objective
-from prefopt.recipe.schema import DEFAULT_MICRO_BATCH_TOKENS, Recipe, TrainSection
+from prefopt.recipe.schema import Recipe
 from prefopt.reference.base import Reference
 from prefopt.reference.choose import (
     live_reference,
@@ -230,7 +230,7 @@ def _wire_offline(wiring: _Wiring, module: Module) -> _Wired:
     settings, source, held_out = recipe.train, wiring.train_source, wiring.eval_source
     assert source is not None  # the check has seen to it
     longest = longest_row_tokens(source, module.packed)
-    limits = _split_limits(settings, module, longest, accelerator)
+    limits = split_limits(settings, module, longest, accelerator.device)
     draw = None
     if wiring.objective.reads_samples:
         draw = build_draw(recipe.data.sampling, wiring.objective, source)
@@ -270,7 +270,7 @@ def _wire_rollouts(
     needed = most_group_tokens(recipe, wiring.objective, prompts, packed=module.packed)
     sources = [s for s in (wiring.train_source, wiring.eval_source) if s is not None]
     longest = max([needed, *(longest_row_tokens(source, module.packed) for source in sources)])
-    limits = _split_limits(recipe.train, module, longest, accelerator)
+    limits = split_limits(recipe.train, module, longest, accelerator.device)
     check_group_tokens(longest, limits)
     outside = None
     if wiring.objective.needs_reference and recipe.reference_name == "model":
@@ -323,22 +323,6 @@ def save_verified(
         save_final(policy.model, tokenizer, directory, state_dict=policy.to_save(state))
         logger.info("saved and verified %s", directory)
     accelerator.wait_for_everyone()
-
-
-def _split_limits(
-    settings: TrainSection, module: Module, longest: int, accelerator: Accelerator
-) -> SplitLimits:
-    """The recipe's bounds on one forward, or the device's defaults, never below the longest row."""
-    tokens = settings.micro_batch_tokens
-    if tokens is None:
-        tokens = DEFAULT_MICRO_BATCH_TOKENS
-        if accelerator.device.type == "cpu":
-            config = unwrap_causal_lm(module.model).config.get_text_config(decoder=True)
-            # Some 200 MB of activations: enough tokens to fill the cores, and no slower than more
-            # (measured with bench/offline_step.py: 2 pairs a forward against 8).
-            tokens = max(256, 2**20 // (config.num_hidden_layers * config.hidden_size))
-        tokens = max(tokens, longest)
-    return SplitLimits(tokens, settings.micro_batch_size, module.packed)
 
 
 def _longest_wait_s(recipe: Recipe) -> float:

@@ -147,14 +147,15 @@ def dtypes_go_together(recipe: Recipe, surroundings: Surroundings) -> Iterator[F
         elif not launched:
             text = f"runs under DeepSpeed and FSDP only: {half_weights(dtype)}"
             yield Finding("model.dtype", text, is_note=True)
-    if (
-        "fp16" in (precision, precision == "auto" and _HALF.get(dtype))
-        and not surroundings.has_cuda
-    ):
+    if precision == "fp16" and not surroundings.has_cuda:
         yield Finding(
             "train.precision",
-            "needs a CUDA device (float16), and this machine has none. Use bf16 or fp32, and other weights than "
-            "float16",
+            "needs a CUDA device, and this machine has none. Use bf16 or fp32",
+        )
+    elif (dtype, precision) == ("float16", "auto") and not surroundings.has_cuda:
+        yield Finding(
+            "model.dtype",
+            "trains on a CUDA device only, and this machine has none. Leave it out, or use float32",
         )
 
 

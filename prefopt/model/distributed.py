@@ -86,8 +86,9 @@ def configure_deepspeed(accelerator: Accelerator, max_norm: float | None) -> Non
     plugin = accelerator.state.deepspeed_plugin
     assert plugin is not None
     accelerator.gradient_accumulation_steps = 1
-    if accelerator.mixed_precision != "no" and plugin.zero_stage > 0:
-        # By default the gradients of a window's micro-batches add up in the weights' dtype.
+    if accelerator.mixed_precision != "no" and plugin.zero_stage >= 2:
+        # By default the gradients of a window's micro-batches add up in the weights' dtype. (Stage 1 would take
+        # another optimizer, whose checkpoints DeepSpeed's own converter does not read.)
         plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": 1,  # unused by us; DeepSpeed insists on a number

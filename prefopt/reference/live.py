@@ -78,7 +78,8 @@ class LiveReference:
         key = 0
         if self.kind == "behavior":
             key = max(self._held) if version is None else version
-            self._held = {v: w for v, w in self._held.items() if v >= key}
+            if version is not None:  # an evaluation says nothing of what is still to come
+                self._held = {v: w for v, w in self._held.items() if v >= key}
         with self._holding(self._held[key]):
             return _computed(self.model, batches, self._layout, self._device)
 

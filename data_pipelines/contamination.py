@@ -11,7 +11,8 @@ from pydantic import Field, PositiveInt
 
 from data_pipelines.near_duplicates import ngrams, words
 from data_pipelines.sketch import hash64
-from prefopt.errors import ConfigError, suggest
+from prefopt.data.rows import Refused, Reject
+from prefopt.errors import ConfigError, DataError, suggest
 from prefopt.recipe.schema import PathText, Section, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
 
@@ -142,9 +143,10 @@ def eval_prompts(each: EvalSet) -> Iterator[str]:
         {"path": each.path, "split": each.split, "columns": {"prompt": each.column}}
     )
     for row in source_rows([section], pairs=False):
-        prompt = getattr(row.found, "prompt", None)
-        if prompt is not None:
-            yield _text(prompt)
+        if not isinstance(row.found, Refused):
+            yield _text(row.found.prompt)
+        elif row.found.reason is Reject.BROKEN_TEXT:  # what cannot be read would not be looked for
+            raise DataError(f"{row.raw.where}: {row.found.detail}. Mend or remove the row")
 
 
 def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from eval.base import Example, Message
 from eval.sources import file_rows, keyed, text_key
 from prefopt.data.formats import canonical, prompt_reading, prompt_row, resolve
 from prefopt.data.readers import RawRow
-from prefopt.data.rows import Refused, Row, has_column
+from prefopt.data.rows import Refused, Row, has_column, shown
 from prefopt.data.rows import column as column_value
 from prefopt.data.sources import first_rows, open_source
 from prefopt.errors import ConfigError, DataError
@@ -275,8 +275,8 @@ def _number(row: RawRow, name: str) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{row.where}: column {name!r} = {value!r} is no number") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{row.where}: column {name!r} = {shown(value)} is no number") from error
     return number if math.isfinite(number) else None
 
 

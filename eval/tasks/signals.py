@@ -17,7 +17,7 @@ from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.formats import Reading, prompt_reading, prompt_row
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, column
-from prefopt.data.sources import open_source
+from prefopt.data.sources import open_source, sound_rows
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.entries import Entry
 from prefopt.recipe.load import import_plugin, validated
@@ -105,7 +105,7 @@ class Signals:
         self._signals: WeightedSignals | None = None
 
     def examples(self) -> list[Example]:
-        rows = list(open_source(self.source).rows())
+        rows = list(sound_rows(open_source(self.source).rows()))
         if not rows:
             raise DataError(f"tasks.signals.data = {self.source.path!r}: holds no rows")
         reading = prompt_reading(self.source, rows[0])

@@ -34,24 +34,31 @@ class BadJson(ValueError):
         self.position = position
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, twice: bool = False) -> Any:
     """The value of a JSON text.
+
+    Args:
+        text: with nothing but white space around the value.
+        twice: take the last of a key that is given twice: a server's habit, where nobody can mend its text.
 
     NaN and Infinity are read: Python writes them, and whoever needs a number says that they are none.
     Raises: BadJson for a syntax error, a key given twice in one object, a number that no float holds, or values
         nested deeper than `MAX_DEPTH`.
     """
-    value, end = parse_json_at(text, _skip(text, 0))
+    decoder = _LENIENT if twice else _DECODER
+    value, end = parse_json_at(text, _skip(text, 0), decoder)
     end = _skip(text, end)
     if end != len(text):
         raise BadJson("Extra data", end)
     return value
 
 
-def parse_json_at(text: str, start: int) -> tuple[Any, int]:
+def parse_json_at(
+    text: str, start: int, decoder: json.JSONDecoder | None = None
+) -> tuple[Any, int]:
     """The value that begins at ``start``, and where it ends. Raises: BadJson as `parse_json`."""
     try:
-        value, end = _DECODER.raw_decode(text, start)
+        value, end = (decoder or _DECODER).raw_decode(text, start)
     except json.JSONDecodeError as error:
         raise BadJson(error.msg, error.pos) from error
     except RecursionError as error:
@@ -137,6 +144,7 @@ def _float(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer, parse_float=_float)
+_LENIENT = json.JSONDecoder(parse_int=_integer, parse_float=_float)
 
 
 def _skip(text: str, start: int) -> int:

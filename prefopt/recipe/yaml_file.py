@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import ConfigError
-from prefopt.recipe.yaml_values import KeyPath, one_line, parse_yaml
+from prefopt.recipe.yaml_values import KeyPath, is_text, one_line, parse_yaml
 
 _SHOWN = 200
 _MOST_DIGITS = 10
@@ -81,7 +81,7 @@ def apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
     problems = list(document.problems)
     for item in overrides:
         key, equals, value = item.partition("=")
-        if not equals or not all(key.split(".")):
+        if not equals or not all(key.split(".")) or not is_text(key):
             problems.append(
                 f"override {_shown(item)}: must be section.key=value, e.g. train.learning_rate=8e-7"
             )

@@ -85,6 +85,11 @@ def dump_yaml(values: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def is_text(text: str) -> bool:
+    """Whether a name can be written at all: no NUL, no half of a surrogate pair."""
+    return _UNPRINTABLE.search(text) is None
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 

@@ -55,6 +55,7 @@ from prefopt.rollouts.setup import (
 )
 from prefopt.rollouts.statistics import time_split
 from prefopt.storage.cache import atomic_write
+from prefopt.training.best import Best
 from prefopt.training.checkpoint import find_checkpoint, oldest_checkpoint, writing
 from prefopt.training.draws import build_draw, check_labels
 from prefopt.training.generation_probe import build_probe
@@ -191,6 +192,7 @@ def build_trainer(
         importance_cap=None if recipe.rollouts is None else recipe.rollouts.importance_cap,
         eval_every=recipe.eval.every,
         probe=build_probe(recipe, policy, tokenizer, eval_source, accelerator),
+        best=None if recipe.eval.best is None else Best(recipe.eval.best, accelerator),
     )
 
 

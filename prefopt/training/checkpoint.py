@@ -51,6 +51,8 @@ class Checkpoints:
         self.root = root
         self.accelerator = accelerator
         self.keep = keep
+        self.kept_step: int | None = None
+        """A checkpoint to keep beside the newest ones."""
         if accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             accelerator.register_save_state_pre_hook(_keep_trainable)
             accelerator.register_load_state_pre_hook(_load_trainable)
@@ -124,6 +126,10 @@ class Checkpoints:
                 "another run.output_dir to start afresh"
             )
 
+    def path_of(self, step: int | None) -> Path:
+        """Where the checkpoint of ``step`` is, or would be."""
+        return self.root / f"step-{step}"
+
     def newest(self) -> Path | None:
         """The complete checkpoint with the highest step, or None."""
         found = _complete(self.root)
@@ -137,7 +143,8 @@ class Checkpoints:
     def _prune(self) -> None:
         if self.accelerator.is_main_process:
             for path in _complete(self.root)[: -self.keep]:
-                shutil.rmtree(path, ignore_errors=True)
+                if path != self.path_of(self.kept_step):
+                    shutil.rmtree(path, ignore_errors=True)
 
     @property
     def _deepspeed(self) -> bool:

@@ -20,6 +20,9 @@ from prefopt.model.distributed import sum_over_processes
 from prefopt.storage.cache import atomic_write
 from prefopt.training.checkpoint import writing
 
+LOSSES = ("loss/pairs", "loss/nll", "loss/samples")
+"""The means whose sum is minimised; a window that had anything to learn from has one of them."""
+
 
 class MeanMeter:
     """Sums and counts by name, held on one device until `reduce`.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from eval.base import Example, Message
-from eval.sources import file_rows, keyed, text_key
+from eval.sources import file_rows, keyed, source_at, text_key
 from prefopt.data.formats import canonical, prompt_reading, prompt_row, resolve
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, Row, has_column, shown
@@ -53,9 +53,8 @@ def source_section(
 
     Raises: ConfigError for a key that is no column.
     """
-    return SourceSection(
-        path=data, format=format, columns=column_map(task, columns or {}), split=split
-    )
+    read_by = {"format": format, "columns": column_map(task, columns or {}), "split": split}
+    return source_at(f"tasks.{task}.data", path=data, **read_by)
 
 
 def option_sections(

@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from eval.base import Answer, Conversations, Decoding, Example, Judgments, Metric, Row, Summary
 from eval.registry import task
-from eval.sources import keyed, text_key
+from eval.sources import keyed, source_at, text_key
 from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.formats import Reading, prompt_reading, prompt_row
 from prefopt.data.readers import RawRow
@@ -88,7 +88,8 @@ def signals(
     if problems or found.value is None:
         raise ConfigError(problems)
     columns = ColumnMap(prompt=prompt, system=system, id=id)
-    source = SourceSection(path=data, split=split, subset=subset, format=format, columns=columns)
+    read_by = {"split": split, "subset": subset, "format": format, "columns": columns}
+    source = source_at("tasks.signals.data", path=data, **read_by)
     decoding = Decoding(max_new_tokens, temperature=temperature, num_samples=samples)
     return Signals(source, found.value.signals, decoding)
 

@@ -36,12 +36,16 @@ REQUIREMENTS = {
 }
 
 
+_SHOWN = 200
+
+
 def show_value(value: Any) -> str:
     """A value as YAML would have it, for ``key = value``."""
     try:
-        return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else repr(value)
+        text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     except TypeError:
-        return repr(value)
+        text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 @dataclass(frozen=True)

@@ -174,3 +174,30 @@ def test_through_the_commands(
     path.write_text(text)
     assert main([*command, str(path)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("a" * 5000, "no file has a name that long"),
+        ("x/" * 3000, "no file has a name that long"),
+        ("~nobody-of-that-name/x", "this machine has no user of that name"),
+        ("", "must be a path, and is empty"),
+    ],
+)
+@pytest.mark.parametrize(
+    "key", ["model.path", "data.train.0.path", "train.resume", "run.output_dir", "plugins.0"]
+)
+def test_a_path_that_no_file_system_can_look_up_is_a_config_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], path: str, said: str, key: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {path: m}\ndata: {train: [{path: p.jsonl}]}\nobjective: {name: dpo}\n"
+        "train: {learning_rate: 1e-6}\nrun: {output_dir: out}\nplugins: [x]\n"
+    )
+    assert main(["check", str(recipe), f"{key}='{path}'"]) == 2
+    found = capsys.readouterr().err
+    assert f"{key} = {path[:30]!r}"[:-1] in found
+    assert said in found or key == "plugins.0"
+    assert main(["eval", "score", "pair_accuracy", str(recipe), f"data='{path}'"]) in (1, 2)

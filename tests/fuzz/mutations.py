@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 T = TypeVar("T")
 
 FEW, MANY = 200, 20_000
-"""Inputs of a test that takes a second or two, and of its slow twin."""
+"""Inputs of a reader in `make test`, and in `make test-all`."""
 _STEPS = 3_000_000
 """Calls of a reader over one small file; a file of the size is read in some thousands."""
 
@@ -144,8 +144,13 @@ def steps(most: int = _STEPS) -> Iterator[None]:
         sys.setprofile(before)
 
 
-def fuzzed(strategy: st.SearchStrategy[T], check: Callable[[Any, T], None]) -> tuple[Any, Any]:
-    """``(test, slow twin)``: ``check(tmp_path, input)`` over few and many inputs, the same on every machine."""
+def fuzzed(
+    strategy: st.SearchStrategy[T], check: Callable[[Any, T], None], *, share: float = 1.0
+) -> tuple[Any, Any]:
+    """``(test, slow twin)``: ``check(tmp_path, input)`` over few and many inputs, the same on every machine.
+
+    Args: ``share``: of a reader's inputs, where several tests have one each.
+    """
 
     def made(most: int) -> Any:
         @settings(
@@ -154,12 +159,12 @@ def fuzzed(strategy: st.SearchStrategy[T], check: Callable[[Any, T], None]) -> t
         )  # fmt: skip
         @given(data=strategy)
         def test(tmp_path_factory: pytest.TempPathFactory, data: T) -> None:
-            _COUNTED[:] = [True] * (most == MANY)
+            _COUNTED[:] = [True] * (most > FEW)
             check(_folder(tmp_path_factory), data)
 
         return test
 
-    return made(FEW), pytest.mark.slow(made(MANY))
+    return made(round(share * FEW)), pytest.mark.slow(made(round(share * MANY)))
 
 
 _COUNTED: list[bool] = []

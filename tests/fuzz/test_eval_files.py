@@ -81,4 +81,4 @@ CASE = st.sampled_from(sorted(ROWS)).flatmap(
         ),
     )
 )
-test_published, test_many_published = fuzzed(CASE, check)
+test_published, test_many_published = fuzzed(CASE, check, share=0.5)

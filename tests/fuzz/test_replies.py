@@ -150,7 +150,7 @@ def bodies(values: list[Any]) -> st.SearchStrategy[bytes]:
 
 
 KEPT: list[Any] = [vars(Reply("yes", "stop", 3, 4, top_logprobs={"y": -0.1}))]
-test_chats, test_many_chats = fuzzed(bodies(CHATS), check_chat)
-test_cached, test_many_cached = fuzzed(bodies(KEPT), check_cached)
-test_judged, test_many_judged = fuzzed(cases(CHATS), check_judged)
-test_served, test_many_served = fuzzed(cases(SERVED), check_served)
+test_chats, test_many_chats = fuzzed(bodies(CHATS), check_chat, share=0.3)
+test_cached, test_many_cached = fuzzed(bodies(KEPT), check_cached, share=0.1)
+test_judged, test_many_judged = fuzzed(cases(CHATS), check_judged, share=0.3)
+test_served, test_many_served = fuzzed(cases(SERVED), check_served, share=0.3)

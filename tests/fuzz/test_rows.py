@@ -139,5 +139,5 @@ ROWS = st.tuples(
     st.lists(st.one_of(mutated_value(PAIRS), st.sampled_from(PAIRS)), min_size=1, max_size=3),
     st.sampled_from(FORMATS),
 )
-test_files, test_many_files = fuzzed(FILE, check_file)
-test_values, test_many_values = fuzzed(ROWS, check_rows)
+test_files, test_many_files = fuzzed(FILE, check_file, share=0.5)
+test_values, test_many_values = fuzzed(ROWS, check_rows, share=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ VALUES = [read_yaml(path).raw for path in PATHS if path.stat().st_size < 1400]
 OVERRIDES = [
     b"train.seed=1", b"data.train.0.path=x.jsonl", b"objective={name: dpo, beta: 0.1}", b"stages.0.keep=[a]",
     b"train.learning_rate=1e-6", b"model.path=null", b"peft={r: 8}",
+    b"tasks.gsm8k.data=x.jsonl",
 ]  # fmt: skip
 
 
@@ -32,20 +34,25 @@ def validate(document: Document) -> None:
     # plugins are user code, which a fuzzer must not find by chance
     raw = {key: value for key, value in document.raw.items() if key != "plugins"}
     document = Document(raw, document.origins, document.problems)
-    problems = list(draft_document(document, Path("recipe.yaml")).problems)
-    problems += validated(ScheduleSettings, raw, document).problems
-    for parse in (parse_pipeline, validated_settings_of):
-        try:
-            parse(document, Path("x.yaml"))
-        except ConfigError as error:
-            problems += error.problems
-    for problem in problems:
-        problem.encode()
-        assert "Traceback" not in problem
+    try:
+        for problem in _problems(document):
+            problem.encode()
+    except ConfigError as error:
+        str(error).encode()
 
 
-def validated_settings_of(document: Document, path: Path) -> None:
-    validated_settings(EvalSettings, document, path)
+def _problems(document: Document) -> Sequence[str]:
+    """Of the kind of file that it looks like."""
+    raw, path = document.raw, Path("x.yaml")
+    if "stages" in raw:
+        parse_pipeline(document, path)
+    elif "steps" in raw:
+        return validated(ScheduleSettings, raw, document).problems
+    elif "tasks" in raw:
+        validated_settings(EvalSettings, document, path)
+    else:
+        return draft_document(document, path).problems
+    return ()
 
 
 def check_text(folder: Path, data: bytes) -> None:
@@ -81,12 +88,13 @@ def check_overrides(folder: Path, case: tuple[list[bytes], dict[str, Any]]) -> N
         validate(document)
 
 
-test_texts, test_many_texts = fuzzed(mutated_bytes(TEXTS), check_text)
-test_values, test_many_values = fuzzed(mutated_value(VALUES), check_value)
+test_texts, test_many_texts = fuzzed(mutated_bytes(TEXTS), check_text, share=0.5)
+test_values, test_many_values = fuzzed(mutated_value(VALUES), check_value, share=0.25)
 test_overrides, test_many_overrides = fuzzed(
     st.tuples(
         st.lists(mutated_bytes(OVERRIDES), min_size=1, max_size=2),
         st.sampled_from([VALUES[0], VALUES[-1], {}]),
     ),
     check_overrides,
+    share=0.25,
 )

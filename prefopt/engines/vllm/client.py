@@ -69,7 +69,7 @@ class ServerClient:
         """Does it answer ``/health``?"""
         try:
             return self._http.get("/health", timeout=timeout_s).status_code == 200
-        except (httpx2.TransportError, OSError):
+        except (httpx2.RequestError, OSError):
             return False
 
     def model(self, deadline: float) -> ModelCard:

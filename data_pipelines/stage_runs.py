@@ -12,7 +12,7 @@ from typing import IO, Any
 from data_pipelines.base import Dropped, Place, StageSettings, Tally
 from data_pipelines.executors import Executor
 from data_pipelines.folder import StageFolder, dropped_line
-from data_pipelines.manifest import read_record, write_record
+from data_pipelines.manifest import write_record
 from data_pipelines.pipeline import BoundStage, PipelineSettings
 from data_pipelines.rows import Row, require_columns
 from data_pipelines.shard_work import Job, Made, Order
@@ -63,7 +63,7 @@ def run_map(
 
 
 def _part_record(folder: StageFolder, number: int) -> dict[str, Any] | None:
-    record = read_record(folder.shard_record(number))
+    record = folder.made(number)
     return record if record is not None and record["file"] == shard_name(number) else None
 
 

@@ -132,9 +132,15 @@ def _refuse_changes(task: Task) -> None:
     """Raises ConfigError if a step that has begun would now be another one."""
     if not task.file.is_file():
         return
-    was = read_yaml(task.file)
-    if was.problems:
-        raise ConfigError(was.problems, source=str(task.file))
+    try:
+        was = read_yaml(task.file)
+    except ConfigError as error:
+        problems = error.problems
+    else:
+        problems = list(was.problems)
+    if problems:
+        advice = "Restore it, or delete it: the step then begins with what the schedule says"
+        raise ConfigError([f"{problem}. {advice}" for problem in problems], source=str(task.file))
     again = task.place.folder if task.place.turns else f"{task.file} and {task.output}"
     problems = [
         f"{task.title} has begun with another {task.file.name}: {change}. Put it back, or take another "

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.models import run_condition, run_recipe
+from eval.models import run_condition, run_recipe, run_trust
 from eval.settings import EvalSettings
 from prefopt.errors import ModelError
 from prefopt.recipe.schema import ModelSection
@@ -39,7 +39,9 @@ def evaluate_checkpoints(settings: EvalSettings, names: Sequence[str], output: P
             policy = _policy(run_dir, checkpoint, folder / POLICY_FOLDER)
             logger.info("step %d: %s", step, policy)
             update = {
-                "model": settings.model.model_copy(update={"path": str(policy)}),
+                "model": settings.model.model_copy(
+                    update={"path": str(policy), **run_trust(settings.model)}
+                ),
                 "baseline": settings.baseline or start_of(run_dir),
             }
             print_results(
@@ -71,7 +73,9 @@ def start_of(run_dir: Path) -> ModelSection | None:
     if recipe is None or recipe.get("peft") is not None:
         return None
     model = recipe["model"]
-    return ModelSection(path=model["path"], revision=model.get("revision"))
+    section = ModelSection(path=model["path"], revision=model.get("revision"))
+    trusted = bool(model.get("trust_remote_code"))
+    return section.model_copy(update={"trust_remote_code": trusted})
 
 
 def _policy(run_dir: Path, checkpoint: Path, folder: Path) -> Path:

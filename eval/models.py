@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,11 @@ def open_models(settings: EvalSettings) -> Models:
 def resolve_run(section: ModelSection) -> ModelSection:
     """``section`` with a run directory replaced by the policy that it ended with (``final``).
 
-    Its recipe's chat template and tokenizer are already in there. A checkpoint is named by its own path.
+    Its recipe's chat template and tokenizer are already in there, and the code of its model is run as the run did.
+    A checkpoint is named by its own path.
     Raises: ModelError for a run that has not ended.
     """
+    section = section.model_copy(update=run_trust(section))
     directory = Path(section.path).expanduser()
     if not (directory / RUN_FILE).is_file():
         return section
@@ -60,6 +63,13 @@ def resolve_run(section: ModelSection) -> ModelSection:
             "checkpoints' adapter or model directories"
         )
     return section.model_copy(update={"path": str(final)})
+
+
+def run_trust(section: ModelSection) -> dict[str, Any]:
+    """Whether the code of a run's model is run: as asked, or as the run did."""
+    model = (run_recipe(section.path) or {}).get("model") or {}
+    trusted = section.trust_remote_code or bool(model.get("trust_remote_code"))
+    return {"trust_remote_code": trusted}
 
 
 def run_recipe(path: str) -> dict[str, Any] | None:
@@ -76,6 +86,18 @@ def run_condition(path: str) -> ConditionSection | None:
         return ConditionSection.model_validate((recipe.get("data") or {}).get("condition") or {})
     except ValueError as error:
         raise ModelError(f"{path}: its {RUN_FILE} has another data.condition: {error}") from error
+
+
+def asked(
+    prompt: str | Sequence[Mapping[str, Any]], condition: ConditionSection | None
+) -> str | list[dict[str, Any]]:
+    """A prompt as the policy is asked it: with the target reward of its run, where it was trained with rewards."""
+    from prefopt.data.render import conditioned
+
+    content = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+    return (
+        content if condition is None else conditioned(content, condition.template, condition.target)
+    )
 
 
 def condition_problems(path: str, asked: ConditionSection | None) -> list[str]:

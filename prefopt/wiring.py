@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from prefopt.data import DataBundle, PromptSet
 from prefopt.data.groups import GroupSource
-from prefopt.errors import DataError
 from prefopt.launch import check_launched
 from prefopt.model.adapters import save_final
 from prefopt.model.distributed import (
     configure_deepspeed,
     gathered_state,
 )
+from prefopt.model.extensions import compiling
 from prefopt.model.layouts import build_logp_model, build_score_model
 from prefopt.model.load import (
     LoadedPolicy,
@@ -28,15 +29,16 @@ from prefopt.model.load import (
     load_policy,
     load_tokenizer,
 )
-from prefopt.model.logps import LogpModel, unwrap_causal_lm
-from prefopt.model.micro_batches import SplitLimits, longest_row_tokens
+from prefopt.model.logps import LogpModel
+from prefopt.model.micro_batches import longest_row_tokens, split_limits
+from prefopt.model.precision import keeps_masters, refuse_half, with_precision
 from prefopt.model.reward_model import load_reward_model
 from prefopt.model.scores import ScoreModel
 from prefopt.recipe.checks import check
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.registry import BoundObjective, stage_objective
 from prefopt.recipe.run_directory import FINAL
-from prefopt.recipe.schema import DEFAULT_MICRO_BATCH_TOKENS, Recipe, TrainSection
+from prefopt.recipe.schema import Recipe
 from prefopt.reference.base import Reference
 from prefopt.reference.choose import (
     live_reference,
@@ -51,12 +53,13 @@ from prefopt.rollouts.setup import (
     load_run_data,
     most_group_tokens,
 )
-from prefopt.rollouts.statistics import time_split
+from prefopt.rollouts.statistics import say_time_split
 from prefopt.storage.holder import refuse_if_held
-from prefopt.storage.run_files import METRICS_FILE, read_metrics
+from prefopt.storage.run_files import METRICS_FILE
 from prefopt.training.best import Best
 from prefopt.training.checkpoint import oldest_checkpoint, writing
 from prefopt.training.draws import build_draw, check_labels
+from prefopt.training.ending import check_ending
 from prefopt.training.generation_probe import build_probe
 from prefopt.training.optimizer import build_optimizer
 from prefopt.training.regimes import OfflineRegime
@@ -101,6 +104,7 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     objective = run_objective(recipe)
     if objective.reads_samples and data.train is not None and not recipe.has_rollouts:
         check_labels(recipe.data, objective, data.train)  # before a model is loaded in vain
+    recipe = with_precision(recipe, has_cuda=torch.cuda.is_available())
     accelerator = open_accelerator(recipe)
     with run_held(accelerator, run_dir):
         start = find_start(accelerator, recipe, data)
@@ -118,8 +122,9 @@ def _train_from(
     """Trains to the end and saves the result; an interrupt saves, says how to go on, and goes up."""
     run_dir = Path(recipe.run.output_dir)
     start_trackers(accelerator, recipe)
-    policy = load_trained(recipe, tokenizer)
+    policy = load_trained(recipe, tokenizer, masters=not keeps_masters(accelerator))
     check_vocabulary(policy.model, tokenizer)
+    check_ending(recipe, policy, tokenizer, accelerator)
     check_weights(recipe, start, policy)
     trainer = build_trainer(
         recipe, data.train, data.eval, policy, accelerator,
@@ -132,7 +137,7 @@ def _train_from(
     finally:
         trainer.close()
     if accelerator.is_main_process and recipe.has_rollouts:
-        _say_time_split(run_dir / METRICS_FILE)
+        say_time_split(run_dir / METRICS_FILE)
     if not result.finished:
         _say_how_to_go_on(accelerator, run_dir, result, trainer.regime.num_steps)
     save_verified(trainer.model, policy, tokenizer, run_dir / FINAL, accelerator)
@@ -148,12 +153,18 @@ def run_objective(recipe: Recipe) -> BoundObjective:
     return stage_objective(recipe.stage, **margin)
 
 
-def load_trained(recipe: Recipe, tokenizer: Any) -> LoadedPolicy:
-    """What the recipe trains, as it is before the first step: a policy, or a reward model."""
+def load_trained(recipe: Recipe, tokenizer: Any, *, masters: bool = True) -> LoadedPolicy:
+    """What the recipe trains, as it is before the first step: a policy, or a reward model.
+
+    Args:
+        masters: hold it in float32 (`prefopt.model.precision`); False where the launch does.
+    """
     model, peft, seed = recipe.model, recipe.peft, recipe.train.seed
     if recipe.stage == "reward_model":
-        return load_reward_model(model, peft, seed=seed, pad_token_id=tokenizer.pad_token_id)
-    return load_policy(model, peft, seed=seed)
+        return load_reward_model(
+            model, peft, seed=seed, pad_token_id=tokenizer.pad_token_id, masters=masters
+        )
+    return load_policy(model, peft, seed=seed, masters=masters)
 
 
 def _begin(
@@ -177,13 +188,6 @@ def _begin(
             data.write_rejects(run_dir / "rejects.jsonl")
     accelerator.wait_for_everyone()
     return record
-
-
-def _say_time_split(path: Path) -> None:
-    try:
-        logger.info("%s", time_split(read_metrics(path)))
-    except DataError as error:  # somebody edits the file: the weights are yet to be saved
-        logger.warning("%s", error)
 
 
 def build_trainer(
@@ -260,7 +264,7 @@ def _wire_offline(wiring: _Wiring, module: Module) -> _Wired:
     settings, source, held_out = recipe.train, wiring.train_source, wiring.eval_source
     assert source is not None  # the check has seen to it
     longest = longest_row_tokens(source, module.packed)
-    limits = _split_limits(settings, module, longest, accelerator)
+    limits = split_limits(settings, module, longest, accelerator.device)
     draw = None
     if wiring.objective.reads_samples:
         draw = build_draw(recipe.data.sampling, wiring.objective, source)
@@ -300,7 +304,7 @@ def _wire_rollouts(
     needed = most_group_tokens(recipe, wiring.objective, prompts, packed=module.packed)
     sources = [s for s in (wiring.train_source, wiring.eval_source) if s is not None]
     longest = max([needed, *(longest_row_tokens(source, module.packed) for source in sources)])
-    limits = _split_limits(recipe.train, module, longest, accelerator)
+    limits = split_limits(recipe.train, module, longest, accelerator.device)
     check_group_tokens(longest, limits)
     outside = None
     if wiring.objective.needs_reference and recipe.reference_name == "model":
@@ -330,8 +334,11 @@ def _wire_rollouts(
 def _prepared(wiring: _Wiring, module: Module) -> tuple[Any, Any]:
     """The wrapped model and optimizer."""
     settings = wiring.recipe.train
+    refuse_half(module, masters_kept=keeps_masters(wiring.accelerator))
     configure_deepspeed(wiring.accelerator, settings.max_grad_norm)
-    return wiring.accelerator.prepare(module, build_optimizer(module, settings))
+    optimizer = build_optimizer(module, settings)
+    with compiling(wiring.accelerator):
+        return wiring.accelerator.prepare(module, optimizer)
 
 
 def save_verified(
@@ -349,25 +356,9 @@ def save_verified(
     if accelerator.is_main_process:
         assert state is not None
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        save_final(policy.model, tokenizer, directory, state_dict=state)
+        save_final(policy.model, tokenizer, directory, state_dict=policy.to_save(state))
         logger.info("saved and verified %s", directory)
     accelerator.wait_for_everyone()
-
-
-def _split_limits(
-    settings: TrainSection, module: Module, longest: int, accelerator: Accelerator
-) -> SplitLimits:
-    """The recipe's bounds on one forward, or the device's defaults, never below the longest row."""
-    tokens = settings.micro_batch_tokens
-    if tokens is None:
-        tokens = DEFAULT_MICRO_BATCH_TOKENS
-        if accelerator.device.type == "cpu":
-            config = unwrap_causal_lm(module.model).config.get_text_config(decoder=True)
-            # Some 200 MB of activations: enough tokens to fill the cores, and no slower than more
-            # (measured with bench/offline_step.py: 2 pairs a forward against 8).
-            tokens = max(256, 2**20 // (config.num_hidden_layers * config.hidden_size))
-        tokens = max(tokens, longest)
-    return SplitLimits(tokens, settings.micro_batch_size, module.packed)
 
 
 def _say_how_to_go_on(

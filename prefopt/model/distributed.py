@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    broadcast_object_list,
+)
 from torch import Tensor, nn
 
 from prefopt.errors import ConfigError
@@ -84,9 +89,14 @@ def configure_deepspeed(accelerator: Accelerator, max_norm: float | None) -> Non
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
-    assert accelerator.state.deepspeed_plugin is not None
+    plugin = accelerator.state.deepspeed_plugin
+    assert plugin is not None
     accelerator.gradient_accumulation_steps = 1
-    accelerator.state.deepspeed_plugin.deepspeed_config |= {
+    if accelerator.mixed_precision != "no" and plugin.zero_stage >= 2:
+        # By default the gradients of a window's micro-batches add up in the weights' dtype. (Stage 1 would take
+        # another optimizer, whose checkpoints DeepSpeed's own converter does not read.)
+        plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": 1,  # unused by us; DeepSpeed insists on a number
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_norm or 0.0,
@@ -105,6 +115,14 @@ def max_over_processes(accelerator: Accelerator, value: float) -> float:
     gathered = accelerator.gather(torch.tensor([value], device=accelerator.device))
     assert isinstance(gathered, Tensor)
     return gathered.max().item()
+
+
+def told_by_main(accelerator: Accelerator, *values: Any) -> list[Any]:
+    """The main process's ``values`` (anything that pickles), on every process. A collective."""
+    found = list(values)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return found
 
 
 def gathered_state(

@@ -151,6 +151,8 @@ def changed_settings(
     dump = recipe.model_dump(mode="json")
     was, now = (recorded(Recipe, each, "run") for each in (record["recipe"], dump))
     passed_over = set() if strict else {*_free_length(was, now), *_unread_evaluation(was, now)}
+    if now["train"]["precision"] == "auto":  # decided once the weights are known, and compared then
+        passed_over.add("train.precision")
     for change in differences(was, now, Recipe):
         if not any(f"{change.key}.".startswith(f"{key}.") for key in passed_over):
             yield change

@@ -6,11 +6,18 @@ Against bits that flip on a disk or a network, not against people, so the hash i
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import xxhash
+
+from prefopt.errors import ModelError
+from prefopt.storage.reading import load_json, reading, sealed, unsealed
+
+SUMS_FILE = "prefopt_files.json"
+"""Beside saved weights: the checksums of what was written with them."""
 
 _BLOCK = 8 * 2**20
 
@@ -69,6 +76,30 @@ def damaged(root: Path, sums: Mapping[str, str], names: Sequence[str] | None = N
             what = "its bytes changed" if was == now else f"it has {now} bytes instead of {was}"
             problems.append(f"{name} is not what was written: {what}")
     return problems
+
+
+def write_sums(directory: Path) -> None:
+    """Writes `SUMS_FILE` over all files of ``directory``. Raises: OSError."""
+    sums = sums_of(directory, [name for name in file_names(directory) if name != SUMS_FILE])
+    text = json.dumps(sealed({"files": sums}), indent=1) + "\n"
+    (directory / SUMS_FILE).write_text(text, encoding="utf-8")
+
+
+def check_weights(directory: Path) -> None:
+    """Returns if the weights of ``directory`` are what was saved there, as far as it says so.
+
+    The weights alone: settings and chat templates are edited on purpose.
+    Raises: ModelError naming the files that are not.
+    """
+    path = directory / SUMS_FILE
+    if not path.is_file():
+        return
+    advice = f"Restore the files, or delete {SUMS_FILE} where they were changed on purpose"
+    with reading(path, "a list of checksums", advice, ModelError):
+        sums = unsealed(load_json(path, {"files": dict}))["files"]
+    weights = [name for name in sums if name.endswith((".safetensors", ".bin"))]
+    if problems := damaged(directory, sums, weights):
+        raise ModelError(f"{directory}: {'; '.join(problems[:3])}. {advice}")
 
 
 def _owner(name: str) -> int | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from prefopt.errors import DataError, PrefoptError
+from prefopt.storage import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def reading(
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror or problem}. {advice}") from problem
     except SHAPE_ERRORS as problem:
-        raise error(f"{path}: is not {what}: {in_words(problem)}. {advice}") from problem
+        raise error(f"{path}: is not {what} as written: {in_words(problem)}. {advice}") from problem
 
 
 def in_words(problem: Exception) -> str:
@@ -72,13 +73,12 @@ def parse_json(data: bytes | str) -> Any:
     if (b"\0" if isinstance(data, bytes) else "\0") in data:
         raise UnreadableError("it holds NUL bytes, as a power cut leaves them")
     try:
-        return json.loads(data if isinstance(data, str) else data.decode("utf-8"))
+        return json_text.parse_json(data if isinstance(data, str) else data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UnreadableError(f"its byte {error.start} is no UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise UnreadableError(f"it is cut or edited ({error})") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; depth
-        raise UnreadableError(in_words(error)) from error
+    except json_text.BadJson as error:
+        at = "" if error.position is None else f" at character {error.position + 1}"
+        raise UnreadableError(f"it is cut or edited: {error}{at}") from error
 
 
 def as_object(
@@ -150,15 +150,22 @@ def log_rows(
     keys: Mapping[str, Kind],
     advice: str,
     error: type[PrefoptError] = DataError,
-) -> Iterator[tuple[LogLine, dict[str, Any]]]:
-    """`log_lines` with their objects. Raises: ``error`` with file and line for what is none, or lacks a key."""
+    *,
+    first: Mapping[str, Kind] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The objects of `log_lines`. Raises: ``error`` with file and line for what is none, or lacks a key.
+
+    Args:
+        keys: what each must hold, as of `as_object`.
+        first: what the first line must hold instead.
+    """
     try:
         for line in log_lines(path):
             try:
-                row = line.row(keys)
+                row = line.row(first if first is not None and line.number == 1 else keys)
             except UnreadableError as problem:
                 raise error(f"{path}:{line.number}: {problem}. {advice}") from problem
-            yield line, row
+            yield row
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror or problem}. {advice}") from problem
 

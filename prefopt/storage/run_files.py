@@ -43,7 +43,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises: DataError naming the line of what is no row.
     """
     advice = "Restore it, or delete that line; a run that goes on mends the file by itself"
-    return [row for _, row in log_rows(path, METRICS_ROW, advice)]
+    return list(log_rows(path, METRICS_ROW, advice))
 
 
 def complete_checkpoints(root: Path) -> dict[int, Path]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from prefopt.errors import ModelError, PrefoptError, TrainingError
+from prefopt.model.distributed import told_by_main
 from prefopt.storage.checksums import damaged, file_names, shares, sums_of
 from prefopt.storage.reading import SEAL, load_json, reading, sealed, unsealed
 from prefopt.storage.run_files import STATE_FILE
@@ -44,7 +45,7 @@ def read_state(path: Path, error: type[PrefoptError] = TrainingError) -> dict[st
 
 def checkpoint_sums(accelerator: Accelerator, root: Path) -> dict[str, str]:
     """Checksums of all files of a checkpoint, on every process. A collective. Raises: OSError."""
-    (names,) = _of_main(accelerator, file_names(root))
+    (names,) = told_by_main(accelerator, file_names(root))
     sizes = {name: (root / name).stat().st_size for name in names}
     found = sums_of(root, _share(accelerator, sizes))
     return dict(sorted(_gathered(accelerator, list(found.items()))))
@@ -57,7 +58,7 @@ def checkpoint_damage(accelerator: Accelerator, path: Path) -> list[str] | None:
         sums = read_state(path).get(_FILES)
     except TrainingError as error:
         problem = str(error).removesuffix(f". {_ADVICE}")
-    problem, sums = _of_main(accelerator, problem, sums)  # all go the way that one process sees
+    problem, sums = told_by_main(accelerator, problem, sums)  # all go the way that one process sees
     if problem is not None or sums is None:
         return None if problem is None else [problem]
     mine = _share(accelerator, {name: int(each.partition("-")[0]) for name, each in sums.items()})
@@ -78,13 +79,6 @@ def require_intact(path: Path) -> None:
 
 def _share(accelerator: Accelerator, sizes: Mapping[str, int]) -> list[str]:
     return shares(sizes, accelerator.num_processes)[accelerator.process_index]
-
-
-def _of_main(accelerator: Accelerator, *values: Any) -> list[Any]:
-    found = list(values)
-    if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    return found
 
 
 def _gathered(accelerator: Accelerator, items: list[Any]) -> list[Any]:

@@ -24,10 +24,10 @@ from prefopt.storage.run_files import METRICS_ROW
 from prefopt.storage.run_files import read_metrics as read_metrics  # also found beside the writer
 from prefopt.training.checkpoint import writing
 
+logger = logging.getLogger(__name__)
+
 LOSSES = ("loss/pairs", "loss/nll", "loss/samples")
 """The means whose sum is minimised; a window that had anything to learn from has one of them."""
-
-logger = logging.getLogger(__name__)
 
 
 class MeanMeter:

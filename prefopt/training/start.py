@@ -69,7 +69,8 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
 
     Raises: ConfigError if they are not what the launch asked for.
     """
-    precision = "no" if recipe.train.precision == "fp32" else recipe.train.precision
+    precision = recipe.train.precision
+    precision = "no" if precision in ("fp32", "auto") else precision
     try:
         accelerator = Accelerator(
             mixed_precision=precision,

@@ -324,7 +324,7 @@ def test_a_record_that_is_none_is_named_with_what_to_do(
         (run / "run.json").write_text(text)
         for words in (("train", recipe, "train.num_epochs=2"), evaluate):
             said = command.refuses(*words, code=1)
-            assert f"{run / 'run.json'}: is not the record of a run: it" in said
+            assert f"{run / 'run.json'}: is not the record of a run as written: it" in said
             assert "Restore it" in said
 
 

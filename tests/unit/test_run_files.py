@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.errors import DataError, TrainingError
+from prefopt.errors import DataError, ModelError, TrainingError
+from prefopt.model.source import resolve_source
 from prefopt.storage.checksums import damaged, file_names, file_sum, shares, sums_of
+from prefopt.storage.model_files import (
+    read_adapter_config,
+    read_base_record,
+    read_model_config,
+    shard_names,
+)
 from prefopt.storage.reading import log_rows, mend_end, sealed, unsealed
 from prefopt.storage.run_files import complete_checkpoints, read_metrics, read_run
 from prefopt.training.integrity import read_state
@@ -151,3 +158,29 @@ def test_processes_share_the_hashing_each_by_what_it_reads() -> None:
     # On fewer processes than wrote it, nobody's files are left out.
     (alone,) = shares(zero, 1)
     assert sorted(alone) == sorted(zero)
+
+
+def test_what_lies_beside_weights_is_read_or_named(tmp_path: Path) -> None:
+    readers = {
+        "adapter_config.json": read_adapter_config,
+        "config.json": read_model_config,
+        "prefopt_base.json": read_base_record,
+        "model.safetensors.index.json": lambda directory: shard_names(
+            directory / "model.safetensors.index.json"
+        ),
+    }
+    for name, reader in readers.items():
+        for data, why in ODD.items():
+            if data == b"{}" and name.endswith("config.json"):
+                continue  # what settings lack has a default
+            (tmp_path / name).write_bytes(data)
+            with pytest.raises(ModelError) as refused:
+                reader(tmp_path)
+            assert str(refused.value).startswith(f"{tmp_path / name}: is not ")
+            assert why in str(refused.value)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": 3}')
+    with pytest.raises(ModelError, match="its 'base_model_name_or_path' is a number"):
+        resolve_source(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["b"]}}')
+    with pytest.raises(ModelError, match="names a file that is no text"):
+        shard_names(tmp_path / "model.safetensors.index.json")

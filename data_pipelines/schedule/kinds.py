@@ -138,7 +138,9 @@ class RecipeStep(StepSettings, LaunchSettings):
 
     def problems(self, task: Task) -> Iterator[str]:
         draft = draft_document(task.document, task.step.source)
-        found, _ = apply_rules(draft, Surroundings(assume_cuda=bool(self.launch)))
+        # Not `to_train`: of a step that has begun, the schedule says what changed; its own start says the rest.
+        surroundings = Surroundings(assume_cuda=bool(self.launch), to_train=False)
+        found, _ = apply_rules(draft, surroundings)
         for problem in (*draft.problems, *found):
             if not any(path in problem for path in task.known.results):  # they are yet to be made
                 yield problem

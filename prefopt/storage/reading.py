@@ -32,6 +32,7 @@ SEAL = "seal"
 
 Kind: TypeAlias = type | tuple[type, ...]
 _ABSENT = object()
+_LARGEST = 2**63
 
 
 class UnreadableError(ValueError):
@@ -65,14 +66,14 @@ def in_words(problem: Exception) -> str:
     return " ".join(str(problem).split())[:300] or type(problem).__name__
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes) -> Any:
     """The JSON value of a file's bytes. Raises: UnreadableError."""
     if not data.strip():
         raise UnreadableError("it is empty")
-    if (b"\0" if isinstance(data, bytes) else "\0") in data:
+    if b"\0" in data:
         raise UnreadableError("it holds NUL bytes, as a power cut leaves them")
     try:
-        return json.loads(data if isinstance(data, str) else data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UnreadableError(f"its byte {error.start} is no UTF-8") from error
     except json.JSONDecodeError as error:
@@ -102,6 +103,8 @@ def as_object(
             raise UnreadableError(f"it has no {path!r}")
         if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
             raise UnreadableError(f"its {path!r} is {_kind(found)}")
+        if isinstance(found, int) and abs(found) > _LARGEST:
+            raise UnreadableError(f"its {path!r} is no number that we write")
     return value
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
-
-from tqdm import tqdm
 
 from data_pipelines.base import Place
 from data_pipelines.executors import Executor, open_executor
@@ -22,6 +21,7 @@ from data_pipelines.shard_work import Order, stage_code
 from data_pipelines.shards import Shards
 from data_pipelines.stage_runs import run_map, run_whole
 from prefopt.errors import ConfigError, DataError
+from prefopt.report.progress import Bar
 from prefopt.storage.reading import digest
 
 logger = logging.getLogger("prefopt.data")
@@ -57,6 +57,9 @@ def _build(pipeline: Pipeline, executor: Executor) -> dict[str, Any]:
             basis = {**basis, "input": digest(done[-1][1]) if done else None}
             write_record(folder.stage_record, basis)
             record = _run(pipeline, stage, folder, basis, shards, executor)
+        shutil.rmtree(
+            folder.parts, ignore_errors=True
+        )  # also those of a run that was cut short here
         done.append((stage.id, record))
         shards = folder.output(record)
         _require_rows(stage, record)
@@ -150,10 +153,12 @@ def _run(
         folder=folder.shards,
     )
     started = time.perf_counter()
-    with tqdm(desc=stage.id, unit="row", total=stage.settings.num_rows_in(place)) as bar:
+    with Bar(desc=stage.id, unit="row", total=stage.settings.num_rows_in(place)) as bar:
         if stage.spec.works == "map":
             order = _order(pipeline, stage, place, basis["code"])
-            record = run_map(stage.settings, order, folder, executor, bar)
+            record = run_map(
+                stage.settings, order, folder, executor, bar, form=pipeline.settings.format
+            )
         else:
             record = run_whole(stage, place, folder, pipeline.settings, bar)
     record = {"gives": str(stage.gives), "basis": digest(basis), **record}
@@ -171,7 +176,6 @@ def _order(pipeline: Pipeline, stage: BoundStage, place: Place, code: dict[str, 
         code=code,
         gives=stage.gives,
         place=place,
-        format=pipeline.settings.format,
         needs=stage.settings.needs(),
     )
 

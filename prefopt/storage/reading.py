@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from prefopt.errors import DataError, PrefoptError
+from prefopt.storage import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,6 @@ SEAL = "seal"
 
 Kind: TypeAlias = type | tuple[type, ...]
 _ABSENT = object()
-_LARGEST = 2**63
 
 
 class UnreadableError(ValueError):
@@ -73,13 +73,12 @@ def parse_json(data: bytes) -> Any:
     if b"\0" in data:
         raise UnreadableError("it holds NUL bytes, as a power cut leaves them")
     try:
-        return json.loads(data.decode("utf-8"))
+        return json_text.parse_json(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UnreadableError(f"its byte {error.start} is no UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise UnreadableError(f"it is cut or edited ({error})") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; depth
-        raise UnreadableError(in_words(error)) from error
+    except json_text.BadJson as error:
+        at = "" if error.position is None else f" at character {error.position + 1}"
+        raise UnreadableError(f"it is cut or edited: {error}{at}") from error
 
 
 def as_object(
@@ -103,8 +102,6 @@ def as_object(
             raise UnreadableError(f"it has no {path!r}")
         if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
             raise UnreadableError(f"its {path!r} is {_kind(found)}")
-        if isinstance(found, int) and abs(found) > _LARGEST:
-            raise UnreadableError(f"its {path!r} is no number that we write")
     return value
 
 

@@ -86,7 +86,12 @@ def assert_same_run(got: Path, want: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "tuning"),
-    [("ddp", "lora"), ("zero2", "lora"), ("zero3", "lora"), ("zero3", "full")],
+    [
+        ("ddp", "lora"),
+        ("zero2", "lora"),
+        pytest.param("zero3", "lora", marks=pytest.mark.slow),  # as the resumed run below
+        ("zero3", "full"),
+    ],
 )
 def test_two_processes_give_the_single_process_run(
     config: str, tuning: str, inputs: Path, single: dict[str, Path], tmp_path: Path

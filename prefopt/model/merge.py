@@ -45,8 +45,8 @@ def merge_adapter(source: Path, output: Path, *, trust_remote_code: bool = False
         raise ModelError(f"{output} exists and is not empty: merge into a new directory")
     trusts = trust_remote_code or _run_trusts(source, adapter)
     model, tokenizer, dtype = load_merge_parts(adapter, trust_remote_code=trusts)
-    output.mkdir(parents=True, exist_ok=True)
-    rehearse_saving(model.get_base_model(), tokenizer, output)  # type: ignore[arg-type]
+    base: Any = model.get_base_model()
+    rehearse_saving(base, tokenizer, output.absolute().parent, "--output in")
     ids = _probe_ids(model)
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits

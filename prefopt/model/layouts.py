@@ -1,7 +1,8 @@
 """Which token layout a model runs in, decided by trying it and said aloud, never silently.
 
 A wrong attention mask, or an LM head with a step this project does not know, gives log-probs that look
-plausible. So what is built here is compared with the model's own forward on a few tokens before it is used.
+plausible. So what is built here is compared with the model's own forward on a few tokens before it is used, with
+the model's windows cut short, because what they hide begins thousands of tokens away.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from prefopt.errors import ModelError
 from prefopt.model.collate import joined
 from prefopt.model.logps import LogpModel, unwrap_causal_lm
 from prefopt.model.scores import ScoreModel
+from prefopt.model.short_windows import short_windows
 from prefopt.types import Group, Response
 
 logger = logging.getLogger(__name__)
@@ -105,9 +107,16 @@ def _disagreement(
     try:
         model.eval()
         with torch.no_grad():
-            return differ(model, packed)
-    except (ModelError, TypeError, NotImplementedError, IndexError, AttributeError) as error:
-        # TypeError: a decoder that takes no extra keywords or position ids. AttributeError: another head.
+            if not packed:
+                return differ(model, packed)
+            reason = _hidden_windows(transformer)
+            with short_windows(transformer):
+                return reason or differ(model, packed)
+    except torch.OutOfMemoryError:
+        raise
+    except (ModelError, TypeError, LookupError, AttributeError, ValueError, RuntimeError) as error:
+        # TypeError: a decoder that takes no extra keywords or position ids, or computes with its mask.
+        # AttributeError, RuntimeError: another head.
         return f"{type(error).__name__}: {error}"
     finally:
         model.train(was_training)
@@ -115,17 +124,51 @@ def _disagreement(
             transformer.set_attn_implementation(attention)
 
 
+def _hidden_windows(transformer: Any) -> str | None:
+    """Why the windows that the configuration names cannot be checked; None if they can, or there are none."""
+    ids = torch.cat([joined([g.prompt_ids, g.responses[-1].ids]) for g in _probe_groups(transformer)])
+    row = ids[None].to(next(transformer.parameters()).device)
+    whole = transformer(input_ids=row, use_cache=False).logits
+    with short_windows(transformer) as windows:
+        cut = transformer(input_ids=row, use_cache=False).logits if windows else whole
+    kinds = getattr(transformer.config.get_text_config(decoder=True), "layer_types", None)
+    unused = kinds is not None and set(kinds) == {"full_attention"}
+    if not windows or unused or not torch.equal(whole, cut):
+        return None
+    named = ", ".join(f"{name} = {length}" for name, length in sorted(windows.items()))
+    return (
+        f"its configuration names {named}, and cutting that to a few tokens changes nothing in its own forward: "
+        "where it acts is unknown, so longer rows cannot be checked. If nothing uses it, set it to null in config.json"
+    )
+
+
+def _looks_ahead(causal_lm: Any) -> bool:
+    """Does a later token change an earlier one's logits?"""
+    vocabulary = causal_lm.config.get_text_config(decoder=True).vocab_size
+    row = torch.arange(8, device=next(causal_lm.parameters()).device)[None] % vocabulary
+    other = row.clone()
+    other[0, -1] = (row[0, -1] + 1) % vocabulary
+    first, second = (causal_lm(input_ids=ids, use_cache=False).logits[0, :-1] for ids in (row, other))
+    return bool((first - second).abs().max() > 1e-3 * first.abs().max())
+
+
 def _logps_differ(model: nn.Module, packed: bool) -> str | None:
     causal_lm = unwrap_causal_lm(model)
     groups = _probe_groups(causal_lm)
     want = _own_logps(causal_lm, groups)
+    if _looks_ahead(causal_lm):
+        return (
+            "it is not causal: a later token changes an earlier one's log-probs. An encoder reads in one direction "
+            "only with is_decoder: true in its config.json"
+        )
     logp_model = LogpModel(model, packed=packed)
     layout = logp_model.layout(groups).to(want.device)
     error = (logp_model(layout).flatten()[layout.slots] - want).abs().mean().item()
     limit = _TOLERANCE.get(next(causal_lm.parameters()).dtype, 0.1)
     if error <= limit:  # False for NaN
         return None
-    return f"log-probs differ from the model's own forward by {error:.3g} nats a token (limit {limit:g})"
+    step = "" if packed else "; its head, or what it does with padding, has a step that is not known here"
+    return f"log-probs differ from the model's own forward by {error:.3g} nats a token (limit {limit:g}){step}"
 
 
 def _scores_differ(model: nn.Module, packed: bool) -> str | None:

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError
-from prefopt.model.attention import load_kernel
+from prefopt.model.attention import load_kernel, packed_keywords
 from prefopt.model.collate import TokenLayout, pack, pad
 from prefopt.types import Group
 
@@ -37,10 +38,13 @@ class LogitTransform:
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """Read off a transformers config: Cohere multiplies, Granite divides, Gemma caps."""
-        scale = getattr(config, "logit_scale", None) or 1.0
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))
+        """Read off a transformers config."""
+        # Cohere multiplies by logit_scale, Granite and MiniCPM3 divide by logits_scaling, HyperCLOVA X multiplies by it.
+        scale = _first(config, "logit_scale", "lm_head_multiplier") or 1.0
+        scaling = _first(config, "logits_scaling", "logits_mup_width_multiplier") or 1.0
+        scale *= scaling if getattr(config, "model_type", None) == "hyperclovax" else 1 / scaling
+        caps = "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"  # Gemma's, Griffin's, xLSTM's
+        return cls(scale, _first(config, *caps))
 
     def __call__(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0:
@@ -50,10 +54,34 @@ class LogitTransform:
         return logits
 
 
+def _first(config: Any, *names: str) -> Any:
+    """The first of these settings that the configuration has and that is not None."""
+    return next((v for n in names if (v := getattr(config, n, None)) is not None), None)
+
+
 def unwrap_causal_lm(model: nn.Module) -> Any:
     """The transformers model inside any PEFT wrapper (LoRA layers are injected, so they still run)."""
     get_base = getattr(model, "get_base_model", None)
     return get_base() if get_base is not None else model
+
+
+def decoder_of(causal_lm: Any) -> Any:
+    """The part of a transformers causal LM whose last hidden states its head reads.
+
+    Raises: ModelError if there is none that can be told.
+    """
+    found = causal_lm.get_decoder()
+    if found is not causal_lm and found is not causal_lm.get_output_embeddings():
+        return found
+    # `get_decoder` misses a body by another name than the class's own prefix (the text models of Llama 4 and Mllama),
+    # and takes an output layer called "decoder" for one.
+    bodies = [child for child in causal_lm.children() if isinstance(child, PreTrainedModel)]
+    if len(bodies) != 1:
+        raise ModelError(
+            f"{type(causal_lm).__name__}: cannot tell which part gives the hidden states its head reads "
+            f"(get_decoder names none, and {len(bodies)} of its parts are models)"
+        )
+    return bodies[0]
 
 
 class LogpModel(nn.Module):
@@ -127,9 +155,8 @@ class LogpModel(nn.Module):
             )
         extra: dict[str, Any] = {"attention_mask": layout.attention_mask}
         if layout.packed:
-            extra["packed_masks"] = self._kernel.prepare(layout)
-        decoder = self.causal_lm.get_decoder()
-        output = decoder(
+            extra = packed_keywords(self._kernel, layout)
+        output = decoder_of(self.causal_lm)(
             input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **extra
         )
         return output.last_hidden_state

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prefopt.model.attention import load_kernel
+from prefopt.model.attention import load_kernel, packed_keywords
 from prefopt.model.collate import TokenLayout, pack, pad
 from prefopt.model.logps import unwrap_causal_lm
 from prefopt.types import Group, TokenIds
@@ -50,9 +50,8 @@ class ScoreModel(nn.Module):
         output = body(
             input_ids=layout.input_ids,
             position_ids=layout.position_ids,
-            attention_mask=None,
             use_cache=False,
-            packed_masks=self._kernel.prepare(layout),
+            **packed_keywords(self._kernel, layout),
         )
         ends = output.last_hidden_state.flatten(0, 1)[layout.predict]
         return classifier.score(ends)[:, 0].float()

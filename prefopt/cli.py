@@ -285,16 +285,20 @@ def _add_registries(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from prefopt.recipe.checks import check
+    from prefopt.commands.look import look
+    from prefopt.recipe.checks import examine
 
-    notes = check(
+    recipe, notes = examine(
         arguments.recipe,
         arguments.overrides,
         num_processes=arguments.num_processes,
         assume_cuda=arguments.assume_cuda,
     )
+    problems, not_seen = look(recipe)
+    if problems:
+        raise ConfigError(problems, source=arguments.recipe)
     print(f"{arguments.recipe}: fine")
-    for note in notes:
+    for note in (*notes, *not_seen):
         print(f"  note: {note}")
 
 

@@ -15,6 +15,8 @@ from prefopt.recipe.checks.rules import Finding, Surroundings, named_sources, ru
 from prefopt.recipe.schema import ModelReference, Recipe, SourceSection
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# What training tools call the directories of a run: no hub repository is called so.
+_OF_A_RUN = re.compile(r"final|best|last|(step|checkpoint|epoch)-\d+")
 _DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".csv", ".gz"}
 
 
@@ -70,7 +72,9 @@ def model_directories_are_models(recipe: Recipe, _: Surroundings) -> Iterator[Fi
             "model.revision", f"would be ignored: {model.path} is a local directory. Leave it out"
         )
     tokenizer = model.tokenizer
-    if tokenizer and is_local(tokenizer) and not Path(tokenizer).expanduser().is_dir():
+    if tokenizer and not is_local(tokenizer):
+        yield from mistaken_for_hub("model.tokenizer", tokenizer)
+    elif tokenizer and not Path(tokenizer).expanduser().is_dir():
         yield Finding("model.tokenizer", _missing("directory", tokenizer))
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
         yield Finding(
@@ -113,6 +117,7 @@ def output_directory_is_writable(recipe: Recipe, _: Surroundings) -> Iterator[Fi
 
 def _model_findings(key: str, path: str) -> Iterator[Finding]:
     if not is_local(path):
+        yield from mistaken_for_hub(key, path)
         return
     directory = Path(path).expanduser()
     if not directory.is_dir():
@@ -134,6 +139,20 @@ def _model_findings(key: str, path: str) -> Iterator[Finding]:
                 f"is an adapter whose base {base} is not on this machine; correct "
                 "base_model_name_or_path in its adapter_config.json",
             )
+
+
+def mistaken_for_hub(key: str, path: str) -> Iterator[Finding]:
+    """A path that could be a hub id and is meant to be local: it is not asked for on the hub in vain."""
+    head, _, last = path.rpartition("/")
+    beside = [each.name for each in Path(head).iterdir()] if head and Path(head).is_dir() else []
+    near = difflib.get_close_matches(last, beside, n=1)
+    if near or _OF_A_RUN.fullmatch(last):
+        hint = f"did you mean {head}/{near[0]}? " if near else ""
+        yield Finding(
+            key,
+            f"looks like a local directory, and there is none (looked in {Path.cwd()}). {hint}A local path "
+            "may begin with ./, a hub id is owner/name",
+        )
 
 
 def _matches(path: str) -> bool:

@@ -7,11 +7,13 @@ the model's windows cut short, because what they hide begins thousands of tokens
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from prefopt.errors import ModelError
@@ -30,6 +32,11 @@ _UNCHECKED = (
 # Mean absolute difference of token log-probs, in nats. Rounding gives about 1e-6 in fp32 and 1e-2 in
 # bfloat16; a response that sees its sibling, or a missing softcap, gives 0.1 to 10. Of scores: as a share of them.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+# Standard deviation of what is added to an adapter's values for the probe: far above rounding, below what
+# swamps the model it sits on.
+_STIR = 0.02
+_LARGEST_STIRRED = 2**24
 
 # The same weights in another batch composition, stored and computed again: rounding, nothing else.
 _LOG_RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -106,7 +113,7 @@ def _disagreement(
     was_training = model.training
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), _stirred(model):
             if not packed:
                 return differ(model, packed)
             reason = _hidden_windows(transformer)
@@ -124,9 +131,33 @@ def _disagreement(
             transformer.set_attn_implementation(attention)
 
 
+@contextlib.contextmanager
+def _stirred(model: nn.Module) -> Iterator[None]:
+    """The model with random values in its adapter: a new one does nothing, and would show nothing."""
+    before = {
+        parameter: parameter.detach().clone()
+        for parameter in model.parameters()
+        # not a whole embedding beside the adapter, whose copy and whose noise would take their time
+        if isinstance(model, PeftModel)
+        and parameter.requires_grad
+        and parameter.numel() <= _LARGEST_STIRRED
+    }
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for parameter in before:
+            noise = torch.randn(parameter.shape, generator=generator) * _STIR
+            parameter.add_(noise.to(parameter.device, parameter.dtype))
+        yield
+    finally:
+        for parameter, value in before.items():
+            parameter.copy_(value)
+
+
 def _hidden_windows(transformer: Any) -> str | None:
     """Why the windows that the configuration names cannot be checked; None if they can, or there are none."""
-    ids = torch.cat([joined([g.prompt_ids, g.responses[-1].ids]) for g in _probe_groups(transformer)])
+    ids = torch.cat(
+        [joined([g.prompt_ids, g.responses[-1].ids]) for g in _probe_groups(transformer)]
+    )
     row = ids[None].to(next(transformer.parameters()).device)
     whole = transformer(input_ids=row, use_cache=False).logits
     with short_windows(transformer) as windows:
@@ -137,8 +168,9 @@ def _hidden_windows(transformer: Any) -> str | None:
         return None
     named = ", ".join(f"{name} = {length}" for name, length in sorted(windows.items()))
     return (
-        f"its configuration names {named}, and cutting that to a few tokens changes nothing in its own forward: "
-        "where it acts is unknown, so longer rows cannot be checked. If nothing uses it, set it to null in config.json"
+        f"its configuration names {named}, and cutting that to a few tokens changes nothing in its own "
+        "forward: where it acts is unknown, so longer rows cannot be checked. If nothing uses it, set it to null "
+        "in config.json"
     )
 
 
@@ -148,7 +180,9 @@ def _looks_ahead(causal_lm: Any) -> bool:
     row = torch.arange(8, device=next(causal_lm.parameters()).device)[None] % vocabulary
     other = row.clone()
     other[0, -1] = (row[0, -1] + 1) % vocabulary
-    first, second = (causal_lm(input_ids=ids, use_cache=False).logits[0, :-1] for ids in (row, other))
+    first, second = (
+        causal_lm(input_ids=ids, use_cache=False).logits[0, :-1] for ids in (row, other)
+    )
     return bool((first - second).abs().max() > 1e-3 * first.abs().max())
 
 
@@ -158,8 +192,8 @@ def _logps_differ(model: nn.Module, packed: bool) -> str | None:
     want = _own_logps(causal_lm, groups)
     if _looks_ahead(causal_lm):
         return (
-            "it is not causal: a later token changes an earlier one's log-probs. An encoder reads in one direction "
-            "only with is_decoder: true in its config.json"
+            "it is not causal: a later token changes an earlier one's log-probs. An encoder reads in one "
+            "direction only with is_decoder: true in its config.json"
         )
     logp_model = LogpModel(model, packed=packed)
     layout = logp_model.layout(groups).to(want.device)
@@ -167,7 +201,11 @@ def _logps_differ(model: nn.Module, packed: bool) -> str | None:
     limit = _TOLERANCE.get(next(causal_lm.parameters()).dtype, 0.1)
     if error <= limit:  # False for NaN
         return None
-    step = "" if packed else "; its head, or what it does with padding, has a step that is not known here"
+    step = (
+        ""
+        if packed
+        else "; its head, or what it does with padding, has a step that is not known here"
+    )
     return f"log-probs differ from the model's own forward by {error:.3g} nats a token (limit {limit:g}){step}"
 
 

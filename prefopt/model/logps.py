@@ -39,11 +39,16 @@ class LogitTransform:
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
         """Read off a transformers config."""
-        # Cohere multiplies by logit_scale, Granite and MiniCPM3 divide by logits_scaling, HyperCLOVA X multiplies by it.
+        # Cohere multiplies by logit_scale; Granite and MiniCPM3 divide by logits_scaling, HyperCLOVA X
+        # multiplies by it.
         scale = _first(config, "logit_scale", "lm_head_multiplier") or 1.0
         scaling = _first(config, "logits_scaling", "logits_mup_width_multiplier") or 1.0
         scale *= scaling if getattr(config, "model_type", None) == "hyperclovax" else 1 / scaling
-        caps = "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"  # Gemma's, Griffin's, xLSTM's
+        caps = (
+            "final_logit_softcapping",
+            "logits_soft_cap",
+            "output_logit_soft_cap",
+        )  # Gemma's, Griffin's, xLSTM's
         return cls(scale, _first(config, *caps))
 
     def __call__(self, logits: Tensor) -> Tensor:
@@ -73,8 +78,8 @@ def decoder_of(causal_lm: Any) -> Any:
     found = causal_lm.get_decoder()
     if found is not causal_lm and found is not causal_lm.get_output_embeddings():
         return found
-    # `get_decoder` misses a body by another name than the class's own prefix (the text models of Llama 4 and Mllama),
-    # and takes an output layer called "decoder" for one.
+    # `get_decoder` misses a body by another name than the class's own prefix (the text models of Llama 4 and
+    # Mllama), and takes an output layer called "decoder" for one.
     bodies = [child for child in causal_lm.children() if isinstance(child, PreTrainedModel)]
     if len(bodies) != 1:
         raise ModelError(

@@ -1,8 +1,8 @@
 """A loaded model with its windows made short, so that a few tokens show what thousands would.
 
-What lies beyond a window is where a layout goes wrong without a sign: 4,096 tokens back, log-probs of a short probe
-are right whatever happens there. Windows are read while running, from the configuration by what builds masks and from
-the layers by what attends; both are set here, and put back.
+What lies beyond a window is where a layout goes wrong without a sign: log-probs of a short probe are right
+whatever happens 4,096 tokens back. Windows are read while running, from the configuration by what builds masks
+and from the layers by what attends; both are set here, and put back.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ _OTHER = re.compile(r"layers|pattern|dropout|use_|every")
 
 @contextlib.contextmanager
 def short_windows(model: nn.Module) -> Iterator[dict[str, int]]:
-    """The model with every window longer than `SHORT` cut to it; yields each one's name in the configuration and length.
+    """The model with every window longer than `SHORT` cut to it; yields their names and lengths.
 
-    Nothing is cut, and the result is empty, where the configuration names no window longer than that.
+    Names are those of the configuration. Nothing is cut, and the result is empty, where it names no window longer
+    than that.
     """
     owners: list[Any] = list(_configs(model))
     found = {
@@ -55,7 +56,9 @@ def short_windows(model: nn.Module) -> Iterator[dict[str, int]]:
 def _configs(model: nn.Module) -> list[Any]:
     """Every configuration in the model, those inside others too, each once."""
     found: dict[int, Any] = {}
-    waiting = [config for m in model.modules() if (config := getattr(m, "config", None)) is not None]
+    waiting = [
+        config for m in model.modules() if (config := getattr(m, "config", None)) is not None
+    ]
     while waiting:
         config = waiting.pop()
         if id(config) in found or not hasattr(config, "__dict__"):

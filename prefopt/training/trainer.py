@@ -35,6 +35,7 @@ from prefopt.training.batch_metrics import add_batch_metrics, add_layout_metrics
 from prefopt.training.best import Best
 from prefopt.training.checkpoint import Checkpoints
 from prefopt.training.generation_probe import GenerationProbe
+from prefopt.training.gradients import GradientWatch
 from prefopt.training.held_out import held_out_metrics
 from prefopt.training.importance import weighted
 from prefopt.training.inputs import response_logps, response_scores
@@ -46,9 +47,6 @@ from prefopt.training.windows import MicroBatch, Window
 from prefopt.types import Group, ObjectiveOutput, ResponseLogps, ResponseScores
 
 logger = logging.getLogger(__name__)
-
-# An fp16 loss scale that halves this often in a row is not searching, it is overflowing.
-_MAX_SKIPPED_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,10 @@ class PreferenceTrainer:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._clock = time.perf_counter()
         self._open_window_s = 0.0
-        self._skipped = 0
         self._policy_gap = PolicyGap()
+        self._gradient = GradientWatch(
+            model, accelerator, precision=settings.precision, num_steps=regime.num_steps
+        )
 
     def train(self, resume_from: Path | None = None) -> TrainResult:
         """Runs to the last step, or to an interrupt, after which a checkpoint says where to go on.
@@ -275,7 +275,7 @@ class PreferenceTrainer:
                 self.accelerator.backward(loss * self.accelerator.num_processes)
         self._policy_gap.check(window)
         norm = clip_gradients(self.accelerator, self._parameters, self.settings.max_grad_norm)
-        taken = self._check_gradient(norm, window)
+        taken = self._gradient.will_step(norm, rate, window)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.reference is not None:
@@ -296,6 +296,7 @@ class PreferenceTrainer:
         layout = self._layout(micro_batch.groups)
         add_layout_metrics(self._meter, micro_batch.groups, layout, counts=micro_batch.counts)
         forward = self.model(layout.to(self.accelerator.device)).float()
+        self._gradient.listen(forward)
         seen = self._seen(micro_batch.groups, forward, reference, counts=micro_batch.counts)
         output = self.objective(seen)
         if isinstance(seen, ResponseLogps):
@@ -321,25 +322,6 @@ class PreferenceTrainer:
         if self._reads_scores:
             return response_scores(groups, output, counts=counts)
         return response_logps(groups, output, reference, counts=counts)
-
-    def _check_gradient(self, norm: Tensor | float, window: Window) -> bool:
-        """Will this step be taken? False where the fp16 loss scaler skips it; TrainingError otherwise."""
-        if torch.isfinite(torch.as_tensor(norm)):
-            self._skipped = 0
-            return True
-        ids = [group.id for batch in window.micro_batches for group in batch.groups]
-        if self.settings.precision == "fp16" and self._skipped < _MAX_SKIPPED_STEPS:
-            self._skipped += 1  # the loss scaler skips this step and halves its scale
-            return False
-        hint = (
-            "fp16 overflows; set train.precision = bf16"
-            if self.settings.precision == "fp16"
-            else "lower train.learning_rate or look at these rows with `prefopt show`"
-        )
-        raise TrainingError(
-            f"step {window.step + 1}: the gradient norm is {float(norm)}; {hint}. Rows of this step on this "
-            f"process: {', '.join(ids[:16])}{' …' if len(ids) > 16 else ''}"
-        )
 
     def _after_step(self, step: int, bar: tqdm) -> None:
         settings, total = self.settings, self.regime.num_steps

@@ -19,51 +19,16 @@ VOCABULARY = 97
 
 MODEL_TYPES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
-# What `model.layout: auto` does with each; docs/architectures.md says the same to users.
-PACKED = frozenset(
-    """
-    afmoe apertus arcee aria_text axk1 bert-generation bitnet cohere cohere2 cohere2_moe ctrl cwm
-    dbrx deepseek_v2 deepseek_v3 diffllama dots1 emu3 ernie4_5 ernie4_5_moe exaone4 exaone_moe
-    flex_olmo fuyu gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm
-    glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox granite granitemoe
-    granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax jais2 jetmoe
-    laguna llama llama4 llama4_text mellum minicpm3 minimax_m2 ministral ministral3 mistral
-    mixtral mllama nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe
-    qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2 vaultgemma youtu
-    """.split()
-)
-PADDED = frozenset(
-    """
-    axk2 bamba bart bigbird_pegasus biogpt blenderbot blenderbot-small bloom codegen deepseek_v32
-    deepseek_v4 doge falcon falcon_h1 falcon_mamba glm_moe_dsa gpt_neo gpt_neox_japanese gpt_oss
-    gptj granite_swa granitemoe_swa granitemoehybrid hy_v4 inkling_text jamba kimi_linear lfm2 lfm2_moe
-    mamba mamba2 marian mbart mimo_v2_flash minimax minimax_m3_vl_text moshi mpt mvp nemotron
-    nemotron_h olmo_hybrid openai-gpt pegasus plbart qwen3_5 qwen3_5_moe qwen3_5_moe_text
-    qwen3_5_text qwen3_next recurrent_gemma rwkv stablelm trocr whisper xglm xlstm zamba zaya
-    """.split()
-)
-REFUSED = frozenset(
-    """
-    bert big_bird camembert cpmant data2vec-text electra ernie megatron-bert modernbert-decoder
-    prophetnet rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl
-    xlnet xmod
-    """.split()
-)
-NOT_MADE = {
-    **dict.fromkeys(["gemma4_assistant", "gemma4_unified_assistant"], "drafts for another model"),
-    **dict.fromkeys(["musicgen", "musicgen_melody"], "makes sound"),
-    **dict.fromkeys(["git", "got_ocr2", "gemma3n", "gemma4_unified", "phi4_multimodal"], "needs its image or sound parts"),
-    **dict.fromkeys(["blt", "reformer", "xlm"], "takes more than token ids, or lengths of its own"),
-    **dict.fromkeys(["cohere_compass_text", "qwen4_exp", "qwen4_exp_text", "zamba2"], "a small configuration does not build"),
-}
-"""Not tried, and why."""
-
 # Fields by name, whichever class has them.
 _SMALL: dict[str, Any] = {
     **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"], VOCABULARY),
     **dict.fromkeys(["hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim"], 32),
-    **dict.fromkeys(["intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "ffn_hidden_size"], 48),
-    **dict.fromkeys(["num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers"], 2),
+    **dict.fromkeys(
+        ["intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "ffn_hidden_size"], 48
+    ),
+    **dict.fromkeys(
+        ["num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers"], 2
+    ),
     **dict.fromkeys(["encoder_layers", "num_encoder_layers", "num_decoder_layers"], 2),
     **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "decoder_attention_heads"], 4),
     **dict.fromkeys(["encoder_attention_heads", "num_heads", "num_decoder_attention_heads"], 4),
@@ -94,16 +59,30 @@ _SMALL: dict[str, Any] = {
 
 # What a family needs on top. A callable gets the fields gathered so far.
 _LATENT = {"head_dim": None, "num_key_value_heads": 4}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
 _PADDED = {"pad_token_id": 0}
 _HYBRID = {"num_hidden_layers": 4}
 _OWN: dict[str, dict[str, Any]] = {
     # latent attention: the rotary part's width is its head_dim
     **dict.fromkeys(
-        ["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu"],
+        [
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "minicpm3",
+            "youtu",
+        ],
         _LATENT,
     ),
     **dict.fromkeys(["emu3_text_model", "modernbert-decoder", "prophetnet"], _PADDED),
-    **dict.fromkeys(["bamba", "granitemoehybrid"], {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}),
+    **dict.fromkeys(
+        ["bamba", "granitemoehybrid"],
+        _MAMBA,
+    ),
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "cpmant": {"dim_ff": 48, "prompt_length": 4, "dim_head": 8},
@@ -111,41 +90,140 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mamba2": {"hidden_size": 32, "expand": 2, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
-    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [48] * 4},
+    "mamba2": {
+        "hidden_size": 32,
+        "expand": 2,
+        "num_heads": 8,
+        "head_dim": 8,
+        "state_size": 8,
+        "n_groups": 1,
+    },
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": [48] * 4,
+    },
     **{
         name: {**values, "is_decoder": True}
         for names, values in (
-            (["bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "rembert", "roformer"], {}),
-            (["camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"], {"pad_token_id": 0}),
+            (
+                [
+                    "bert",
+                    "bert-generation",
+                    "big_bird",
+                    "electra",
+                    "ernie",
+                    "megatron-bert",
+                    "rembert",
+                    "roformer",
+                ],
+                {},
+            ),
+            (
+                [
+                    "camembert",
+                    "data2vec-text",
+                    "roberta",
+                    "roberta-prelayernorm",
+                    "xlm-roberta",
+                    "xlm-roberta-xl",
+                ],
+                {"pad_token_id": 0},
+            ),
         )
         for name in names
     },
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 16], "attention_head_size": 8},
-    **dict.fromkeys(["jamba", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"], _HYBRID),
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds_dim": [16, 16],
+        "axial_pos_shape": [4, 16],
+        "attention_head_size": 8,
+    },
+    **dict.fromkeys(
+        ["jamba", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"], _HYBRID
+    ),
     "xmod": {"is_decoder": True, "pad_token_id": 0, "default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "mamba", "hybrid", "hybrid"]},
     "zamba2": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
-    "roc_bert": {"is_decoder": True, "shape_vocab_size": 20, "pronunciation_vocab_size": 20, "shape_embed_dim": 8, "pronunciation_embed_dim": 8},
+    "roc_bert": {
+        "is_decoder": True,
+        "shape_vocab_size": 20,
+        "pronunciation_vocab_size": 20,
+        "shape_embed_dim": 8,
+        "pronunciation_embed_dim": 8,
+    },
     "gemma4_text": {"pad_token_id": 0},
-    "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4, "expert_ffn_hidden_size": 24, "zero_expert_num": 2},
-    "llama4_text": {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0], "intermediate_size_mlp": 48},
-    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_block_size": 4, "index_topk_blocks": 4, "index_local_blocks": 1, "index_n_heads": 2, "index_head_dim": 8},
+    "longcat_flash": {
+        "head_dim": 8,
+        "num_key_value_heads": 4,
+        "expert_ffn_hidden_size": 24,
+        "zero_expert_num": 2,
+    },
+    "llama4_text": {
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "intermediate_size_mlp": 48,
+    },
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "index_block_size": 4,
+        "index_topk_blocks": 4,
+        "index_local_blocks": 1,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+    },
     "falcon_h1": {"lm_head_multiplier": 0.5},
     "hyperclovax": {"logits_scaling": 0.5},
     "granite": {"logits_scaling": 2.0},
     "minicpm3": {**_LATENT, "dim_model_base": 16},
     "inkling_text": {"logits_mup_width_multiplier": 2.0},
     "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 8},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
 }
 
 # Models of images and text, whose language model has a type of its own.
-_TEXT_OF = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text", "llama4": "llama4_text", "mllama": "mllama_text_model", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "qwen4_exp": "qwen4_exp_text", "emu3": "emu3_text_model", "got_ocr2": "qwen2"}
-_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "depth": 1, "num_heads": 2, "image_size": 28, "patch_size": 14, "projector_input_dim": 16, "projector_output_dim": 16, "vision_output_dim": 16, "out_hidden_size": 32}
+_TEXT_OF = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
+    "llama4": "llama4_text",
+    "mllama": "mllama_text_model",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen4_exp": "qwen4_exp_text",
+    "emu3": "emu3_text_model",
+    "got_ocr2": "qwen2",
+}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "depth": 1,
+    "num_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "projector_input_dim": 16,
+    "projector_output_dim": 16,
+    "vision_output_dim": 16,
+    "out_hidden_size": 32,
+}
+
 
 @functools.cache
 def _fields(config_class: type) -> frozenset[str]:

@@ -1,11 +1,12 @@
-"""Every causal LM of the installed transformers: packed where that is right, else padded, else refused by a sentence.
+"""Every causal LM of the installed transformers: packed where that is right, else padded, else refused in words.
 
-Models are tiny, random and made in place (`every_causal_lm`), with windows and chunks shorter than the rows and longer
-than the layouts' own probe.
+Models are tiny, random and made in place (`every_causal_lm`), with windows and chunks shorter than the rows and
+longer than the layouts' own probe.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,23 @@ from prefopt.model.layouts import build_logp_model
 from prefopt.model.logps import LogpModel, decoder_of
 from prefopt.model.short_windows import short_windows
 from prefopt.types import Group, Response
-from tests.unit.every_causal_lm import (
-    MODEL_TYPES,
-    NOT_MADE,
-    PACKED,
-    PADDED,
-    REFUSED,
-    VOCABULARY,
-    WINDOW,
-    tiny_causal_lm,
-)
+from tests.unit.every_causal_lm import MODEL_TYPES, VOCABULARY, WINDOW, tiny_causal_lm
 from tests.unit.test_logps import assert_same_gradients, naive_logps, weighted_gradients
 from tests.unit.tiny_models import tiny_config, tiny_model
 
-DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
+
+def told_to_users() -> dict[str, set[str]]:
+    """Section of docs/architectures.md -> the model types it names: what must hold."""
+    page = Path(__file__).parents[2] / "docs" / "architectures.md"
+    sections = page.read_text(encoding="utf-8").split("\n## ")[1:]
+    return {part.partition("\n")[0]: set(re.findall(r"`([^`. ]+)`", part)) for part in sections}
+
+
+TOLD = told_to_users()
 
 # One of a kind, for every run of the tests: a window and chunks that only the mask knows, a body by another name,
-# attention to picked tokens, sinks, latent attention, linear attention beside full, no causal direction.
-KINDS = ("phimoe", "llama4", "doge", "gpt_oss", "deepseek_v3", "qwen3_5_text", "modernbert-decoder")
+# attention to picked tokens, sinks, latent attention, a convolution over tokens, a head with a step of its own.
+KINDS = ("phimoe", "llama4", "doge", "gpt_oss", "deepseek_v3", "lfm2", "modernbert-decoder")
 
 
 def long_groups() -> list[Group]:
@@ -62,12 +62,14 @@ def assert_right(model: PreTrainedModel, engine: LogpModel) -> None:
 
 
 def check(model_type: str) -> None:
-    if model_type in REFUSED:
-        with pytest.raises(ModelError, match=r"model\.layout = auto: the padded layout cannot be used"):
+    if model_type in TOLD["Refused"]:
+        with pytest.raises(
+            ModelError, match=r"model\.layout = auto: the padded layout cannot be used"
+        ):
             build_logp_model(tiny_causal_lm(model_type))
         return
     engine = build_logp_model(tiny_causal_lm(model_type))
-    assert engine.packed == (model_type in PACKED)
+    assert engine.packed == (model_type in TOLD["Packed"])
     assert_right(tiny_causal_lm(model_type), engine)
     if engine.packed:
         padded = build_logp_model(tiny_causal_lm(model_type), "padded")
@@ -80,20 +82,15 @@ def test_every_kind_is_right_or_refused(model_type: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", [m for m in MODEL_TYPES if m not in {*NOT_MADE, *KINDS}])
+@pytest.mark.parametrize(
+    "model_type", [m for m in MODEL_TYPES if m not in TOLD["Not tried"] | set(KINDS)]
+)
 def test_every_causal_lm_is_right_or_refused(model_type: str) -> None:
     check(model_type)
 
 
-def test_the_table_names_every_causal_lm_once_and_the_page_says_the_same() -> None:
-    named = [*PACKED, *PADDED, *REFUSED, *NOT_MADE]
-    assert sorted(named) == sorted(MODEL_TYPES)
-    sections = DOCS.read_text(encoding="utf-8").split("\n## ")[1:]
-    told = {part.partition("\n")[0]: set(part.split("`")[1::2]) for part in sections}
-    assert told["Packed"] == PACKED
-    assert told["Padded"] == PADDED
-    assert told["Refused"] == REFUSED
-    assert told["Not tried"] == NOT_MADE.keys()
+def test_the_page_names_every_causal_lm_once() -> None:
+    assert sorted(name for names in TOLD.values() for name in names) == sorted(MODEL_TYPES)
 
 
 class HiddenWindowLlama(LlamaForCausalLM):
@@ -107,7 +104,9 @@ class HiddenWindowLlama(LlamaForCausalLM):
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **more)
 
 
-def test_a_window_much_longer_than_the_probe_is_found_where_only_the_models_own_mask_has_it() -> None:
+def test_a_window_much_longer_than_the_probe_is_found_where_only_the_models_own_mask_has_it() -> (
+    None
+):
     config = tiny_config("llama", VOCABULARY)
     config.sliding_window = 4096
     with torch.random.fork_rng(devices=[]):

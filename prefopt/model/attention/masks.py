@@ -1,8 +1,8 @@
 """Which tokens of a sequence a layer lets see each other, as the model itself asks transformers for it.
 
 Windows and chunks stand in some architectures only in the mask they ask for, and never reach the attention
-function. A packed row has branches, which no such mask knows; so what is kept here is the question, a function of two
-positions of one sequence, and the kernel puts it to the positions of the unpacked sequences.
+function. A packed row has branches, which no such mask knows; so what is kept here is the question, a function
+of two positions of one sequence, and the kernel puts it to the positions of the unpacked sequences.
 """
 
 from __future__ import annotations

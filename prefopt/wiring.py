@@ -17,6 +17,7 @@ from prefopt.data import DataBundle, PromptSet
 from prefopt.data.groups import GroupSource
 from prefopt.errors import ConfigError
 from prefopt.model.adapters import save_final
+from prefopt.model.balance import router_balance
 from prefopt.model.distributed import (
     check_launch,
     configure_deepspeed,
@@ -168,6 +169,8 @@ def build_trainer(
     settings, objective = recipe.train, run_objective(recipe)
     build = build_score_model if objective.reads_scores else build_logp_model
     module = build(policy.model, recipe.model.layout)
+    owner = unwrap_causal_lm(policy.model)
+    module.balance = router_balance(owner, recipe.model.router_aux_loss_coef)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(policy.model)
     wiring = _Wiring(recipe, objective, policy, accelerator, train_source, eval_source)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError
 from prefopt.model.attention import load_kernel, packed_keywords
+from prefopt.model.balance import RouterBalance
 from prefopt.model.collate import TokenLayout, pack, pad
 from prefopt.types import Group
 
@@ -113,6 +114,8 @@ class LogpModel(nn.Module):
         super().__init__()
         self.model = model
         self.packed = packed
+        self.balance: RouterBalance | None = None
+        """Set where the routers' balancing loss is trained with; see `forward`."""
         causal_lm = self.causal_lm
         if packed:
             self._kernel, implementation = load_kernel(kernel)
@@ -126,11 +129,20 @@ class LogpModel(nn.Module):
         """The transformers model whose decoder and head run; see `unwrap_causal_lm`."""
         return unwrap_causal_lm(self.model)
 
-    def forward(self, layout: TokenLayout) -> Tensor:
-        """(R, T) fp32 natural-log probabilities of the response tokens with loss, zero elsewhere."""
-        logps = self._head(self.states(layout), layout.targets)
+    def forward(self, layout: TokenLayout) -> Tensor | tuple[Tensor, Tensor]:
+        """(R, T) fp32 natural-log probabilities of the response tokens with loss, zero elsewhere.
+
+        In training with `balance`, beside them that loss of this forward: an output, because wrappers that shard
+        weights gather them for what a forward returns.
+        """
+        output = self._decoded(layout)
+        states = output.last_hidden_state.flatten(0, 1)[layout.predict]
+        logps = self._head(states, layout.targets)
         result = logps.new_zeros(layout.num_rows * layout.width)
-        return result.index_put((layout.slots,), logps).view(layout.num_rows, layout.width)
+        result = result.index_put((layout.slots,), logps).view(layout.num_rows, layout.width)
+        if self.balance is None or not self.training:
+            return result
+        return result, self.balance(output.router_logits, layout)
 
     def layout(self, groups: Sequence[Group]) -> TokenLayout:
         """The layout this model takes."""
@@ -138,7 +150,7 @@ class LogpModel(nn.Module):
 
     def states(self, layout: TokenLayout) -> Tensor:
         """(N, D) hidden states that predict the N response tokens, in the order of ``layout.targets``."""
-        return self._hidden(layout).flatten(0, 1)[layout.predict]
+        return self._decoded(layout).last_hidden_state.flatten(0, 1)[layout.predict]
 
     def logits(self, states: Tensor) -> Tensor:
         """(n, V) fp32 logits over the temperature; for `chunk_size` states at a time, or memory runs out."""
@@ -152,7 +164,7 @@ class LogpModel(nn.Module):
         budget = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS_GPU
         return max(64, budget // vocabulary)
 
-    def _hidden(self, layout: TokenLayout) -> Tensor:
+    def _decoded(self, layout: TokenLayout) -> Any:
         if layout.packed != self.packed:
             names = {True: "packed", False: "padded"}
             raise ModelError(
@@ -161,10 +173,11 @@ class LogpModel(nn.Module):
         extra: dict[str, Any] = {"attention_mask": layout.attention_mask}
         if layout.packed:
             extra = packed_keywords(self._kernel, layout)
-        output = decoder_of(self.causal_lm)(
+        if self.balance is not None and self.training:
+            extra["output_router_logits"] = True
+        return decoder_of(self.causal_lm)(
             input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **extra
         )
-        return output.last_hidden_state
 
     def _head(self, hidden: Tensor, targets: Tensor) -> Tensor:
         head = self.causal_lm.get_output_embeddings()

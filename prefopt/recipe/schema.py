@@ -103,6 +103,9 @@ class ModelSection(Section):
     and says which."""
     disable_dropout: bool = True
     """Set every dropout to 0, as the papers of this family do."""
+    router_aux_loss_coef: NonNegativeFloat | None = None
+    """Weight of a mixture of experts' balancing loss in every stage; 0 is none. Default: as the model's
+    configuration asks, which is none unless it says `output_router_logits: true`."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Only for repositories you trust."""
     quantization: Literal["4bit", "8bit"] | None = None

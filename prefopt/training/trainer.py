@@ -2,6 +2,7 @@
 
     loss = Σ losses / pairs of the global batch + Σ token_losses / chosen tokens of the global batch
          + Σ sample_losses / samples of the global batch + Σ sample_token_losses / their tokens
+         + the balancing loss of a mixture of experts, which is one of each forward (`prefopt.model.balance`)
 
 All denominators come from the window and not from the micro-batch, so any split of one global batch over
 processes, accumulation steps and micro-batches gives the same gradient.
@@ -38,7 +39,7 @@ from prefopt.training.generation_probe import GenerationProbe
 from prefopt.training.gradients import GradientWatch
 from prefopt.training.held_out import held_out_metrics
 from prefopt.training.importance import weighted
-from prefopt.training.inputs import response_logps, response_scores
+from prefopt.training.inputs import response_logps, response_scores, split_forward
 from prefopt.training.metrics import MeanMeter, MetricsLog, peak_memory_gib
 from prefopt.training.optimizer import learning_rate, set_learning_rate
 from prefopt.training.reduction import PolicyGap, name_culprits, reduced
@@ -118,6 +119,8 @@ class PreferenceTrainer:
         )
         self._layout: LayoutFn = cast(Any, accelerator.unwrap_model(model)).layout
         self._reads_scores = objective.reads_scores
+        router = cast(Any, accelerator.unwrap_model(model)).balance
+        self._balance_weight: float = 0.0 if router is None else router.coefficient
         self._meter = MeanMeter(accelerator.device)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._clock = time.perf_counter()
@@ -295,7 +298,7 @@ class PreferenceTrainer:
     ) -> Tensor:
         layout = self._layout(micro_batch.groups)
         add_layout_metrics(self._meter, micro_batch.groups, layout, counts=micro_batch.counts)
-        forward = self.model(layout.to(self.accelerator.device)).float()
+        forward, balance = split_forward(self.model(layout.to(self.accelerator.device)))
         self._gradient.listen(forward)
         seen = self._seen(micro_batch.groups, forward, reference, counts=micro_batch.counts)
         output = self.objective(seen)
@@ -307,6 +310,8 @@ class PreferenceTrainer:
                 )
             self._policy_gap.add(seen, window)
         loss = reduced(output, window)
+        if balance is not None:
+            loss = loss + self._balance(balance, micro_batch, window)
         if not torch.isfinite(loss):
             raise TrainingError(name_culprits(micro_batch.groups, forward, output, window.step))
         add_batch_metrics(self._meter, seen, output)
@@ -314,6 +319,12 @@ class PreferenceTrainer:
         self._meter.add("loss/total", loss, 0.0)
         # With nothing to learn from here, run backward through everything with the others all the same.
         return loss if micro_batch.counts and loss.requires_grad else loss + forward.sum() * 0.0
+
+    def _balance(self, loss: Tensor, micro_batch: MicroBatch, window: Window) -> Tensor:
+        """The routers' part of a forward's loss: over a step, a mean over the tokens of all its forwards."""
+        tokens = micro_batch.num_row_tokens
+        self._meter.add("loss/router_balance", loss.detach() * tokens, tokens)
+        return self._balance_weight * tokens / max(1, window.num_row_tokens) * loss
 
     def _seen(
         self, groups: Sequence[Group], output: Tensor, reference: Tensor | None, *, counts: bool

@@ -26,6 +26,15 @@ def test_check_names_a_type_that_needs_more_than_its_layers(command: Prefopt, re
     assert "peft.type = 'poly': needs the id of a task with every row" in said
 
 
+def test_check_reads_a_saved_adapters_own_settings(
+    command: Prefopt, recipe: Path, tmp_path: Path
+) -> None:
+    saved = {"peft_type": "LORA", "alora_invocation_tokens": [3]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    said = command.refuses("check", recipe, f"peft={{adapter: {tmp_path}}}")
+    assert "was made with alora_invocation_tokens = [3]: activated LoRA acts only after" in said
+
+
 def test_trained_tokens_are_trained_saved_and_merged(
     command: Prefopt, recipe: Path, tmp_path: Path
 ) -> None:

@@ -28,7 +28,8 @@ from tests.unit.tiny_models import tiny_config, tiny_model
 def told_to_users() -> dict[str, set[str]]:
     """Section of docs/architectures.md -> the model types it names: what must hold."""
     page = Path(__file__).parents[2] / "docs" / "architectures.md"
-    sections = page.read_text(encoding="utf-8").split("\n## ")[1:]
+    models = page.read_text(encoding="utf-8").partition("\n# ")[0]
+    sections = models.split("\n## ")[1:]
     return {part.partition("\n")[0]: set(re.findall(r"`([^`. ]+)`", part)) for part in sections}
 
 

@@ -90,6 +90,9 @@ def adapter_fits_base(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
         )
         yield Finding("peft.adapter", f"is not a saved adapter: {adapter} {reason}")
         return
+    for key, why in unfit(str(config.get("peft_type", "")).lower(), config.get, new=False):
+        value = config.get("peft_type" if key == "type" else key)
+        yield Finding("peft.adapter", f"was made with {key} = {value!r}: {why}")
     base = config.get("base_model_name_or_path")
     path = recipe.model.path
     if not base or _same_model(base, path) or _same_model(adapter, path):

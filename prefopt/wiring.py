@@ -17,13 +17,13 @@ from prefopt.data import DataBundle, PromptSet
 from prefopt.data.groups import GroupSource
 from prefopt.errors import ConfigError
 from prefopt.model.adapters import save_final
-from prefopt.model.balance import router_balance
 from prefopt.model.distributed import (
     check_launch,
     configure_deepspeed,
     gathered_state,
     process_group_options,
 )
+from prefopt.model.extensions import compiling
 from prefopt.model.layouts import build_logp_model, build_score_model
 from prefopt.model.load import (
     LoadedPolicy,
@@ -54,16 +54,17 @@ from prefopt.rollouts.setup import (
     load_run_data,
     most_group_tokens,
 )
-from prefopt.rollouts.statistics import time_split
+from prefopt.rollouts.statistics import say_time_split
 from prefopt.storage.cache import atomic_write
+from prefopt.storage.run_files import METRICS_FILE, RUN_FILE, read_run
 from prefopt.training.best import Best
 from prefopt.training.checkpoint import find_checkpoint, oldest_checkpoint, writing
 from prefopt.training.draws import build_draw, check_labels
+from prefopt.training.ending import check_ending
 from prefopt.training.generation_probe import build_probe
-from prefopt.training.metrics import read_metrics
 from prefopt.training.optimizer import build_optimizer
 from prefopt.training.regimes import OfflineRegime
-from prefopt.training.run_record import RUN_FILE, describe_run, warn_about_changes
+from prefopt.training.run_record import describe_run, warn_about_changes
 from prefopt.training.trainer import PreferenceTrainer, TrainResult
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     accelerator = _accelerator(recipe)
     policy = load_trained(recipe, tokenizer)
     check_vocabulary(policy.model, tokenizer)
+    check_ending(recipe, policy, tokenizer, accelerator)
     trainer = build_trainer(
         recipe, data.train, data.eval, policy, accelerator,
         prompts=data.prompts, tokenizer=tokenizer,
@@ -136,15 +138,16 @@ def _run(
     record = describe_run(recipe, data, policy, trainer)
     if resume_from is not None:
         if accelerator.is_main_process and (run_dir / RUN_FILE).is_file():
-            warn_about_changes(json.loads((run_dir / RUN_FILE).read_text("utf-8")), record)
-        trainer.restore(resume_from)
+            warn_about_changes(read_run(run_dir), record)
+        step_back = recipe.train.resume == "auto"
+        trainer.restore(trainer.checkpoints.intact(resume_from, step_back=step_back))
     # Only now: a start that is refused above leaves the record of the run as it was.
     if accelerator.is_main_process:
         _write_run_files(run_dir, record, data)
     accelerator.wait_for_everyone()
     result = trainer.train()
     if accelerator.is_main_process and recipe.has_rollouts:
-        logger.info("%s", time_split(read_metrics(run_dir / "metrics.jsonl")))
+        say_time_split(run_dir / METRICS_FILE)
     return result
 
 
@@ -168,9 +171,7 @@ def build_trainer(
     """
     settings, objective = recipe.train, run_objective(recipe)
     build = build_score_model if objective.reads_scores else build_logp_model
-    module = build(policy.model, recipe.model.layout)
-    owner = unwrap_causal_lm(policy.model)
-    module.balance = router_balance(owner, recipe.model.router_aux_loss_coef)
+    module = build(policy.model, recipe.model.layout, recipe.model.router_aux_loss_coef)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(policy.model)
     wiring = _Wiring(recipe, objective, policy, accelerator, train_source, eval_source)
@@ -295,7 +296,9 @@ def _prepared(wiring: _Wiring, module: Module) -> tuple[Any, Any]:
     """The wrapped model and optimizer."""
     settings = wiring.recipe.train
     configure_deepspeed(wiring.accelerator, settings.max_grad_norm)
-    return wiring.accelerator.prepare(module, build_optimizer(module, settings))
+    optimizer = build_optimizer(module, settings)
+    with compiling(wiring.accelerator):
+        return wiring.accelerator.prepare(module, optimizer)
 
 
 def save_verified(

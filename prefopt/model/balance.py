@@ -72,7 +72,7 @@ def router_balance(owner: Any, coefficient: float | None) -> RouterBalance | Non
     asked = bool(getattr(config, "output_router_logits", False))
     weight = coefficient if coefficient is not None else (named if asked else None)
     if not weight:
-        if named:
+        if named and coefficient is None:
             logger.info("balancing loss of the experts: none; model.router_aux_loss_coef adds it")
         return None
     function = _function(owner)

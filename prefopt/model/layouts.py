@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from prefopt.errors import ModelError
+from prefopt.model.balance import router_balance
 from prefopt.model.collate import joined
 from prefopt.model.logps import LogpModel, unwrap_causal_lm
 from prefopt.model.scores import ScoreModel
@@ -50,21 +51,30 @@ def log_ratio_tolerance(model: nn.Module, precision: str) -> float:
     return max(_LOG_RATIO_TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
 
 
-def build_logp_model(model: nn.Module, layout: str = "auto") -> LogpModel:
+def build_logp_model(
+    model: nn.Module, layout: str = "auto", router_aux_loss_coef: float | None = 0.0
+) -> LogpModel:
     """The `LogpModel` of a loaded model in the layout asked for, checked against the model's own forward.
 
     Args:
         model: causal LM or PEFT model, not yet wrapped by DDP, DeepSpeed or FSDP.
         layout: ``packed``, ``padded``, or ``auto``: packed where it can be and is right, else padded.
+        router_aux_loss_coef: of the experts' balancing loss in training; None as the configuration asks.
 
-    Raises: ModelError if the layout asked for (or, with auto, both) disagrees with the model's own forward.
+    Raises: ConfigError for a coefficient on a model without such a loss; ModelError if the layout asked for (or, with auto, both) disagrees with the model's own forward.
     """
-    return _checked(LogpModel, model, layout, _logps_differ)
+    result = _checked(LogpModel, model, layout, _logps_differ)
+    result.balance = router_balance(result.causal_lm, router_aux_loss_coef)
+    return result
 
 
-def build_score_model(model: nn.Module, layout: str = "auto") -> ScoreModel:
+def build_score_model(
+    model: nn.Module, layout: str = "auto", router_aux_loss_coef: float | None = 0.0
+) -> ScoreModel:
     """As `build_logp_model`, of a sequence classifier with one output."""
-    return _checked(ScoreModel, model, layout, _scores_differ)
+    result = _checked(ScoreModel, model, layout, _scores_differ)
+    result.balance = router_balance(unwrap_causal_lm(model), router_aux_loss_coef)
+    return result
 
 
 _Module = TypeVar("_Module", LogpModel, ScoreModel)

@@ -33,9 +33,7 @@ MORE = (
 
 def balanced(model: Any, coefficient: float | None, layout: str = "auto") -> Any:
     """In training mode, with its balancing loss switched on."""
-    engine = build_logp_model(model, layout)
-    engine.balance = router_balance(model, coefficient)
-    return engine.train()
+    return build_logp_model(model, layout, coefficient).train()
 
 
 def own_number(model: Any) -> torch.Tensor:
@@ -149,8 +147,7 @@ def test_a_reward_model_has_it_too(tmp_path: Path) -> None:
     found = []
     for layout in ("packed", "padded"):
         loaded = load_reward_model(ModelSection(path=str(tmp_path)), None, seed=0, pad_token_id=2)
-        engine = build_score_model(loaded.model, layout)
-        engine.balance = router_balance(loaded.model, COEFFICIENT)
+        engine = build_score_model(loaded.model, layout, COEFFICIENT)
         assert isinstance(engine.balance, RouterBalance)
         scores, balance = engine.train()(engine.layout(make_groups()))
         assert scores.shape == (10,)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prefopt.errors import ModelError
 from prefopt.recipe.checks.rules import Finding, Surroundings, named_sources, rule
 from prefopt.recipe.schema import ModelReference, Recipe, SourceSection
+from prefopt.storage import model_files as storage
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What training tools call the directories of a run: no hub repository is called so.
@@ -37,8 +38,8 @@ def is_local_data(source: SourceSection) -> bool:
 def read_adapter_config(directory: Path) -> dict[str, Any] | None:
     """The adapter_config.json of a directory, None if it has none or it is not JSON."""
     try:
-        return json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return storage.read_adapter_config(directory)
+    except ModelError:
         return None
 
 

@@ -44,7 +44,19 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         ) from error
     assert isinstance(adapted, PeftModel)
     _check_saved_configuration(config)
+    _check_bias(adapted, config)
     return adapted
+
+
+def _check_bias(model: PeftModel, config: PeftConfig) -> None:
+    """Raises ConfigError for biases that are to be trained, of modules that have none: peft trains the rest."""
+    asked = getattr(config, "bias", "none")
+    trained = (name for name, p in model.named_parameters() if p.requires_grad)
+    if asked not in ("none", False, None) and not any("bias" in name for name in trained):
+        raise ConfigError(
+            f"peft.bias = {asked!r}: no module that it would train has a bias, so it would change nothing. "
+            "Leave it out"
+        )
 
 
 def _check_saved_configuration(config: PeftConfig) -> None:

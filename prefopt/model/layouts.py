@@ -61,7 +61,8 @@ def build_logp_model(
         layout: ``packed``, ``padded``, or ``auto``: packed where it can be and is right, else padded.
         router_aux_loss_coef: of the experts' balancing loss in training; None as the configuration asks.
 
-    Raises: ConfigError for a coefficient on a model without such a loss; ModelError if the layout asked for (or, with auto, both) disagrees with the model's own forward.
+    Raises: ConfigError for a coefficient on a model without such a loss; ModelError if the layout asked for (or,
+    with auto, both) disagrees with the model's own forward.
     """
     result = _checked(LogpModel, model, layout, _logps_differ)
     result.balance = router_balance(result.causal_lm, router_aux_loss_coef)

@@ -249,6 +249,24 @@ def test_tied_embeddings_train_as_one(case: str, tmp_path: Path) -> None:
     check(case, "llama_tied", tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_train_where_the_model_has_some(bias: str, tmp_path: Path) -> None:
+    OPTIONS["bias"] = {"bias": bias, "target_modules": TARGETS}
+    try:
+        check("bias", "qwen2", tmp_path)
+    finally:
+        del OPTIONS["bias"]
+
+
+def test_biases_that_are_not_there_are_refused() -> None:
+    config = peft_config(PeftSection.model_validate({"type": "lora", "bias": "all"}))
+    with pytest.raises(
+        ConfigError, match=r"peft\.bias = 'all': no module that it would train has a bias"
+    ):
+        add_adapter(tiny_model("llama", VOCABULARY), config)
+
+
 def test_every_type_and_option_of_peft_is_here() -> None:
     types = {str(kind.value).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
     assert types == TYPES.keys() | REFUSED.keys()

@@ -46,7 +46,7 @@ from prefopt.storage.cache import atomic_directory, cache_root
 
 log = logging.getLogger(__name__)
 
-STORE_VERSION = 3
+STORE_VERSION = 4
 """Raise whenever the files of a store change shape, or rows are refused differently."""
 
 _CHUNK_ROWS = 256
@@ -224,6 +224,7 @@ def _write_store(directory: Path, chunks: Iterable[Chunk], job: _Job) -> None:
 
 
 _HINTS = {
+    Reject.BROKEN_TEXT: "the rows' text was cut within a character; make it again with whole characters",
     Reject.TOO_LONG: "raise data.max_length_tokens",
     Reject.PROMPT_TOO_LONG: "raise data.max_prompt_tokens",
     Reject.PROMPT_NOT_PREFIX: (

@@ -96,7 +96,9 @@ class ModelSection(Section):
     chat_template: PathText | None = None
     """Path of a Jinja file that replaces the tokenizer's chat template."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype the weights are loaded in; `auto` is the dtype they were saved in."""
+    """Dtype the weights are loaded in; `auto` is the dtype they were saved in. What trains of half-precision
+    weights is kept in float32 and saved in the dtype it was loaded in (DeepSpeed and FSDP keep such masters
+    themselves)."""
     layout: Literal["auto", "packed", "padded"] = "auto"
     """Token layout. `packed`: each prompt once, its responses as branches, no padding. `padded`:
     the plain layout. `auto`: packed where the architecture's attention can take it, else padded,
@@ -110,6 +112,11 @@ class ModelSection(Section):
     """Run model code that comes with a hub repository. Only for repositories you trust."""
     quantization: Literal["4bit", "8bit"] | None = None
     """bitsandbytes quantisation of the frozen base (QLoRA); needs CUDA and a `peft` section."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Left out where it is, so that the settings of runs before this key hash as they did.
+        return {k: v for k, v in dump(self).items() if k != "router_aux_loss_coef" or v is not None}
 
 
 class PeftSection(Section):
@@ -162,8 +169,9 @@ class TrainSection(Section):
     """Weight decay, decoupled under adamw and L2 under rmsprop; norms and biases are exempt."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Clip the global gradient norm to this; `null` does not clip."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Mixed precision of the forward. Weights keep `model.dtype`."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What the forward computes in. `auto`: in the dtype of the weights as loaded, bf16 for bfloat16 weights,
+    fp16 for float16, fp32 for float32. `fp32`: without autocast."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shuffle: bool = True

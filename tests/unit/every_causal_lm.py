@@ -234,10 +234,11 @@ def _fields(config_class: type) -> frozenset[str]:
 
 def tiny_causal_config(model_type: str, **settings: Any) -> PreTrainedConfig:
     """A configuration of that type, small in every field that is known by name."""
+    config_class: Any = CONFIG_MAPPING[model_type]
     if model_type in _TEXT_OF:
         text = _small_fields(_TEXT_OF[model_type]) | settings
-        return CONFIG_MAPPING[model_type](text_config=text, vision_config=_VISION)
-    return CONFIG_MAPPING[model_type](**{**_small_fields(model_type), **settings})
+        return config_class(text_config=text, vision_config=_VISION)
+    return config_class(**{**_small_fields(model_type), **settings})
 
 
 def _small_fields(model_type: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from prefopt.errors import ModelError
 from prefopt.model.layouts import build_logp_model
+from prefopt.model.load import disable_dropout
 from prefopt.model.logps import LogpModel, decoder_of
 from prefopt.model.short_windows import short_windows
 from prefopt.types import Group, Response
@@ -62,6 +63,16 @@ def assert_right(model: PreTrainedModel, engine: LogpModel) -> None:
     assert_same_gradients(weighted_gradients(engine.model, got), weighted_gradients(model, want))
 
 
+def assert_same_in_training(engine: LogpModel) -> None:
+    """Nothing is drawn at random in training, where dropout is off: a text has one log-prob."""
+    with torch.no_grad():
+        found, layout = [], engine.layout(long_groups())
+        for training in (False, True, True):
+            found.append(engine.train(training)(layout))
+    assert torch.equal(found[1], found[2])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-4)
+
+
 def check(model_type: str) -> None:
     if model_type in TOLD["Refused"]:
         with pytest.raises(
@@ -71,7 +82,9 @@ def check(model_type: str) -> None:
         return
     engine = build_logp_model(tiny_causal_lm(model_type))
     assert engine.packed == (model_type in TOLD["Packed"])
+    disable_dropout(engine.model)
     assert_right(tiny_causal_lm(model_type), engine)
+    assert_same_in_training(engine)
     if engine.packed:
         padded = build_logp_model(tiny_causal_lm(model_type), "padded")
         assert_right(tiny_causal_lm(model_type), padded)
@@ -132,7 +145,7 @@ def test_a_window_that_the_configuration_gives_to_no_layer_is_no_reason() -> Non
 
 
 def test_windows_are_cut_where_they_are_read_and_put_back() -> None:
-    model = tiny_causal_lm("gemma3", sliding_window=4096)
+    model: Any = tiny_causal_lm("gemma3", sliding_window=4096)
     layer = model.get_decoder().layers[0].self_attn
     text = model.config.get_text_config()
     with short_windows(model) as cut:

@@ -16,6 +16,7 @@ from prefopt.errors import ConfigError
 from prefopt.model.balance import RouterBalance, router_balance, token_weights
 from prefopt.model.collate import pack, pad
 from prefopt.model.layouts import build_logp_model, build_score_model
+from prefopt.model.load import disable_dropout
 from prefopt.model.reward_model import load_reward_model
 from prefopt.recipe.schema import ModelSection
 from prefopt.types import Group
@@ -27,12 +28,13 @@ COEFFICIENT = 0.02
 KINDS = ("mixtral", "gpt_oss", "jetmoe")  # packed, padded, another name for the coefficient
 MORE = (
     "dbrx", "ernie4_5_moe", "flex_olmo", "granitemoe", "granitemoehybrid", "jamba", "laguna", "mellum", "minimax",
-    "minimax_m2", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text",
+    "minimax_m2", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text",
 )  # fmt: skip
 
 
 def balanced(model: Any, coefficient: float | None, layout: str = "auto") -> Any:
     """In training mode, with its balancing loss switched on."""
+    disable_dropout(model)
     return build_logp_model(model, layout, coefficient).train()
 
 

@@ -143,7 +143,7 @@ def test_what_an_architecture_does_to_its_logits_is_read_off_its_configuration(
     settings: dict[str, object], scale: float, cap: float | None
 ) -> None:
     """Each against its own forward is in test_architectures, slow."""
-    found = prefopt.model.logps.LogitTransform.of(SimpleNamespace(**settings))
+    found = prefopt.model.lm_head.LogitTransform.of(SimpleNamespace(**settings))
     assert (found.scale, found.softcap) == (scale, cap)
 
 
@@ -230,7 +230,7 @@ def test_a_head_we_do_not_know_is_found_by_the_probe(monkeypatch: pytest.MonkeyP
     """An architecture that scales its logits in a way the engine does not know must not train."""
     model = tiny_model("gemma2", vocab_size=VOCABULARY)
     monkeypatch.setattr(
-        prefopt.model.logps.LogitTransform, "of", classmethod(lambda cls, config: cls())
+        prefopt.model.lm_head.LogitTransform, "of", classmethod(lambda cls, config: cls())
     )
     with pytest.raises(ModelError, match="differ from the model's own forward"):
         build_logp_model(model)

@@ -109,7 +109,10 @@ def packed_attention(
         of the model's own making): the architecture cannot take this layout.
     """
     extras = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if isinstance(attention_mask, Tensor):
+    within = sliding_window
+    if isinstance(attention_mask, MaskRule):
+        within = attention_mask
+    elif attention_mask is not None:
         extras.append("attention_mask")
     if packed_masks is None or extras or key.shape[2] != packed_masks.spans[-1].stop:
         raise ModelError(
@@ -119,7 +122,7 @@ def packed_attention(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    masks = packed_masks.get(sliding_window if attention_mask is None else attention_mask, query)
+    masks = packed_masks.get(within, query)
     # Not slices: the backward of each would write a gradient as long as the whole row.
     sizes = [span.stop - span.start for span in packed_masks.spans]
     queries, keys, values = (tensor.split(sizes, 2) for tensor in (query, key, value))

@@ -64,16 +64,19 @@ class GradientWatch:
         asked = gradient.detach().abs().amax() if gradient.numel() else gradient.new_zeros(())
         self._asked = asked if self._asked is None else torch.maximum(self._asked, asked)
 
-    def will_step(self, norm: Tensor | float, rate: float, window: Window) -> bool:
+    def will_step(self, norm: Tensor | float | None, rate: float, window: Window) -> bool:
         """Will this step be taken? False where the fp16 loss scaler skips it.
 
         Args:
-            norm: of the gradient over all trained weights and processes, after the backward pass.
+            norm: of the gradient over all trained weights and processes, after the backward pass; None where it is
+                not known, and cannot be judged.
             rate: learning rate of the step.
 
         Raises: TrainingError for a gradient that is not finite, and after some steps in a row that asked for one
             and got exactly 0.
         """
+        if norm is None:
+            return True
         if not self._is_finite(norm, window):
             self._asked = None
             return False

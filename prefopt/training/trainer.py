@@ -286,7 +286,10 @@ class PreferenceTrainer:
             self.reference.after_step()
         for name, (total, count) in window.metrics.items():
             self._meter.add(name, total, count)
-        self._meter.add("train/grad_norm", norm if taken else 0.0, float(taken))
+        known = norm if taken and norm is not None else None
+        self._meter.add(
+            "train/grad_norm", 0.0 if known is None else known, float(known is not None)
+        )
         if self.settings.precision == "fp16":
             self._meter.add_total("train/skipped_steps", float(not taken))
         self._meter.add("loss/total", 0.0, float(self.accelerator.is_main_process))

@@ -19,7 +19,7 @@ from tests.unit.memory_trainer import lora_llama, make_trainer, random_pairs
 
 
 def step(
-    watch: GradientWatch, number: int, *, asked: float, norm: float, rate: float = 1e-3
+    watch: GradientWatch, number: int, *, asked: float, norm: float | None, rate: float = 1e-3
 ) -> bool:
     """One step in which the objective's gradient on the outputs is ``asked``."""
     forward = torch.zeros(2, 3, requires_grad=True)
@@ -54,6 +54,11 @@ def test_steps_that_ask_for_nothing_go_on() -> None:
     """Every group tied, every margin beyond the hinge, no pairs: 0 is right as long as it lasts."""
     found = watch()
     assert all(step(found, number, asked=0.0, norm=0.0) for number in range(20))
+
+
+def test_a_norm_that_nobody_took_is_not_judged() -> None:
+    found = watch()
+    assert all(step(found, number, asked=1.0, norm=None) for number in range(5))
 
 
 def test_a_run_shorter_than_that_is_judged_by_all_its_steps() -> None:

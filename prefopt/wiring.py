@@ -210,7 +210,7 @@ def build_trainer(
     """
     settings, objective = recipe.train, run_objective(recipe)
     build = build_score_model if objective.reads_scores else build_logp_model
-    module = build(policy.model, recipe.model.layout)
+    module = build(policy.model, recipe.model.layout, recipe.model.router_aux_loss_coef)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(policy.model)
     wiring = _Wiring(recipe, objective, policy, accelerator, train_source, eval_source)

@@ -37,13 +37,13 @@ def sync_gradients(accelerator: Accelerator, model: Any, last: bool) -> Iterator
 
 def clip_gradients(
     accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float | None
-) -> Tensor | float:
+) -> Tensor | float | None:
     """The global gradient norm before clipping to ``max_norm`` (None: do not clip).
 
-    DeepSpeed has clipped and stepped inside backward (its ``gradient_clipping`` is set from the recipe).
+    None where nobody took it: DeepSpeed's plain optimizers (stage 0) take none. DeepSpeed has clipped and stepped
+    inside backward (its ``gradient_clipping`` is set from the recipe).
     """
-    norm = accelerator.clip_grad_norm_(parameters, max_norm if max_norm is not None else torch.inf)
-    return 0.0 if norm is None else norm
+    return accelerator.clip_grad_norm_(parameters, max_norm if max_norm is not None else torch.inf)
 
 
 def process_group_options(longest_wait_s: float = 0.0) -> list[KwargsHandler]:

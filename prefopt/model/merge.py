@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefopt.errors import ModelError
 from prefopt.model.adapters import merged_into_base, save_full, staged
-from prefopt.model.load import load_policy, load_tokenizer
+from prefopt.model.load import load_policy, load_tokenizer, num_embeddings
 from prefopt.model.rehearsal import rehearse_saving
 from prefopt.model.source import load_config, resolve_source
 from prefopt.recipe.schema import ModelSection
@@ -103,6 +103,6 @@ def _adapter_directory(source: Path) -> Path:
     )
 
 
-def _probe_ids(model: nn.Module) -> Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+def _probe_ids(model: PeftModel) -> Tensor:
+    vocabulary = num_embeddings(model)
     return torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -105,10 +105,18 @@ class ModelSection(Section):
     and says which."""
     disable_dropout: bool = True
     """Set every dropout to 0, as the papers of this family do."""
+    router_aux_loss_coef: NonNegativeFloat | None = None
+    """Weight of a mixture of experts' balancing loss in every stage; 0 is none. Default: as the model's
+    configuration asks, which is none unless it says `output_router_logits: true`."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Only for repositories you trust."""
     quantization: Literal["4bit", "8bit"] | None = None
     """bitsandbytes quantisation of the frozen base (QLoRA); needs CUDA and a `peft` section."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Left out where it is, so that the settings of runs before this key hash as they did.
+        return {k: v for k, v in dump(self).items() if k != "router_aux_loss_coef" or v is not None}
 
 
 class PeftSection(Section):

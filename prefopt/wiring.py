@@ -24,6 +24,7 @@ from prefopt.model.distributed import (
     gathered_state,
     process_group_options,
 )
+from prefopt.model.extensions import compiling
 from prefopt.model.layouts import build_logp_model, build_score_model
 from prefopt.model.load import (
     LoadedPolicy,
@@ -55,16 +56,17 @@ from prefopt.rollouts.setup import (
     load_run_data,
     most_group_tokens,
 )
-from prefopt.rollouts.statistics import time_split
+from prefopt.rollouts.statistics import say_time_split
 from prefopt.storage.cache import atomic_write
+from prefopt.storage.run_files import METRICS_FILE, RUN_FILE, read_run
 from prefopt.training.best import Best
 from prefopt.training.checkpoint import find_checkpoint, oldest_checkpoint, writing
 from prefopt.training.draws import build_draw, check_labels
+from prefopt.training.ending import check_ending
 from prefopt.training.generation_probe import build_probe
-from prefopt.training.metrics import read_metrics
 from prefopt.training.optimizer import build_optimizer
 from prefopt.training.regimes import OfflineRegime
-from prefopt.training.run_record import RUN_FILE, describe_run, warn_about_changes
+from prefopt.training.run_record import describe_run, warn_about_changes
 from prefopt.training.trainer import PreferenceTrainer, TrainResult
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     accelerator = _accelerator(recipe)
     policy = load_trained(recipe, tokenizer, masters=not keeps_masters(accelerator))
     check_vocabulary(policy.model, tokenizer)
+    check_ending(recipe, policy, tokenizer, accelerator)
     trainer = build_trainer(
         recipe, data.train, data.eval, policy, accelerator,
         prompts=data.prompts, tokenizer=tokenizer,
@@ -144,15 +147,16 @@ def _run(
     record = describe_run(recipe, data, policy, trainer)
     if resume_from is not None:
         if accelerator.is_main_process and (run_dir / RUN_FILE).is_file():
-            warn_about_changes(json.loads((run_dir / RUN_FILE).read_text("utf-8")), record)
-        trainer.restore(resume_from)
+            warn_about_changes(read_run(run_dir), record)
+        step_back = recipe.train.resume == "auto"
+        trainer.restore(trainer.checkpoints.intact(resume_from, step_back=step_back))
     # Only now: a start that is refused above leaves the record of the run as it was.
     if accelerator.is_main_process:
         _write_run_files(run_dir, record, data)
     accelerator.wait_for_everyone()
     result = trainer.train()
     if accelerator.is_main_process and recipe.has_rollouts:
-        logger.info("%s", time_split(read_metrics(run_dir / "metrics.jsonl")))
+        say_time_split(run_dir / METRICS_FILE)
     return result
 
 
@@ -302,7 +306,9 @@ def _prepared(wiring: _Wiring, module: Module) -> tuple[Any, Any]:
     settings = wiring.recipe.train
     refuse_half(module, masters_kept=keeps_masters(wiring.accelerator))
     configure_deepspeed(wiring.accelerator, settings.max_grad_norm)
-    return wiring.accelerator.prepare(module, build_optimizer(module, settings))
+    optimizer = build_optimizer(module, settings)
+    with compiling(wiring.accelerator):
+        return wiring.accelerator.prepare(module, optimizer)
 
 
 def save_verified(

@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from prefopt.errors import DataError
+from prefopt.storage.reading import UnreadableError, load_json
 from prefopt.types import Group, Response
 
 TOKENS, LENGTHS, SCORES, ADVANTAGES, PROMPTS, LOSS_MASK, IDS = (
@@ -277,10 +278,10 @@ def _loss_mask(directory: Path) -> np.ndarray:
 
 
 def _read_meta(directory: Path) -> dict[str, Any]:
+    keys = {"rows": int, "responses": int, "files": dict, "rejects": dict}
     try:
-        meta = json.loads((directory / META).read_text("utf-8"))
-        return {key: meta[key] for key in ("rows", "responses", "files", "rejects")}
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return load_json(directory / META, keys)
+    except UnreadableError as error:
         raise ValueError(f"{directory / META}: unreadable: {error}") from error
 
 

@@ -18,8 +18,6 @@ from prefopt.training.trainer import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
-
 _PACKAGES = (
     "prefopt",
     "torch",

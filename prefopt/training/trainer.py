@@ -20,7 +20,6 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from prefopt.data.groups import GroupSource
 from prefopt.errors import PrefoptError, TrainingError
@@ -31,6 +30,7 @@ from prefopt.model.sweep import LayoutFn, sweep
 from prefopt.recipe.registry import BoundObjective
 from prefopt.recipe.schema import TrainSection
 from prefopt.reference.base import Reference
+from prefopt.report.progress import Bar
 from prefopt.training.batch_metrics import add_batch_metrics, add_layout_metrics, derived
 from prefopt.training.best import Best
 from prefopt.training.checkpoint import Checkpoints
@@ -140,7 +140,7 @@ class PreferenceTrainer:
         interrupts = Interrupts(self.accelerator)
         hidden = not self.accelerator.is_main_process
         with (
-            tqdm(total=total, initial=self.regime.step, disable=hidden, unit="step") as bar,
+            Bar(total=total, initial=self.regime.step, disable=hidden, unit="step") as bar,
             interrupts,
         ):
             while self.regime.step < total and not self._stopped:
@@ -164,7 +164,8 @@ class PreferenceTrainer:
             return self.regime.step
         step = self.best.result_step(self.regime.step, self.regime.num_steps)
         if step != self.regime.step:
-            self.checkpoints.load(self.checkpoints.path_of(step))
+            path = self.checkpoints.path_of(step)
+            self.checkpoints.load(self.checkpoints.intact(path, step_back=False))
         return step
 
     def close(self) -> None:
@@ -341,7 +342,7 @@ class PreferenceTrainer:
             f"process: {', '.join(ids[:16])}{' …' if len(ids) > 16 else ''}"
         )
 
-    def _after_step(self, step: int, bar: tqdm) -> None:
+    def _after_step(self, step: int, bar: Bar) -> None:
         settings, total = self.settings, self.regime.num_steps
         row: dict[str, Any] = {}
         if step % settings.log_every == 0 or step == total:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt import __version__
-from prefopt.errors import ConfigError, PrefoptError
+from prefopt.errors import ConfigError
+from prefopt.process.guarded import guarded
+from prefopt.process.ranks import joined
 
 if TYPE_CHECKING:
     from prefopt.recipe.schema import Recipe
@@ -68,41 +68,6 @@ def recipe_main(trains: str, argv: Sequence[str] | None = None) -> int:
     _add_recipe(parser)
     arguments = parse(parser, argv)
     return guarded(lambda: _train(arguments, trains))
-
-
-def guarded(command: Callable[[], object]) -> int:
-    """Runs a command; a known error becomes its message and an exit code, Ctrl-C becomes 130."""
-    try:
-        with _logs_on_stderr():
-            command()
-    except ConfigError as error:
-        # Every rank finds the same; one of each machine says so.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{error}", file=sys.stderr)
-        return 2
-    except PrefoptError as error:
-        rank = os.environ.get("RANK")
-        print(f"[rank {rank}] {error}" if rank else f"{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `prefopt keys | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return 0
-
-
-@contextlib.contextmanager
-def _logs_on_stderr() -> Iterator[None]:
-    """Shows our own log lines, from rank 0 below warnings; other libraries keep their settings."""
-    logger, handler = logging.getLogger("prefopt"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -331,6 +296,11 @@ def _refuse_overrides(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace, trains: str | None = None) -> None:
+    with joined():
+        _train_recipe(arguments, trains)
+
+
+def _train_recipe(arguments: argparse.Namespace, trains: str | None) -> None:
     from prefopt.recipe.checks import examine
 
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -22,6 +22,7 @@ from prefopt.model.distributed import (
     configure_deepspeed,
     gathered_state,
     process_group_options,
+    together,
 )
 from prefopt.model.layouts import build_logp_model, build_score_model
 from prefopt.model.load import (
@@ -35,6 +36,9 @@ from prefopt.model.logps import LogpModel, unwrap_causal_lm
 from prefopt.model.micro_batches import SplitLimits, longest_row_tokens
 from prefopt.model.reward_model import load_reward_model
 from prefopt.model.scores import ScoreModel
+from prefopt.process.progress import progress
+from prefopt.process.ranks import joined
+from prefopt.process.stopping import Stopped
 from prefopt.recipe.checks import check
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.registry import BoundObjective, stage_objective
@@ -51,6 +55,7 @@ from prefopt.rollouts.setup import (
     build_rollouts,
     check_group_tokens,
     load_run_data,
+    longest_wait_s,
     most_group_tokens,
 )
 from prefopt.rollouts.statistics import time_split
@@ -74,23 +79,37 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     """Trains what the recipe says and returns the run directory.
 
     Called on every process of a launch; data is tokenised before any process group starts. An interrupted
-    run saves, says how to go on, and raises KeyboardInterrupt.
+    run saves and raises `Stopped`, a KeyboardInterrupt; `progress.stands` says how to go on.
 
     Raises: ConfigError, DataError, ModelError before training; TrainingError during it.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
+    with joined():
+        return _train(recipe)
+
+
+def _train(recipe: Recipe) -> Path:
+    progress.enter("looking at the recipe")
+    progress.stands = "nothing was trained, and there is nothing to save"
     check(recipe, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
     run_dir = Path(recipe.run.output_dir)
     resume_from = find_checkpoint(run_dir, recipe.train.resume)
+    if resume_from is not None:
+        progress.stands = f"{resume_from} stands; run the same command to go on"
+    progress.enter("reading the data")
     tokenizer = load_tokenizer(recipe.model)
     data = load_run_data(recipe, tokenizer)
     objective = run_objective(recipe)
     if objective.reads_samples and data.train is not None and not recipe.has_rollouts:
         check_labels(recipe.data, objective, data.train)  # before a model is loaded in vain
+    progress.enter("meeting the other processes")
     accelerator = _accelerator(recipe)
+    progress.enter("loading the model")
     policy = load_trained(recipe, tokenizer)
     check_vocabulary(policy.model, tokenizer)
+    progress.stuck_after_s = recipe.run.stuck_after_s
+    progress.enter("preparing to train", at_most_s=longest_wait_s(recipe))
     trainer = build_trainer(
         recipe, data.train, data.eval, policy, accelerator,
         prompts=data.prompts, tokenizer=tokenizer,
@@ -99,8 +118,11 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
         result = _run(recipe, trainer, data, policy, resume_from)
     finally:
         trainer.close()
-    if not result.finished:
-        _say_how_to_go_on(accelerator, run_dir, result, trainer.regime.num_steps)
+    if result.signal is not None:
+        accelerator.end_training()
+        progress.enter("training")
+        raise Stopped(result.signal)
+    progress.enter("saving what was trained", at_most_s=3600.0)
     save_verified(trainer.model, policy, tokenizer, run_dir / "final", accelerator)
     accelerator.end_training()
     return run_dir
@@ -305,12 +327,12 @@ def save_verified(
     prefix = "model."  # it holds the policy under this name
     names = {name for name, p in module.named_parameters() if p.requires_grad or not policy.is_peft}
     state = gathered_state(accelerator, module, names)
-    if accelerator.is_main_process:
-        assert state is not None
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        save_final(policy.model, tokenizer, directory, state_dict=state)
-        logger.info("saved and verified %s", directory)
-    accelerator.wait_for_everyone()
+    with together(accelerator, f"saving {directory}"):
+        if accelerator.is_main_process:
+            assert state is not None
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            save_final(policy.model, tokenizer, directory, state_dict=state)
+            logger.info("saved and verified %s", directory)
 
 
 def _split_limits(
@@ -329,15 +351,6 @@ def _split_limits(
     return SplitLimits(tokens, settings.micro_batch_size, module.packed)
 
 
-def _longest_wait_s(recipe: Recipe) -> float:
-    """How long other processes may wait while the main one starts an engine or samples."""
-    if recipe.rollouts is None:
-        return 0.0
-    engine = recipe.sampled_by
-    jobs = 2 * (recipe.rollouts.max_lag + 2)  # a push and a batch each
-    return engine.startup_timeout_s + jobs * engine.timeout_s
-
-
 def _accelerator(recipe: Recipe) -> Accelerator:
     precision = "no" if recipe.train.precision == "fp32" else recipe.train.precision
     try:
@@ -345,7 +358,9 @@ def _accelerator(recipe: Recipe) -> Accelerator:
             mixed_precision=precision,
             log_with=list(recipe.run.trackers) or None,
             project_dir=recipe.run.output_dir,
-            kwargs_handlers=process_group_options(_longest_wait_s(recipe)),
+            kwargs_handlers=process_group_options(
+                max(longest_wait_s(recipe), recipe.run.stuck_after_s)
+            ),
         )
     except ValueError as error:  # e.g. fp16 on a device that has none
         raise ConfigError(f"train.precision = {recipe.train.precision}: {error}") from error
@@ -363,21 +378,6 @@ def _write_run_files(run_dir: Path, record: dict[str, Any], data: DataBundle) ->
         with atomic_write(run_dir / RUN_FILE) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         data.write_rejects(run_dir / "rejects.jsonl")
-
-
-def _say_how_to_go_on(
-    accelerator: Accelerator, run_dir: Path, result: TrainResult, num_steps: int
-) -> None:
-    """Ends an interrupted run: every process raises, the main one says what was saved."""
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        logger.warning(
-            "interrupted: saved step %d of %d in %s; run the same command to go on",
-            result.step,
-            num_steps,
-            run_dir / "checkpoints",
-        )
-    raise KeyboardInterrupt
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

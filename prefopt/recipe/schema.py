@@ -206,6 +206,9 @@ class RunSection(Section):
     """Name shown by trackers; default: the directory's name."""
     trackers: tuple[str, ...] = Field(default=(), strict=False)
     """Trackers of accelerate to log to: tensorboard, wandb, mlflow, comet_ml, aim, clearml, …"""
+    stuck_after_s: PositiveFloat = 600.0
+    """Of several processes: longest time in which none gets on (a forward, an update; sampling and saving may take
+    longer) before the run ends and names the one that the others wait for. NCCL's own limit is the same."""
 
 
 class Recipe(Section):

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from prefopt.engines.base import PolicyFiles
 from prefopt.model.adapters import save_adapter, save_final
-from prefopt.model.distributed import gathered_state
+from prefopt.model.distributed import gathered_state, together
 from prefopt.model.load import LoadedPolicy
 from prefopt.model.logps import LogpModel
 from prefopt.training.checkpoint import writing
@@ -55,19 +55,23 @@ class PolicyPublisher:
         self._start = start[0]
 
     def write(self, version: int) -> PolicyFiles:
-        """The policy of this moment on disk. A collective. Raises: TrainingError if it cannot be written."""
+        """The policy of this moment on disk. A collective.
+
+        Raises: TrainingError, on every process, if it cannot be written.
+        """
         path = self.directory / f"step-{version:08d}-{self._start}"
         is_peft = self.policy.is_peft
         named = self._engine.named_parameters()
         names = {name for name, p in named if p.requires_grad or not is_peft}
         state = gathered_state(self.accelerator, self._engine, names)
-        if self.accelerator.is_main_process:
-            assert state is not None
-            state = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._save(path, state)
-        self.accelerator.wait_for_everyone()
+        what = f"the push of policy version {version}"
+        with together(self.accelerator, what):
+            if self.accelerator.is_main_process:
+                assert state is not None
+                state = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+                with writing(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self._save(path, state)
         return PolicyFiles(version, path, is_peft)
 
     def find(self, version: int) -> PolicyFiles | None:

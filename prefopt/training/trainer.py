@@ -22,19 +22,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prefopt.data.groups import GroupSource
-from prefopt.errors import PrefoptError, TrainingError
-from prefopt.model.distributed import Interrupts, clip_gradients, max_over_processes, sync_gradients
+from prefopt.errors import TrainingError
+from prefopt.model.distributed import (
+    clip_gradients,
+    max_over_processes,
+    sync_gradients,
+)
 from prefopt.model.layouts import log_ratio_tolerance
+from prefopt.model.memory import OPTIMIZER_REMEDY, memory_for, memory_for_state
 from prefopt.model.micro_batches import SplitLimits
 from prefopt.model.sweep import LayoutFn, sweep
+from prefopt.process.progress import progress
+from prefopt.process.stopping import Stopped, stopping
 from prefopt.recipe.registry import BoundObjective
 from prefopt.recipe.schema import TrainSection
 from prefopt.reference.base import Reference
 from prefopt.training.batch_metrics import add_batch_metrics, add_layout_metrics, derived
+from prefopt.training.boundary import Boundary
 from prefopt.training.checkpoint import Checkpoints
 from prefopt.training.generation_probe import GenerationProbe
 from prefopt.training.importance import weighted
 from prefopt.training.inputs import response_logps, response_scores
+from prefopt.training.interrupts import Interrupts
+from prefopt.training.keeper import Keeper
 from prefopt.training.metrics import MeanMeter, MetricsLog, peak_memory_gib
 from prefopt.training.optimizer import learning_rate, set_learning_rate
 from prefopt.training.reduction import PolicyGap, name_culprits, reduced
@@ -56,6 +66,8 @@ class TrainResult:
     """Optimizer steps done."""
     finished: bool
     """False if it was interrupted (and saved) before the last step."""
+    signal: int | None = None
+    """What interrupted it."""
 
 
 class PreferenceTrainer:
@@ -116,8 +128,11 @@ class PreferenceTrainer:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._clock = time.perf_counter()
         self._open_window_s = 0.0
+        self._updated = False
+        self._interrupts = Interrupts(accelerator)
         self._skipped = 0
         self._policy_gap = PolicyGap()
+        self.keeper = Keeper(self.checkpoints, accelerator, regime, self._meter, reference, probe)
 
     def train(self, resume_from: Path | None = None) -> TrainResult:
         """Runs to the last step, or to an interrupt, after which a checkpoint says where to go on.
@@ -129,22 +144,41 @@ class PreferenceTrainer:
             self.restore(resume_from)
         self._start()
         total = self.regime.num_steps
-        interrupts = Interrupts(self.accelerator)
         hidden = not self.accelerator.is_main_process
-        with (
-            tqdm(total=total, initial=self.regime.step, disable=hidden, unit="step") as bar,
-            interrupts,
-        ):
+        bar = tqdm(total=total, initial=self.regime.step, disable=hidden, unit="step")
+        with bar, self._interrupts:
             while self.regime.step < total:
-                window = self._next_window()
-                self._step(window)
-                self._after_step(window.step + 1, bar)
-                if interrupts.requested():
-                    self._save(window.step + 1)
-                    return TrainResult(window.step + 1, finished=False)
-        if self.checkpoints.newest_step() != total:
+                number = self._advance(bar)
+                if number is not None:
+                    return TrainResult(self.regime.step, finished=False, signal=number)
+        if self.keeper.saved != total:
             self._save(total)
         return TrainResult(total, finished=True)
+
+    def _advance(self, bar: tqdm) -> int | None:
+        """One optimizer step and what follows it, or the signal after which all was saved instead."""
+        boundary = Boundary.here(self.regime.step, self._meter)
+        try:
+            progress.enter(f"preparing step {boundary.step + 1}")
+            window = self.regime.next()
+            self._step(window)
+        except (Exception, Stopped) as error:
+            if not self._updated and self.keeper.can_go_back(error):
+                self.optimizer.zero_grad()
+                self.keeper.go_back(boundary, time.perf_counter() - self._clock)
+                if isinstance(error, Stopped):
+                    return error.number
+            raise
+        try:
+            self._after_step(window.step + 1, bar)
+            self._interrupts.check()
+        except Stopped as stopped:
+            if stopped.at_once:
+                raise
+            if self.keeper.saved != window.step + 1:
+                self._save(window.step + 1)
+            return stopped.number
+        return None
 
     def close(self) -> None:
         """Stops whatever feeds the trainer: engines, their processes, signals."""
@@ -157,18 +191,12 @@ class PreferenceTrainer:
 
         Raises: ConfigError if it is of other weights, data or processes; TrainingError if it is damaged.
         """
-        state = self.checkpoints.load(path)
-        self.regime.load_state_dict(state["regime"])
-        if self.reference is not None:
-            self.reference.load_state(self.checkpoints.load_tensors(path))
-        self._meter.load_state_dict(state["metrics"], self.accelerator)
-        self._open_window_s = state["open_window_s"]
-        if self.probe is not None:
-            self.probe.load_state_dict(state.get("generation_probe", {}))
-        logger.info("resumed from %s (step %d)", path, self.regime.step)
+        self._open_window_s = self.keeper.restore(path)["open_window_s"]
 
     def evaluate(self, step: int) -> dict[str, float]:
         """What there is to measure at ``step``: means over the held-out groups, the probe's answers."""
+        patience = None if self.probe is None else self.probe.parts.engine.timeout_s
+        progress.enter(f"evaluating at step {step}", at_most_s=patience)
         row = {} if self.eval_source is None else self._evaluate_rows(self.eval_source)
         return row if self.probe is None else row | self.probe.measure(step)
 
@@ -184,6 +212,8 @@ class PreferenceTrainer:
             (reference,) = self._reference_logps([groups])
             seen = self._seen(groups, output, reference, counts=counts)
             add_batch_metrics(meter, seen, self.objective(seen))
+            if stopping.is_deferred:
+                self._interrupts.check()
         row = derived(meter.reduce(self.accelerator))
         row["loss/total"] = sum(row.get(name, 0.0) for name in _LOSSES)
         return {f"eval/{name}": value for name, value in row.items()}
@@ -191,20 +221,14 @@ class PreferenceTrainer:
     def _start(self) -> None:
         self.model.train()
         if self.accelerator.is_main_process:
-            self.log.rewind(self.regime.step)
-        if self.regime.step == 0 and (row := self.evaluate(0)):
+            # A row without its evaluation is not there yet, nor is one that a resumed run has made of it.
+            self.log.rewind(self.regime.step - (self.keeper.open_row is not None))
+        if self.keeper.open_row is not None:
+            row, self.keeper.open_row = self.keeper.open_row, None
+            self._write({"step": self.regime.step, **row, **self.evaluate(self.regime.step)})
+        elif self.regime.step == 0 and (row := self.evaluate(0)):
             self._write({"step": 0, **row})
         self._clock = time.perf_counter() - self._open_window_s
-
-    def _next_window(self) -> Window:
-        """The next window; if its engine or signal gave up, what has been trained is saved first."""
-        try:
-            return self.regime.next()
-        except PrefoptError:
-            # Raised on every process or none (`RolloutRegime` sees to it), so all save together.
-            if self.regime.step > 0 and self.checkpoints.newest_step() != self.regime.step:
-                self._save(self.regime.step)
-            raise
 
     def _reference_logps(
         self, batches: Sequence[Sequence[Group]], version: int | None = None
@@ -235,6 +259,8 @@ class PreferenceTrainer:
 
     def _step(self, window: Window) -> None:
         started = time.perf_counter()
+        self._updated = False
+        progress.enter(f"training step {window.step + 1}")
         batches = [batch.groups for batch in window.micro_batches]
         references = self._reference_logps(batches, window.version)
         if window.step == 0:
@@ -242,15 +268,25 @@ class PreferenceTrainer:
         rate = learning_rate(self.settings, window.step, self.regime.num_steps)
         set_learning_rate(self.optimizer, rate)  # before backward: DeepSpeed steps inside it
         last = len(window.micro_batches) - 1
+        what, checkpointing = f"in step {window.step + 1}", self.settings.gradient_checkpointing
         for index, micro_batch in enumerate(window.micro_batches):
-            with sync_gradients(self.accelerator, self.model, index == last):
+            progress.tick(f"micro-batch {index + 1} of {last + 1}")
+            if index:  # a whole step may take longer than there is time
+                self._interrupts.check()
+            with (
+                memory_for(what, micro_batch.groups, self.limits, backward=checkpointing),
+                sync_gradients(self.accelerator, self.model, index == last),
+            ):
                 loss = self._micro_batch_loss(micro_batch, references[index], window)
                 # Wrappers average gradients over processes; the loss is already a global mean.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
         self._policy_gap.check(window)
         norm = clip_gradients(self.accelerator, self._parameters, self.settings.max_grad_norm)
         taken = self._check_gradient(norm, window)
-        self.optimizer.step()
+        self._updated = True
+        progress.tick("the optimizer's update")
+        with memory_for_state(f"in the update of step {window.step + 1}", OPTIMIZER_REMEDY):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         if self.reference is not None:
             self.reference.after_step()
@@ -318,6 +354,8 @@ class PreferenceTrainer:
     def _after_step(self, step: int, bar: tqdm) -> None:
         settings, total = self.settings, self.regime.num_steps
         row: dict[str, Any] = {}
+        self._updated = False
+        self.keeper.reached(step)
         if step % settings.log_every == 0 or step == total:
             row = self._reduced_row()
             bar.set_postfix({k.split("/")[-1]: f"{row[k]:.3g}" for k in _SHOWN if k in row})
@@ -325,7 +363,11 @@ class PreferenceTrainer:
         due = step == total if self.eval_every is None else step % self.eval_every == 0
         if due:
             started = time.perf_counter()
-            row |= self.evaluate(step)
+            try:
+                row |= self.evaluate(step)
+            except Stopped:
+                self.keeper.open_row = row
+                raise
             self._clock += time.perf_counter() - started  # not counted as training time
         if row:
             self._write({"step": step, **row})
@@ -349,17 +391,7 @@ class PreferenceTrainer:
 
     def _save(self, step: int) -> None:
         started = time.perf_counter()
-        state = {
-            "regime": self.regime.state_dict(),
-            "num_processes": self.accelerator.num_processes,
-            # A checkpoint may fall between two rows of metrics.jsonl: the next row is of the whole window.
-            "metrics": self._meter.state_dict(self.accelerator),
-            "open_window_s": started - self._clock,
-        }
-        if self.probe is not None:
-            state["generation_probe"] = self.probe.state_dict()
-        tensors = {} if self.reference is None else self.reference.state()
-        self.checkpoints.save(step, state, tensors)
+        self.keeper.save(step, started - self._clock)
         self._clock += time.perf_counter() - started
 
 

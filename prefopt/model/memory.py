@@ -27,7 +27,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_for(
     what: str,
     groups: Sequence[Group],
-    limits: SplitLimits,
+    limits: SplitLimits | None = None,
     *,
     backward: bool | None = None,
 ) -> Iterator[None]:
@@ -35,6 +35,7 @@ def memory_for(
 
     Args:
         what: where, continues "out of memory …".
+        limits: what decided how many they are; None where they were split for another forward.
         backward: None without one; else whether it recomputes activations (`train.gradient_checkpointing`).
 
     Raises: TrainingError that names the rows, `train.micro_batch_tokens` and the nearest remedy.
@@ -44,14 +45,17 @@ def memory_for(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        rows = [(group.id, _tokens(group, limits.packed)) for group in groups]
+        packed = limits is None or limits.packed
+        rows = [(group.id, _tokens(group, packed)) for group in groups]
         total = sum(tokens for _, tokens in rows)
+        limit = total if limits is None else limits.max_tokens
+        setting = "" if limits is None else f" (train.micro_batch_tokens = {limit:,})"
         shown = ", ".join(f"{name} ({tokens:,} tokens)" for name, tokens in rows[:_MOST_ROWS])
         more = f" and {len(rows) - _MOST_ROWS} more" if len(rows) > _MOST_ROWS else ""
         raise TrainingError(
             f"out of memory {what}: a forward over {len(rows)} row{'s' if len(rows) != 1 else ''} and {total:,} "
-            f"tokens (train.micro_batch_tokens = {limits.max_tokens:,}): {shown}{more}. "
-            f"{_remedy(rows, limits, can_recompute=backward is False)}. {_first_line(error)}"
+            f"tokens{setting}: {shown}{more}. "
+            f"{_remedy(rows, limit, packed=packed, can_recompute=backward is False)}. {_first_line(error)}"
         ) from error
 
 
@@ -73,14 +77,14 @@ OPTIMIZER_REMEDY = (
 )
 
 
-def _remedy(rows: list[tuple[str, int]], limits: SplitLimits, *, can_recompute: bool) -> str:
+def _remedy(rows: list[tuple[str, int]], limit: int, *, packed: bool, can_recompute: bool) -> str:
     longest = max(tokens for _, tokens in rows)
     also = ", or set train.gradient_checkpointing = true" if can_recompute else ""
     if len(rows) > 1:
-        fewer = max(longest, limits.max_tokens // 2)
+        fewer = max(longest, min(limit, sum(tokens for _, tokens in rows)) // 2)
         return f"Set train.micro_batch_tokens = {fewer} (the result is the same){also}"
     instead = "set train.gradient_checkpointing = true, or " if can_recompute else ""
-    layout = "" if limits.packed else ", or model.layout = packed where the model can take it"
+    layout = "" if packed else ", or model.layout = packed where the model can take it"
     return (
         f"It is one row alone, which no smaller forward can split: {instead}lower data.max_length_tokens (or "
         f"regime.max_new_tokens) below it{layout}, or give the weights less of the memory "

@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,7 @@ _HEARD_S = 15.0
 # A rank whose peer has gone learns within this time whether that one left a reason.
 _SILENT_S = 5.0
 _STACK_AFTER_S = 5.0
+_LIBRARIES = ("<", *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 # gloo, NCCL and the store have no error of their own for a peer that went away.
 _LOST = (
     "connection closed",
@@ -194,11 +196,11 @@ class Ranks(threading.Thread):
             self._store.add(self._key("heard"), 1)
             self._wait_for("heard", self.world_size)
 
-    def _wait_for(self, name: str, count: int) -> None:
+    def _wait_for(self, name: str, count: int, at_most_s: float = _HEARD_S) -> None:
         """Returns when ``count`` ranks have said ``name``, or after a while."""
         if name == "done" and not self._is_host:
             return
-        deadline = time.monotonic() + _HEARD_S
+        deadline = time.monotonic() + at_most_s
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline:
                 if self._store.add(self._key(name), 0) >= count:
@@ -247,7 +249,7 @@ class Ranks(threading.Thread):
             return None
         first = culprits[0].beat
         failure = Failure(
-            first.rank, first.local_rank, first.host, first.pid, 1, verdict(culprits, len(beats)), first.what,
+            first.rank, first.local_rank, first.host, first.pid, 1, verdict(culprits, beats), first.what,
             tuple(each.beat.rank for each in culprits),
         )  # fmt: skip
         self._post(failure)
@@ -301,6 +303,8 @@ class Ranks(threading.Thread):
             self._store.add(self._key("heard"), 1)
         if failure.culprits and self.rank not in failure.culprits:
             time.sleep(2 * _POLL_S)  # their stacks first: the reason is the last thing said
+        if self._is_host:
+            self._wait_for("heard", self.world_size, at_most_s=_OWN_WORDS_S)
         self.say_and_end(failure)
 
     def say_and_end(self, failure: Failure) -> None:
@@ -369,13 +373,13 @@ def _is_lost_peer(error: BaseException) -> bool:
 
 
 def _main_thread(ident: int | None) -> tuple[str, bool]:
-    """Where the main thread is: its innermost line outside of libraries, and whether it waits in a collective."""
+    """The main thread's innermost line outside of libraries, and whether it may be waiting for others."""
     frame: FrameType | None = sys._current_frames().get(ident or 0)
     where, waits = "", False
     while frame is not None:
         file = frame.f_code.co_filename
-        waits = waits or "/torch/distributed/" in file
-        if not where and "site-packages" not in file and not file.startswith("<"):
+        waits = waits or "/torch/distributed/" in file or "/torch/autograd/" in file
+        if not where and not file.startswith(_LIBRARIES):
             where = f"{file}:{frame.f_lineno} in {frame.f_code.co_name}"
         frame = frame.f_back
     return where, waits

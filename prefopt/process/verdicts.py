@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_SILENT_S = 5.0
+
 
 @dataclass(frozen=True)
 class Beat:
@@ -25,7 +27,7 @@ class Beat:
     where: str = ""
     """The line of ours that its main thread is at, once it has been idle for a while."""
     waits: bool = False
-    """Is that inside a collective, waiting for others?"""
+    """Is that inside a collective or a backward pass, which may wait for others?"""
     done: bool = False
 
     @property
@@ -42,8 +44,13 @@ class Seen:
     silent_s: float
 
     @property
-    def late(self) -> bool:
-        limit = self.beat.limit_s
+    def is_silent(self) -> bool:
+        """Has it stopped saying anything? Then what it said last is old news."""
+        return self.silent_s > max(self.beat.idle_s, _SILENT_S)
+
+    def late(self, longest: float | None) -> bool:
+        """Has it been where it is for too long? A silent one may have got to where the others are."""
+        limit = longest if self.is_silent else self.beat.limit_s
         return limit is not None and max(self.beat.idle_s, self.silent_s) > limit
 
 
@@ -56,19 +63,19 @@ def stuck(seen: Sequence[Seen]) -> list[Seen]:
     running = [each for each in seen if not each.beat.done]
     if not running:
         return []
+    longest = max(each.beat.limit_s or 0.0 for each in running) or None
     place = min(each.beat.place for each in running)
     behind = [each for each in running if each.beat.place == place]
-    if not all(each.late for each in behind):
+    if not all(each.late(longest) for each in behind):
         return []
-    busy = [each for each in behind if not each.beat.waits or each.silent_s > each.beat.idle_s]
-    return busy or behind
+    return [each for each in behind if each.is_silent or not each.beat.waits] or behind
 
 
-def verdict(found: Sequence[Seen], num_ranks: int) -> str:
-    """What to say of ranks that are `stuck`."""
-    limit = max(each.beat.limit_s or 0.0 for each in found)
+def verdict(found: Sequence[Seen], seen: Sequence[Seen]) -> str:
+    """What to say of the ranks that are `stuck` among those ``seen``."""
+    limit = max(each.beat.limit_s or 0.0 for each in seen)
     said = "; ".join(map(_described, found))
-    if len(found) == num_ranks:
+    if len(found) == len(seen):
         reason = "all wait for each other: the collective itself, or storage that all use, does not answer"
     else:
         reason = "the others wait for it" if len(found) == 1 else "the others wait for them"
@@ -80,7 +87,7 @@ def verdict(found: Sequence[Seen], num_ranks: int) -> str:
 
 def _described(seen: Seen) -> str:
     beat = seen.beat
-    if seen.silent_s > beat.idle_s:
+    if seen.is_silent:
         return (
             f"{beat.who} does not answer, for {seen.silent_s:.0f} s (stopped, swapped out, or its machine is "
             f"gone); it was last {beat.what}"

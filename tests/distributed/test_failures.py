@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import Launched, cpu_config, launch, write_model, write_pairs, write_recipe
+from tests.distributed.launch import (
+    Launched,
+    cpu_config,
+    launch,
+    write_model,
+    write_pairs,
+    write_recipe,
+)
 
 PLUGIN = """
 import os
@@ -105,9 +112,9 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
 
-def last_line(done: Launched) -> str:
-    """Of what all ranks said, in the order in which they ended."""
-    return done.stderr.strip().splitlines()[-1]
+def last_line(directory: Path, rank: int) -> str:
+    """Of what a rank said."""
+    return (directory / f"log-{rank}").read_text().strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero2"])
@@ -116,11 +123,12 @@ def test_a_rank_that_raises_ends_the_launch_with_its_reason_and_the_checkpoint_t
 ) -> None:
     done = offline(tmp_path, inputs, config, "raise")
     assert done.returncode == 1
-    said = next(line for line in done.stderr.splitlines() if line.startswith("[rank 0] rank 1 ("))
+    said = last_line(tmp_path, 0)
+    assert said.startswith("[rank 0] rank 1 (")
     assert "ended while training step 3" in said
     assert "ZeroDivisionError: division by zero" in said
     assert f"saved step 2 of 8 in {tmp_path / 'run' / 'checkpoints'}" in said
-    assert last_line(done) == "ZeroDivisionError: division by zero"  # rank 1's own
+    assert "ZeroDivisionError: division by zero" in (tmp_path / "log-1").read_text()  # rank 1's own
     assert steps(tmp_path) == [1, 2]
 
 
@@ -129,19 +137,21 @@ def test_out_of_memory_on_one_rank_names_its_rows_and_what_to_lower(
 ) -> None:
     done = offline(tmp_path, inputs, "ddp", "memory")
     assert done.returncode == 1
-    assert last_line(done).startswith("[rank 1] out of memory in step 3: a forward over 4 rows")
-    assert "(train.micro_batch_tokens = " in last_line(done)
-    assert "Set train.micro_batch_tokens = " in last_line(done)
-    assert "can't allocate memory" in last_line(done)
+    assert last_line(tmp_path, 1).startswith(
+        "[rank 1] out of memory in step 3: a forward over 4 rows"
+    )
+    assert "(train.micro_batch_tokens = " in last_line(tmp_path, 1)
+    assert "Set train.micro_batch_tokens = " in last_line(tmp_path, 1)
+    assert "can't allocate memory" in last_line(tmp_path, 1)
     assert "Traceback" not in done.stderr
 
 
 def test_a_rank_that_is_killed_is_named(inputs: Path, tmp_path: Path) -> None:
     done = offline(tmp_path, inputs, "ddp", "kill")
     assert done.returncode != 0
-    assert last_line(done).startswith("[rank 0] rank 1 (")
-    assert "it is gone without a word" in last_line(done)
-    assert "saved step 2 of 8" in last_line(done)
+    assert last_line(tmp_path, 0).startswith("[rank 0] rank 1 (")
+    assert "it is gone without a word" in last_line(tmp_path, 0)
+    assert "saved step 2 of 8" in last_line(tmp_path, 0)
     assert "Traceback" not in done.stderr
 
 
@@ -159,13 +169,15 @@ def test_a_rank_that_is_stuck_is_named_with_its_stack(
 ) -> None:
     done = offline(tmp_path, inputs, "ddp", how, run={"stuck_after_s": 20})
     assert done.returncode != 0
-    assert "the run has not got on for more than 20 s (run.stuck_after_s): rank 1 (" in last_line(done)
-    assert "training step 3" in last_line(done)
+    assert "the run has not got on for more than 20 s (run.stuck_after_s): rank 1 (" in last_line(
+        tmp_path, 0
+    )
+    assert "training step 3" in last_line(tmp_path, 0)
     if how == "hang":
-        assert "plugin.py" in last_line(done) and "in hang" in last_line(done)
+        assert "plugin.py" in last_line(tmp_path, 0) and "in hang" in last_line(tmp_path, 0)
         assert "[rank 1] its stack:" in done.stderr
     else:
-        assert "does not answer" in last_line(done)
+        assert "does not answer" in last_line(tmp_path, 0)
 
 
 def online(directory: Path, inputs: Path, how: str) -> Launched:
@@ -201,6 +213,5 @@ def test_what_fails_between_two_steps_is_said_by_all_and_the_step_is_saved(
     for rank in (0, 1):
         own = [line for line in done.stderr.splitlines() if line.startswith(f"[rank {rank}] ")]
         assert own and reason in own[-1], (rank, done.stderr)
-    assert reason in last_line(done)
     assert steps(tmp_path) == [step]
     assert "Traceback" not in done.stderr

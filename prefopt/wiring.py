@@ -36,6 +36,7 @@ from prefopt.model.logps import LogpModel, unwrap_causal_lm
 from prefopt.model.micro_batches import SplitLimits, longest_row_tokens
 from prefopt.model.reward_model import load_reward_model
 from prefopt.model.scores import ScoreModel
+from prefopt.process.ended import ended
 from prefopt.process.progress import progress
 from prefopt.process.ranks import joined
 from prefopt.process.stopping import Stopped
@@ -85,7 +86,7 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
-    with joined():
+    with joined(), ended(Path(recipe.run.output_dir)):
         return _train(recipe)
 
 
@@ -122,9 +123,11 @@ def _train(recipe: Recipe) -> Path:
         accelerator.end_training()
         progress.enter("training")
         raise Stopped(result.signal)
+    progress.stands = "all steps are done and saved; the same command makes final/"
     progress.enter("saving what was trained", at_most_s=3600.0)
     save_verified(trainer.model, policy, tokenizer, run_dir / "final", accelerator)
     accelerator.end_training()
+    progress.stands = f"finished, in {run_dir / 'final'}"
     return run_dir
 
 

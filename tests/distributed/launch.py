@@ -11,6 +11,7 @@ import runpy
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def launch(config: Path, script: str, recipe: Path, *overrides: str) -> Launched
     accelerate reads ``config`` and sets the variables itself; only who starts the processes differs from
     `accelerate_launch`.
     """
+    with launched(config, script, recipe, *overrides) as ranks:
+        codes = _codes(ranks)
+    return Launched(
+        next((code for code in codes if code), 0), "".join(each.output for each in ranks)
+    )
+
+
+@contextlib.contextmanager
+def launched(config: Path, script: str, recipe: Path, *overrides: str) -> Iterator[list[Command]]:
+    """The processes of `launch` while they run."""
     words = [str(ROOT / "recipes" / f"{script}.py"), str(recipe), *overrides]
     processes, environment = _as_accelerate_sets_it(config, words)
     ranks = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -74,10 +85,7 @@ def launch(config: Path, script: str, recipe: Path, *overrides: str) -> Launched
             commands.append(
                 stack.enter_context(forked(_script, *words, log=log, environment=environment))
             )
-        codes = _codes(commands)
-    return Launched(
-        next((code for code in codes if code), 0), "".join(each.output for each in commands)
-    )
+        yield commands
 
 
 def accelerate_launch(config: Path, script: str, recipe: Path, *overrides: str) -> Launched:

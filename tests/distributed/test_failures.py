@@ -6,6 +6,7 @@ called: nothing here depends on how fast anything is.
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,10 @@ def test_sigterm_to_one_rank_is_a_checkpoint_of_all(inputs: Path, tmp_path: Path
     assert done.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM while training: saved step 3 of 8 in" in done.stderr
     assert steps(tmp_path) == [3]
+    ended = json.loads((tmp_path / "run" / "ended.json").read_text())
+    assert (
+        ended["code"] == 143 and ended["signal"] == "SIGTERM" and "saved step 3" in ended["stands"]
+    )
 
 
 @pytest.mark.slow

@@ -1,63 +1,28 @@
-"""The folder of a pipeline: where shards, records and dropped rows of each stage lie, and who writes in it."""
+"""The folder of a pipeline: where shards, records and dropped rows of each stage lie."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import logging
 import os
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.base import Dropped
-from data_pipelines.manifest import read_record, write_record
+from data_pipelines.manifest import REPAIR, read_record, write_record
 from data_pipelines.shards import ShardFile, Shards
 from prefopt.errors import DataError
-from prefopt.storage.cache import AGAIN, write_whole, writing
-
-logger = logging.getLogger("prefopt.data")
+from prefopt.storage.cache import AGAIN, write_whole
+from prefopt.storage.reading import as_object, reading
 
 MANIFEST = "manifest.json"
 _RECORDS = "manifest"
 _ASIDE = "replaced"
-_LOCK = ".lock"
-
-
-@contextlib.contextmanager
-def only_driver(root: Path) -> Iterator[None]:
-    """Holds the folder of a pipeline for this process, whose end frees it, however it ends.
-
-    Raises: DataError if another process has it, or the folder cannot be made.
-    """
-    path = root / _LOCK
-    advice = (
-        "Make room, or give an output_dir that can be written to, and run the same command again"
-    )
-    with writing(path, advice):
-        root.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-    with file:
-        try:  # not `flock`, which a forked child would hold on to after our death
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            raise DataError(
-                f"{root}: another build is at work here ({file.read().strip() or 'it just began'}). Wait for it "
-                "or stop it, then run the same command again: one command hands out the shards of a folder"
-            ) from error
-        except OSError as error:
-            logger.warning("%s: cannot be locked (%s); start one build here at a time", path, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
+_COUNTS = {"counts": dict, "counts.rows_in": int, "counts.rows_out": int, "counts.dropped": dict}
+_DONE = {"shards": list, **_COUNTS}
+_SHARD = {"file": str, "rows_out": int, "sha256": str}
 
 
 @dataclass(frozen=True)
@@ -70,6 +35,11 @@ class StageFolder:
     @property
     def shards(self) -> Path:
         return self.root / self.id
+
+    @property
+    def parts(self) -> Path:
+        """Where the shards of a stage that is to give Parquet lie until all are made."""
+        return self.root / ".parts" / self.id
 
     @property
     def records(self) -> Path:
@@ -98,13 +68,21 @@ class StageFolder:
             return
         write_whole(path, "".join(lines), AGAIN)
 
+    def made(self, number: int) -> dict[str, Any] | None:
+        """The record of one shard, None where it is to be made. Raises: DataError as `read_record`."""
+        return read_record(self.shard_record(number), {**_SHARD, "rows_in": int, "dropped": dict})
+
     def num_recorded(self) -> int:
         """Shards of a `map` stage that are made."""
         return sum(path.stem.isdigit() for path in self.records.glob("*.json"))
 
     def done(self) -> dict[str, Any] | None:
         """The record of the finished stage. Raises: DataError as `read_record`."""
-        return read_record(self.done_record)
+        record = read_record(self.done_record, _DONE)
+        for shard in record["shards"] if record is not None else ():
+            with reading(self.done_record, "the record of a stage", REPAIR):
+                as_object(shard, _SHARD)
+        return record
 
     def output(self, done: Mapping[str, Any]) -> Shards:
         """The shards that a finished stage's record names."""
@@ -121,6 +99,7 @@ class StageFolder:
     def set_aside(self) -> list[Path]:
         """Moves all that was made under ``replaced/``: nothing is lost. Returns where it went."""
         moved = []
+        shutil.rmtree(self.parts, ignore_errors=True)
         for path in (self.records, self.shards):  # without a record, shards are nobody's
             if path.exists():
                 moved.append(_aside(self.root, path))
@@ -147,7 +126,9 @@ def dropped_line(dropped: Dropped, id_: str | None) -> str:
     """A dropped row as its line in the list says it."""
     line = {"id": id_, "reason": dropped.reason}
     line |= {"detail": dropped.detail} if dropped.detail is not None else {}
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    text = json.dumps(line, ensure_ascii=False) + "\n"
+    # half of a surrogate pair, escaped as JSON has it: a reason must not stop the list of reasons
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_manifest(root: Path, name: str, stages: Sequence[tuple[str, Mapping[str, Any]]]) -> Path:

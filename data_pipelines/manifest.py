@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import inspect
 import json
 import sys
@@ -12,47 +10,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.errors import ConfigError, DataError
+from prefopt.errors import ConfigError
 from prefopt.storage.cache import write_whole
-
-SEAL = "seal"
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+from prefopt.storage.code import code_hash as source_hash
+from prefopt.storage.reading import Kind, as_object, load_json, reading, sealed, unsealed
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Writes a sealed record, whole or not at all. Raises: DataError if it cannot be written."""
-    text = json.dumps({**record, SEAL: digest(record)}, ensure_ascii=False, indent=1) + "\n"
+    text = json.dumps(sealed(record), ensure_ascii=False, indent=1) + "\n"
     write_whole(path, text)
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path, keys: Mapping[str, Kind] = {}) -> dict[str, Any] | None:
     """The record without its seal; None where there is none.
 
-    Raises: DataError for one that is broken or was edited.
+    Args:
+        keys: what a record of this kind holds (`prefopt.storage.reading.as_object`).
+
+    Raises: DataError for one that is broken, was edited, or that another version wrote with other keys.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not path.is_file():
         return None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    try:
-        record = json.loads(text)
-        seal = record.pop(SEAL)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{path}: is no record of a pipeline ({error!r}). {_REPAIR}") from error
-    if digest(record) != seal:
-        raise DataError(
-            f"{path}: was edited by hand (its seal does not fit what it says). {_REPAIR}"
-        )
-    return record
+    with reading(path, "a record of a pipeline", REPAIR):
+        return as_object(unsealed(load_json(path)), keys)
 
 
-_REPAIR = "Restore it, or make the stage again with --from and its name"
+REPAIR = "Restore it, or make the stage again with --from and its name"
 
 
 @dataclass(frozen=True)
@@ -78,9 +62,7 @@ def changes(was: Any, now: Any, key: str = "") -> list[Change]:
 
 
 def code_hash(thing: Any) -> str:
-    """Hash of the module that defines ``thing``: of what it does, not of its comments, docstrings or layout.
-
-    Imports do not count either: a module that moves changes those of many, and what none of them does.
+    """Hash of what the module that defines ``thing`` does; see `prefopt.storage.code`.
 
     Raises: ConfigError for something defined in no file.
     """
@@ -88,20 +70,7 @@ def code_hash(thing: Any) -> str:
     file = getattr(module, "__file__", None)
     if file is None:
         raise ConfigError(f"{thing!r}: is defined in no file, so what it does cannot be recorded")
-    tree = ast.parse(Path(inspect.getsourcefile(thing) or file).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            kept = [each for each in body if not _does_nothing(each)]
-            node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
-
-
-def _does_nothing(node: ast.AST) -> bool:
-    """An import, or a docstring of a module, a function or an attribute."""
-    value = getattr(node, "value", None)
-    text = isinstance(value, ast.Constant) and isinstance(value.value, str)
-    return isinstance(node, ast.Import | ast.ImportFrom) or (isinstance(node, ast.Expr) and text)
+    return source_hash(Path(inspect.getsourcefile(thing) or file))
 
 
 def _short(value: Any) -> str:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
-
-from tqdm import tqdm
 
 from data_pipelines.base import Place
 from data_pipelines.executors import Executor, open_executor
-from data_pipelines.folder import StageFolder, only_driver, write_manifest
-from data_pipelines.manifest import Change, changes, digest, read_record, write_record
+from data_pipelines.folder import StageFolder, write_manifest
+from data_pipelines.manifest import Change, changes, read_record, write_record
 from data_pipelines.pipeline import BoundStage, Pipeline
 from data_pipelines.shard_work import Order, stage_code
 from data_pipelines.shards import Shards
 from data_pipelines.stage_runs import run_map, run_whole
 from prefopt.errors import ConfigError, DataError
+from prefopt.report.progress import Bar
+from prefopt.storage.holder import held
+from prefopt.storage.reading import digest
 
 logger = logging.getLogger("prefopt.data")
 
@@ -35,9 +38,10 @@ def build(pipeline: Pipeline, *, start: str | None = None) -> dict[str, Any]:
     Raises: ConfigError if a stage was made of something else, or for a stage there is none of; DataError for
         files that are broken, changed or in use, or a shard that its workers die on; whatever a stage raises.
     """
-    with contextlib.ExitStack() as held:
-        executor = held.enter_context(contextlib.closing(open_executor(pipeline.settings.executor)))
-        held.enter_context(only_driver(pipeline.directory))
+    with (
+        contextlib.closing(open_executor(pipeline.settings.executor)) as executor,
+        held(pipeline.directory, work="build", advice="Another output_dir is free"),
+    ):
         if start is not None:
             _set_aside(pipeline, start)
         return _build(pipeline, executor)
@@ -55,6 +59,9 @@ def _build(pipeline: Pipeline, executor: Executor) -> dict[str, Any]:
             basis = {**basis, "input": digest(done[-1][1]) if done else None}
             write_record(folder.stage_record, basis)
             record = _run(pipeline, stage, folder, basis, shards, executor)
+        shutil.rmtree(
+            folder.parts, ignore_errors=True
+        )  # also those of a run that was cut short here
         done.append((stage.id, record))
         shards = folder.output(record)
         _require_rows(stage, record)
@@ -92,7 +99,7 @@ def _check_unchanged(pipeline: Pipeline, depends: Sequence[dict[str, Any]]) -> N
     unfinished: str | None = None
     for number, (stage, basis) in enumerate(zip(pipeline.stages, depends, strict=True)):
         folder = StageFolder(pipeline.directory, stage.id)
-        record = read_record(folder.stage_record)
+        record = read_record(folder.stage_record, {"input": (str, NoneType)})
         if record is None and folder.exists() and folder.done_record.exists():
             raise DataError(
                 f"{folder.stage_record}: is missing, and the stage is recorded as done. Restore it, or make the "
@@ -148,10 +155,12 @@ def _run(
         folder=folder.shards,
     )
     started = time.perf_counter()
-    with tqdm(desc=stage.id, unit="row", total=stage.settings.num_rows_in(place)) as bar:
+    with Bar(desc=stage.id, unit="row", total=stage.settings.num_rows_in(place)) as bar:
         if stage.spec.works == "map":
             order = _order(pipeline, stage, place, basis["code"])
-            record = run_map(stage.settings, order, folder, executor, bar)
+            record = run_map(
+                stage.settings, order, folder, executor, bar, form=pipeline.settings.format
+            )
         else:
             record = run_whole(stage, place, folder, pipeline.settings, bar)
     record = {"gives": str(stage.gives), "basis": digest(basis), **record}
@@ -169,7 +178,6 @@ def _order(pipeline: Pipeline, stage: BoundStage, place: Place, code: dict[str, 
         code=code,
         gives=stage.gives,
         place=place,
-        format=pipeline.settings.format,
         needs=stage.settings.needs(),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from eval.base import Example, Row
-from eval.models import Models
+from eval.models import Models, asked
 from eval.preference_data import response_text
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.registry import get_signal
@@ -108,12 +107,13 @@ def resolve_by(models: Models, by: By) -> str:
 def is_reward_model(section: ModelSection) -> bool:
     """Is it saved as a sequence classifier, or as an adapter of one?"""
     from prefopt.model.source import resolve_source
+    from prefopt.storage.model_files import read_adapter_config, read_model_config
 
     source = resolve_source(section.path, section.revision)
     if source.adapters:
-        settings = json.loads((source.adapters[-1] / "adapter_config.json").read_text("utf-8"))
+        settings = read_adapter_config(source.adapters[-1])
         return settings.get("task_type") == "SEQ_CLS"
-    config = json.loads((source.directory / "config.json").read_text("utf-8"))
+    config = read_model_config(source.directory)
     return any("SequenceClassification" in name for name in config.get("architectures") or ())
 
 
@@ -220,8 +220,7 @@ class LogpScorer:
         requests = []
         for pair in pairs:
             sides = tuple(_message(pair.fields[name]) for name in ("chosen", "rejected"))
-            prompt = pair.prompt if isinstance(pair.prompt, str) else [dict(m) for m in pair.prompt]
-            requests.append(Request(prompt, sides))
+            requests.append(Request(asked(pair.prompt, self.policies.condition), sides))
         limits = Limits(self.limit)
         return [check(each, limits) for each in self.policies.renderer.render_batch(requests)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from prefopt import __version__
 from prefopt.errors import ConfigError
+from prefopt.launch import check_launched
 from prefopt.process.guarded import guarded
 from prefopt.process.ranks import joined
 
@@ -65,6 +65,8 @@ def recipe_main(trains: str, argv: Sequence[str] | None = None) -> int:
         description=f"Trains a {trains} recipe. Usually through: accelerate launch --config_file "
         f"accelerate_configs/zero3.yaml recipes/{trains}.py RECIPE.yaml [section.key=value ...]"
     )
+    # `deepspeed` and `torch.distributed.launch` add it to the line, and say the same in LOCAL_RANK.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     _add_recipe(parser)
     arguments = parse(parser, argv)
     return guarded(lambda: _train(arguments, trains))
@@ -213,6 +215,11 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="where to write it"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the model code of the adapter's base (default: as the run did, where a run is given)",
+    )
 
 
 def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -250,9 +257,9 @@ def _add_registries(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from prefopt.recipe.checks import check
+    from prefopt.commands.look import examine_and_look
 
-    notes = check(
+    notes = examine_and_look(
         arguments.recipe,
         arguments.overrides,
         num_processes=arguments.num_processes,
@@ -284,7 +291,7 @@ def _show(arguments: argparse.Namespace) -> None:
     from prefopt.commands.show import show
     from prefopt.recipe.checks import examine
 
-    recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True)
+    recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True, to_train=False)
     show(recipe, arguments.n, color=color)
 
 
@@ -303,11 +310,11 @@ def _train(arguments: argparse.Namespace, trains: str | None = None) -> None:
 def _train_recipe(arguments: argparse.Namespace, trains: str | None) -> None:
     from prefopt.recipe.checks import examine
 
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    recipe, notes = examine(arguments.recipe, arguments.overrides, num_processes=num_processes)
+    launch = check_launched()  # first: what a recipe needs depends on it
+    recipe, notes = examine(arguments.recipe, arguments.overrides, num_processes=launch.world_size)
     if trains is not None:
         _require_script(arguments.recipe, recipe, trains)
-    if os.environ.get("RANK", "0") == "0":
+    if launch.is_main:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
     from prefopt.wiring import train
@@ -340,7 +347,7 @@ def _require_script(path: str, recipe: Recipe, trains: str) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from prefopt.model.merge import merge_adapter
 
-    merge_adapter(arguments.source, arguments.output)
+    merge_adapter(arguments.source, arguments.output, trust_remote_code=arguments.trust_remote_code)
     print(f"wrote {arguments.output}")
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field, PositiveInt
-from tqdm import tqdm
 
 from data_pipelines.base import Dropped, Place, StageSettings
 from data_pipelines.contamination import Contamination, Decontamination
@@ -26,10 +25,12 @@ from data_pipelines.reading import (
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, prompt_text
 from data_pipelines.sketch import hash64
+from data_pipelines.words import words
 from prefopt.data.rows import Refused
 from prefopt.errors import DataError
 from prefopt.recipe.schema import ModelSection, PathText, Section, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
+from prefopt.report.progress import Bar
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer
@@ -85,6 +86,10 @@ class Prompts(StageSettings):
     """In an order drawn by the pipeline's seed; otherwise as they come."""
     max_prompts: PositiveInt | None = None
     """Keep the first so many, after shuffling."""
+
+    def code(self) -> tuple[Any, ...]:
+        near = () if self.near_duplicates is None else (NearDuplicates, words)
+        return (*near, *(() if self.decontaminate is None else (Contamination, words)))
 
     def problems(self, reads: RowKind | None, document: Document, path: KeyPath) -> list[str]:
         found = keep_problems(self.keep, document, path)
@@ -147,7 +152,7 @@ class Prompts(StageSettings):
         numbers: dict[str, int] = {_KEPT: 0}
         codes = array("H")
         total, name = self.num_rows_in(place), f"{place.id}: first look"
-        for row in tqdm(source_rows(self.sources, pairs=False), name, total, unit="row"):
+        for row in Bar(source_rows(self.sources, pairs=False), name, total, unit="row"):
             reason = judge.reason(row)
             codes.append(numbers.setdefault(reason, len(numbers)))
         array_codes = np.frombuffer(codes, dtype=np.uint16).copy()

@@ -20,7 +20,7 @@ from data_pipelines.reading import (
 from data_pipelines.registry import stage
 from data_pipelines.rows import SIDES, Row, RowKind
 from prefopt.data.readers import RawRow
-from prefopt.data.rows import Refused, column
+from prefopt.data.rows import Refused, as_float, column, shown
 from prefopt.errors import DataError
 from prefopt.recipe.schema import Section, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
@@ -207,12 +207,9 @@ def _score(raw: RawRow, name: str | None) -> dict[str, float]:
     value = column(raw, name)
     if value is None or value == "":
         return {}
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = as_float(value)
     if not math.isfinite(number):
         raise DataError(
-            f"{raw.where}: column {name!r} = {value!r}: a score must be a finite number"
+            f"{raw.where}: column {name!r} = {shown(value)}: a score must be a finite number"
         )
     return {"score": number}

@@ -13,6 +13,13 @@ from typing import Any, Literal
 from eval.base import Metric
 from eval.provenance import task_folder
 from prefopt.errors import ConfigError, DataError
+from prefopt.storage.reading import (
+    SHAPE_ERRORS,
+    UnreadableError,
+    load_json,
+    parse_json,
+    reading,
+)
 
 RESULTS_FILE = "results.json"
 EXAMPLES_FILE = "examples.jsonl"
@@ -142,15 +149,27 @@ def open_examples(output: Output, task: str) -> ExampleFile:
     return ExampleFile(path, value_name, values, offsets)
 
 
+def measured_by(output: Output, task: str) -> str | None:
+    """What a task's scores are, where it has several (``implicit_reward``, ``mean_logp``, …), by its rows.
+
+    An option left at `auto` does not say it: that goes by what the model is.
+    """
+    path = output.path / task_folder(task) / EXAMPLES_FILE
+    if not path.is_file():  # `open_examples` says so
+        return None
+    found = ((row.get("details") or {}).get("by") for _, _, row in _rows(path))
+    return next((str(by) for by in found if by is not None), None)
+
+
 def _rows(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """``(line number, offset in bytes, row)``; a row has its key, values and problem."""
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error})") from error
+                row = parse_json(line)
+            except UnreadableError as error:
+                raise DataError(f"{path}:{number}: {error}. Evaluate again") from error
             if not (
                 isinstance(row, dict)
                 and isinstance(row.get("key"), str)
@@ -221,12 +240,8 @@ def _shortest_names(paths: Sequence[Path]) -> list[str]:
 
 def _open(name: str, directory: Path) -> Output:
     path = directory / RESULTS_FILE
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    if not isinstance(results, dict) or not isinstance(results.get("tasks"), dict):
-        raise DataError(f"{path}: not a results file of `prefopt eval`: it has no `tasks`")
+    with reading(path, "a results file of `prefopt eval`", "Evaluate again"):
+        results = load_json(path, {"tasks": dict})
     tasks = {task: _task_result(entry, path, task) for task, entry in results["tasks"].items()}
     head = {key: value for key, value in results.items() if key != "tasks"}
     match = _STEP.fullmatch(directory.resolve().name)
@@ -248,7 +263,7 @@ def _task_result(entry: Any, path: Path, task: str) -> TaskResult:
             notes=tuple(entry["notes"]),
             made={key: value for key, value in entry.items() if key not in named},
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except SHAPE_ERRORS as error:
         raise DataError(
             f"{path}: tasks.{task} is not what `prefopt eval` writes ({error!r}). Evaluate again with this "
             "version"

@@ -23,6 +23,7 @@ from prefopt.data.rows import (
     has_column,
     refusal,
     score,
+    shown,
 )
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.schema import ColumnMap, SourceSection
@@ -116,6 +117,8 @@ def prompt_row(row: RawRow, reading: Reading) -> Row | Refused:
     A dialogue that ends with the assistant's turn is a prompt without that turn: what it said is a
     response, and the policy is to give its own.
     """
+    if row.flaw is not None:
+        return Refused(Reject.BROKEN_TEXT, row.flaw)
     columns = reading.columns
     assert columns.prompt is not None  # `prompt_reading` has seen to it
     value = column(row, columns.prompt)
@@ -136,6 +139,8 @@ def canonical(row: RawRow, reading: Reading) -> Row | Refused:
 
     Raises: DataError naming file, row and column where a value is of a kind the format cannot hold.
     """
+    if row.flaw is not None:
+        return Refused(Reject.BROKEN_TEXT, row.flaw)
     columns = reading.columns
     names = [columns.chosen, columns.rejected] if reading.pairs else [columns.chosen]
     values = [column(row, name) for name in names if name is not None]
@@ -385,4 +390,4 @@ def _transcript(text: str) -> list[Message]:
 def _kind(value: Any) -> str:
     if isinstance(value, list):
         return "a list"
-    return "an object" if isinstance(value, dict) else f"{type(value).__name__} {value!r}"
+    return "an object" if isinstance(value, dict) else f"{type(value).__name__} {shown(value)}"

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.chunks import Chunk, ChunkReader, Limits, parallel_chunks
@@ -42,11 +41,12 @@ from prefopt.data.tokens import (
 )
 from prefopt.errors import DataError
 from prefopt.recipe.schema import DataSection, SourceSection
+from prefopt.report.progress import Bar
 from prefopt.storage.cache import atomic_directory, cache_root
 
 log = logging.getLogger(__name__)
 
-STORE_VERSION = 3
+STORE_VERSION = 4
 """Raise whenever the files of a store change shape, or rows are refused differently."""
 
 _CHUNK_ROWS = 256
@@ -180,7 +180,7 @@ def _chunks(job: _Job, tokenizer: PreTrainedTokenizerBase, num_workers: int) -> 
     if total is not None and job.section.max_rows is not None:
         total = min(total, job.section.max_rows)
     name = f"tokenising {Path(job.section.path).name}"
-    with tqdm(desc=name, total=total, unit=" rows", delay=2, dynamic_ncols=True) as bar:
+    with Bar(desc=name, total=total, unit=" rows", delay=2, dynamic_ncols=True) as bar:
         for chunk in chunks:
             yield chunk
             bar.update(chunk.num_read)
@@ -224,6 +224,7 @@ def _write_store(directory: Path, chunks: Iterable[Chunk], job: _Job) -> None:
 
 
 _HINTS = {
+    Reject.BROKEN_TEXT: "the rows' text was cut within a character; make it again with whole characters",
     Reject.TOO_LONG: "raise data.max_length_tokens",
     Reject.PROMPT_TOO_LONG: "raise data.max_prompt_tokens",
     Reject.PROMPT_NOT_PREFIX: (

@@ -1,30 +1,75 @@
-"""Saving what was trained, reading it back to prove it, and merging adapters into their base."""
+"""Putting adapters on a model, saving what was trained, reading it back to prove it, and merging."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from prefopt.errors import ModelError, TrainingError
+from prefopt.errors import ConfigError, ModelError, TrainingError
+from prefopt.recipe.peft_unfit import unfit
 from prefopt.storage.cache import atomic_directory
+from prefopt.storage.checksums import check_weights, write_sums
+from prefopt.storage.model_files import ADAPTER_CONFIG, BASE_FILE, shard_names
 
 log = logging.getLogger(__name__)
 
+GENERATION_FILE = "generation_config.json"
+SAVE_ERRORS = (
+    OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AttributeError,
+)  # fmt: skip
+"""What transformers, peft and safetensors raise for what they cannot write."""
+
 ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-BASE_FILE = "prefopt_base.json"
-"""Beside a saved adapter: the content hash of the base it was trained on, which outlives every renaming."""
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """``model`` under a new adapter. Raises: ConfigError where the two do not fit."""
+    try:
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, LookupError, RuntimeError, ImportError) as error:
+        raise ConfigError(
+            f"peft (type {peft_kind(config)!r}) on {type(model).__name__}: {error}"
+        ) from error
+    assert isinstance(adapted, PeftModel)
+    _check_saved_configuration(config)
+    _check_bias(adapted, config)
+    return adapted
+
+
+def _check_bias(model: PeftModel, config: PeftConfig) -> None:
+    """Raises ConfigError for biases that are to be trained, of modules that have none: peft trains the rest."""
+    asked = getattr(config, "bias", "none")
+    trained = (name for name, p in model.named_parameters() if p.requires_grad)
+    if asked not in ("none", False, None) and not any("bias" in name for name in trained):
+        raise ConfigError(
+            f"peft.bias = {asked!r}: no module that it would train has a bias, so it would change nothing. "
+            "Leave it out"
+        )
+
+
+def _check_saved_configuration(config: PeftConfig) -> None:
+    """Raises ConfigError if what peft writes of a configuration, its targets chosen by now, does not read back."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            config.save_pretrained(directory)
+            PeftConfig.from_pretrained(directory)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise ConfigError(
+                f"peft (type {peft_kind(config)!r}): the adapter could be trained, and not be loaded again: "
+                f"{error}"
+            ) from error
 
 
 def save_final(
@@ -50,6 +95,7 @@ def save_final(
         else:
             save_full(model, staging, state_dict)
         tokenizer.save_pretrained(staging)
+        write_sums(staging)
 
 
 def save_adapter(
@@ -76,7 +122,12 @@ def save_adapter(
     if base_hash is not None:
         record = {"base": model.peft_config["default"].base_model_name_or_path, "hash": base_hash}
         (target / BASE_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
-    _compare(target, expected)
+    _compare(target, model, expected)
+
+
+def peft_kind(config: PeftConfig) -> str:
+    """The type of an adapter as a recipe writes it."""
+    return str(getattr(config.peft_type, "value", config.peft_type)).lower()
 
 
 def merged_into_base(model: PeftModel) -> PreTrainedModel:
@@ -86,8 +137,8 @@ def merged_into_base(model: PeftModel) -> PreTrainedModel:
     """
     try:
         merged: Any = model.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        kind = str(model.peft_config["default"].peft_type).rsplit(".", 1)[-1].lower()
+    except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        kind = peft_kind(model.peft_config["default"])
         raise ModelError(
             f"this adapter (type {kind!r}) cannot be merged into its base: {error}"
         ) from error
@@ -115,8 +166,7 @@ def _tensor_files(directory: Path) -> list[Path]:
         return [old if old.is_file() and not new.is_file() else new]
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({directory / shard for shard in shards})
+        return [directory / shard for shard in shard_names(index)]
     return [directory / "model.safetensors"]
 
 
@@ -135,11 +185,53 @@ def save_full(
             state is not None
         ):  # the buffers a state of parameters lacks; sharded tensors it replaces
             state = {**dict(_persistent_buffers(model)), **state}
-        model.save_pretrained(directory, state_dict=state)
+        with _generation_settings_aside(model):
+            model.save_pretrained(directory, state_dict=state)
+        write_generation_config(model, directory)
+        if state_dict is not None:
+            _record_dtype(directory, model, state_dict)
     finally:
         if use_cache is not None:
             model.config.use_cache = use_cache
-    _compare(directory, state_dict if state_dict is not None else dict(model.named_parameters()))
+    own = state_dict if state_dict is not None else dict(model.named_parameters())
+    _compare(directory, model, own)
+
+
+def write_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    """Writes how the model generates, as it says, where it generates at all.
+
+    Published models contradict themselves there (``do_sample: false`` beside a temperature). transformers loads
+    such a file and refuses to write it: a run would lose its result over a setting it has not touched.
+    """
+    if model.can_generate():
+        settings: Any = model.generation_config
+        settings.to_json_file(directory / GENERATION_FILE, keys_to_pop=["compile_config"])
+
+
+@contextlib.contextmanager
+def _generation_settings_aside(model: Any) -> Iterator[None]:
+    kept = getattr(model, "generation_config", None)
+    if kept is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        if kept is not None:
+            model.generation_config = kept
+
+
+def _record_dtype(directory: Path, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """In config.json the dtype of what was written; transformers writes that of the model in memory."""
+    dtypes = (state[name].dtype for name, _ in model.named_parameters() if name in state)
+    saved = str(next(dtypes, model.dtype)).removeprefix("torch.")
+    if saved == str(model.dtype).removeprefix("torch."):
+        return
+    own = model.config.dtype
+    try:
+        model.config.dtype = saved
+        model.config.save_pretrained(directory)
+    finally:
+        model.config.dtype = own
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -156,15 +248,15 @@ def _refuse_empty(state: Mapping[str, Tensor]) -> None:
         )
 
 
-def _compare(directory: Path, state: Mapping[str, Tensor]) -> None:
+def _compare(directory: Path, model: Any, state: Mapping[str, Tensor]) -> None:
     """Raises TrainingError unless every tensor of ``state`` is in ``directory`` by its name, bit for bit."""
     waiting = dict(state)
     try:
         for name, saved in saved_tensors(directory):
             if name in waiting:
                 _same(directory, name, saved, waiting.pop(name))
-        if waiting and not (directory / ADAPTER_CONFIG).is_file():
-            waiting = _compare_reloaded(directory, waiting)
+        if waiting and isinstance(model, PreTrainedModel):
+            waiting = _compare_reloaded(directory, model, waiting)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise TrainingError(f"{directory} cannot be read back: {error}") from error
     if waiting:
@@ -184,10 +276,14 @@ def _same(directory: Path, name: str, saved: Tensor, own: Tensor) -> None:
         raise TrainingError(f"{directory}: the values of {name} on disk are not those in memory")
 
 
-def _compare_reloaded(directory: Path, waiting: dict[str, Tensor]) -> dict[str, Tensor]:
+def _compare_reloaded(
+    directory: Path, model: PreTrainedModel, waiting: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Loads the model: for architectures whose files name tensors otherwise than memory (fused experts)."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-    for name, saved in model.state_dict().items():
+    # Not Auto, which asks about code of the model's own; under FSDP2 a class derived from it.
+    kind: Any = next(each for each in type(model).__mro__ if not each.__name__.startswith("FSDP"))
+    loaded = kind.from_pretrained(directory, dtype="auto")
+    for name, saved in loaded.state_dict().items():
         if name in waiting:
             _same(directory, name, saved, waiting.pop(name))
     return waiting
@@ -199,7 +295,7 @@ def staged(directory: Path) -> Iterator[Path]:
     try:
         with atomic_directory(directory) as staging:
             yield staging
-    except (OSError, SafetensorError) as error:
+    except SAVE_ERRORS as error:
         raise TrainingError(
             f"cannot write {directory}: {error}. What was there before is untouched; make room or choose "
             "another output directory, and start again: a run goes on from its last checkpoint."
@@ -233,6 +329,7 @@ def load_saved_adapter(base: PreTrainedModel, directory: Path, *, trainable: boo
 
     Raises: ModelError if the adapter is damaged, or its shapes or names are those of another base.
     """
+    check_weights(directory)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -247,4 +344,9 @@ def load_saved_adapter(base: PreTrainedModel, directory: Path, *, trainable: boo
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(f"cannot load the adapter {directory}: {error}") from error
     check_loaded_adapter(model, directory)
+    config = model.peft_config["default"]
+    for key, why in unfit(peft_kind(config), lambda name: getattr(config, name, None), new=False):
+        raise ModelError(
+            f"the adapter {directory} has {key} = {getattr(config, key, peft_kind(config))!r}: {why}"
+        )
     return model

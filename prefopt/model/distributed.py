@@ -11,10 +11,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler, gather_object
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 
 from prefopt.errors import ConfigError, TrainingError, in_words
+from prefopt.launch import alone_on, launched, not_set_up
 from prefopt.process.stopping import Stopped
 
 # A collective that times out names nobody. The ranks' own limit (`run.stuck_after_s`) comes before it, and before
@@ -33,26 +40,26 @@ def sync_gradients(accelerator: Accelerator, model: Any, last: bool) -> Iterator
 
 def clip_gradients(
     accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float | None
-) -> Tensor | float:
+) -> Tensor | float | None:
     """The global gradient norm before clipping to ``max_norm`` (None: do not clip).
 
-    DeepSpeed has clipped and stepped inside backward (its ``gradient_clipping`` is set from the recipe).
+    None where nobody took it: DeepSpeed's plain optimizers (stage 0) take none. DeepSpeed has clipped and stepped
+    inside backward (its ``gradient_clipping`` is set from the recipe).
     """
-    norm = accelerator.clip_grad_norm_(parameters, max_norm if max_norm is not None else torch.inf)
-    return 0.0 if norm is None else norm
+    return accelerator.clip_grad_norm_(parameters, max_norm if max_norm is not None else torch.inf)
 
 
 def process_group_options(longest_wait_s: float = 0.0) -> list[KwargsHandler]:
     """What `Accelerator` must be told about collectives: gloo for several processes without a GPU.
 
     Args:
-        longest_wait_s: of a process for another, e.g. for rollouts; the collectives' own timeout
-            (10 minutes under NCCL) is raised above it.
+        longest_wait_s: of a process for another outside training, e.g. for rollouts; the collectives' own
+            timeout (10 minutes under NCCL) is raised above it.
 
     Left alone on a machine without one, accelerate 1.15 gives every process of a DeepSpeed launch rank 0
     of 1, and DeepSpeed then stops over its batch size.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched().world_size == 1:
         return []
     options: dict[str, Any] = {} if torch.cuda.is_available() else {"backend": "gloo"}
     longest = max(longest_wait_s, _LONGEST_WAIT_S) + _AFTER_THE_VERDICT_S
@@ -61,20 +68,20 @@ def process_group_options(longest_wait_s: float = 0.0) -> list[KwargsHandler]:
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Raises ConfigError if the launch asked for DeepSpeed or FSDP and accelerate set up something else.
+    """Raises ConfigError if the processes are not what the launch asked for: their type, or their number.
 
-    It does so without a word on CPU (accelerate 1.15): FSDP becomes DDP, and ACCELERATE_USE_CPU=true turns
-    DeepSpeed off.
+    accelerate 1.15 changes both without a word on CPU: FSDP becomes DDP, ACCELERATE_USE_CPU=true turns DeepSpeed
+    off, and without that variable the processes of DDP are each alone (`prefopt.launch` finds most of it earlier).
+    That they exchange anything is not taken from what accelerate says of itself but tried. A collective.
     """
+    found, size = accelerator.distributed_type, launched().world_size
     for name in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         asked = os.environ.get(f"ACCELERATE_USE_{name.value}", "false").lower() == "true"
-        if asked and accelerator.distributed_type != name:
-            found = accelerator.distributed_type.value
-            raise ConfigError(
-                f"accelerate launch: the configuration asks for {name.value}, accelerate set up {found} on "
-                f"{accelerator.device}; use accelerate_configs/ddp.yaml there, or a GPU. DeepSpeed runs on "
-                "CPU if ACCELERATE_USE_CPU is not set"
-            )
+        if asked and found != name:
+            raise ConfigError(not_set_up(name.value, found.value, str(accelerator.device), size))
+    ones = torch.ones(1, device=accelerator.device)
+    if (added := int(sum_over_processes(accelerator, ones).item())) != size:
+        raise ConfigError(alone_on(found.value, size, added))
 
 
 def configure_deepspeed(accelerator: Accelerator, max_norm: float | None) -> None:
@@ -85,9 +92,14 @@ def configure_deepspeed(accelerator: Accelerator, max_norm: float | None) -> Non
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
-    assert accelerator.state.deepspeed_plugin is not None
+    plugin = accelerator.state.deepspeed_plugin
+    assert plugin is not None
     accelerator.gradient_accumulation_steps = 1
-    accelerator.state.deepspeed_plugin.deepspeed_config |= {
+    if accelerator.mixed_precision != "no" and plugin.zero_stage >= 2:
+        # By default the gradients of a window's micro-batches add up in the weights' dtype. (Stage 1 would take
+        # another optimizer, whose checkpoints DeepSpeed's own converter does not read.)
+        plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": 1,  # unused by us; DeepSpeed insists on a number
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_norm or 0.0,
@@ -106,6 +118,14 @@ def max_over_processes(accelerator: Accelerator, value: float) -> float:
     gathered = accelerator.gather(torch.tensor([value], device=accelerator.device))
     assert isinstance(gathered, Tensor)
     return gathered.max().item()
+
+
+def told_by_main(accelerator: Accelerator, *values: Any) -> list[Any]:
+    """The main process's ``values`` (anything that pickles), on every process. A collective."""
+    found = list(values)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return found
 
 
 def gathered_state(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from prefopt.errors import ModelError
 from prefopt.storage.cache import atomic_write, cache_root
+from prefopt.storage.model_files import read_adapter_config, read_model_config, shard_names
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,8 @@ def weights_hash(
 
 def model_hash(directory: Path, *, cache_dir: str | Path | None = None) -> str:
     """Hash of a full model's directory: the weight files that would be loaded, configuration, custom code."""
-    config = _read_json(directory / "config.json")
-    files = _weight_files(directory, "model.safetensors", "pytorch_model.bin")
+    config = read_model_config(directory)
+    files = weight_files(directory, "model.safetensors", "pytorch_model.bin")
     if "auto_map" in config:
         files += sorted(directory.glob("*.py"))
     kept = {key: value for key, value in config.items() if key not in _CONFIG_IGNORED}
@@ -90,8 +91,8 @@ def model_hash(directory: Path, *, cache_dir: str | Path | None = None) -> str:
 
 def adapter_hash(directory: Path, *, cache_dir: str | Path | None = None) -> str:
     """Hash of an adapter's directory: its tensors and what its configuration does with them."""
-    config = _read_json(directory / "adapter_config.json")
-    files = _weight_files(directory, "adapter_model.safetensors", "adapter_model.bin")
+    config = read_adapter_config(directory)
+    files = weight_files(directory, "adapter_model.safetensors", "adapter_model.bin")
     return _digest({"config": _normal(config), "files": _file_hashes(files, cache_dir)})
 
 
@@ -158,15 +159,14 @@ def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weight_files(directory: Path, *names: str) -> list[Path]:
+def weight_files(directory: Path, *names: str) -> list[Path]:
     """The files `from_pretrained` would load: the first of ``names`` there is, or the shards of its index."""
     for name in names:
         if (directory / name).is_file():
             return [directory / name]
         index = directory / f"{name}.index.json"
         if index.is_file():
-            shards = set(_read_json(index).get("weight_map", {}).values())
-            return sorted(directory / shard for shard in shards)
+            return [directory / shard for shard in shard_names(index)]
     raise ModelError(
         f"{directory} has no weights: expected {' or '.join(names)} (or shards with an index)"
     )
@@ -191,7 +191,9 @@ def file_hash(path: Path, *, cache_dir: str | Path | None = None) -> str:
         # ctime moves with every write and cannot be set back, as mtime can (rsync, cp -p)
         identity = _digest([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
         memo = cache_root(cache_dir) / "file-hashes" / identity
-        if memo.is_file() and _LFS_BLOB.fullmatch(known := memo.read_text(encoding="utf-8")):
+        if memo.is_file() and _LFS_BLOB.fullmatch(
+            known := memo.read_text("utf-8", errors="replace")
+        ):
             return known
         with real.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -209,13 +211,6 @@ def _remember(memo: Path, value: str) -> None:
             temporary.write_text(value, encoding="utf-8")
     except OSError as error:  # costs a second hash next time, nothing else
         log.debug("cannot remember a file hash in %s: %s", memo, error)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
 
 
 def _digest(value: Any) -> str:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from prefopt.data.groups import GroupSource
 from prefopt.model.collate import TokenLayout, pack, pad
 from prefopt.model.memory import memory_for
 from prefopt.model.micro_batches import SplitLimits, split_micro_batches
 from prefopt.process.progress import progress
+from prefopt.report.progress import Bar
 from prefopt.types import Group
 
 LayoutFn = Callable[[Sequence[Group]], TokenLayout]
@@ -61,7 +61,7 @@ def sweep(
     model.eval()
     hidden = not accelerator.is_main_process
     try:
-        bar = tqdm(batches, desc=what, unit="batch", disable=hidden, leave=False)
+        bar = Bar(batches, desc=what, unit="batch", disable=hidden, leave=False)
         for number, (batch, counts) in enumerate(bar, start=1):
             progress.tick(f"{what}, batch {number} of {len(batches)}")
             groups = tuple(source.group(row) for row in batch)

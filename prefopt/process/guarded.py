@@ -9,20 +9,27 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from prefopt.errors import ConfigError, PrefoptError
+from prefopt.errors import ConfigError, InUseError, PrefoptError
+from prefopt.launch import speaks
 from prefopt.process.stopping import Stopped, said_of, stopping
 
 
 def guarded(command: Callable[[], object]) -> int:
     """Runs a command; a known error becomes its message and an exit code, a signal 128 + its number."""
+    if not sys.stderr.isatty():
+        # Bars of the libraries, which read this when tqdm is imported; ours are `prefopt.report.progress`.
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
     try:
         with stopping.handled(), _logs_on_stderr():
             command()
     except ConfigError as error:
-        # Every rank finds the same; one of each machine says so.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if speaks():  # every rank finds the same
             _say(f"{error}")
         return 2
+    except InUseError as error:
+        if speaks():
+            _say(f"{error}")
+        return 1
     except PrefoptError as error:
         rank = os.environ.get("RANK")
         _say(f"[rank {rank}] {error}" if rank else f"{error}")

@@ -66,15 +66,6 @@ def load_run_data(recipe: Recipe, tokenizer: Any) -> DataBundle:
     return replace(fixed, prompts=prompts)
 
 
-def longest_wait_s(recipe: Recipe) -> float:
-    """How long other processes may wait while the main one starts an engine or samples; 0 without rollouts."""
-    if recipe.rollouts is None:
-        return 0.0
-    engine = recipe.sampled_by
-    jobs = 2 * (recipe.rollouts.max_lag + 2)  # a push and a batch each
-    return engine.startup_timeout_s + jobs * engine.timeout_s
-
-
 def most_group_tokens(
     recipe: Recipe, objective: BoundObjective, prompts: PromptSet, *, packed: bool
 ) -> int:
@@ -267,9 +258,9 @@ def _offline(
 def _gap_limit(recipe: Recipe, section: EngineSection, policy: LoadedPolicy) -> float:
     if section.max_logp_gap is not None:
         return section.max_logp_gap
-    own = {str(p.dtype).removeprefix("torch.") for p in policy.model.parameters()}
-    dtypes = own | ({section.dtype} - {"auto"})
-    exact = dtypes == {"float32"} and recipe.train.precision == "fp32"
+    own = {p.dtype for p in policy.model.parameters()} | {*policy.half.values()}
+    dtypes = {str(dtype).removeprefix("torch.") for dtype in own} | ({section.dtype} - {"auto"})
+    exact = dtypes == {"float32"} and recipe.train.precision in ("fp32", "auto")
     return _GAP_FP32 if exact else _GAP_LOWER
 
 
@@ -282,7 +273,7 @@ def _limits(recipe: Recipe, section: EngineSection, gap: float) -> RolloutLimits
         drop_lag_above=regime.drop_lag_above,
         max_policy_gap=gap if comparable else None,
         timeout_s=section.timeout_s,
-        longest_wait_s=longest_wait_s(recipe),
+        longest_wait_s=recipe.longest_wait_s,
     )
 
 

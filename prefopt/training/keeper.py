@@ -14,6 +14,7 @@ from prefopt.errors import TrainingError
 from prefopt.model.distributed import is_on_all_ranks
 from prefopt.process.progress import progress
 from prefopt.reference.base import Reference
+from prefopt.training.best import Best
 from prefopt.training.boundary import Boundary
 from prefopt.training.checkpoint import Checkpoints
 from prefopt.training.generation_probe import GenerationProbe
@@ -31,7 +32,7 @@ class Keeper:
 
     Args:
         checkpoints: where.
-        regime, meter, reference, probe: what has a state beside the weights.
+        regime, meter, reference, probe, best: what has a state beside the weights.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Keeper:
         meter: MeanMeter,
         reference: Reference | None,
         probe: GenerationProbe | None,
+        best: Best | None = None,
     ) -> None:
         self.checkpoints = checkpoints
         self.accelerator = accelerator
@@ -49,6 +51,7 @@ class Keeper:
         self.meter = meter
         self.reference = reference
         self.probe = probe
+        self.best = best
         self.open_row: dict[str, Any] | None = None
         """A row of metrics.jsonl that lacks its evaluation: it was interrupted, and is done after the resume."""
         self.saved = checkpoints.newest_step()
@@ -72,6 +75,8 @@ class Keeper:
             state["open_row"] = self.open_row
         if self.probe is not None:
             state["generation_probe"] = self.probe.state_dict()
+        if self.best is not None:
+            state["best"] = self.best.state_dict()
         tensors = {} if self.reference is None else self.reference.state()
         self.checkpoints.save(step, state, tensors)
         self.saved = step
@@ -90,6 +95,9 @@ class Keeper:
         self.open_row = state.get("open_row")
         if self.probe is not None:
             self.probe.load_state_dict(state.get("generation_probe", {}))
+        if self.best is not None:
+            self.best.load_state_dict(state.get("best", {}))
+            self.checkpoints.kept_step = self.best.step
         self.saved = self.regime.step
         self.reached(self.regime.step)
         logger.info("resumed from %s (step %d)", path, self.regime.step)

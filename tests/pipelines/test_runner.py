@@ -199,7 +199,7 @@ def test_a_killed_driver_takes_its_workers_along_and_the_next_one_repeats_nothin
     with building(path, "--workers", "2") as driver:
         wait_until(lambda: len(processes(log)) == 2, "two workers")
         said = refused(capsys, path, code=1)
-        assert f"another build is at work here (process {driver.pid} on " in said
+        assert f"is in use by another build (process {driver.pid} on " in said
         workers = processes(log)
         driver.kill()
         driver.join()
@@ -293,7 +293,10 @@ def test_a_record_edited_by_hand_is_refused(
         shutil.rmtree(path.parent.parent / "pair")
         shutil.rmtree(output(pipeline) / "pair")
     said = refused(capsys, pipeline, code=1)
-    assert f"{path}: was edited by hand" in said and "--from" in said
+    assert (
+        f"{path}: is not a record of a pipeline as written: it was edited by hand" in said
+        and "--from" in said
+    )
 
 
 def test_a_changed_shard_is_refused_when_it_is_read(

@@ -121,6 +121,25 @@ def test_a_sound_recipe_passes_offline_and_says_what_it_took_on_trust(recipe_fil
         ),
         (["train.max_steps=5", "train.num_epochs=2"], "train.num_epochs = 2.0", "max_steps = 5"),
         (["eval.every=5"], "eval.every = 5", "nothing to evaluate on"),
+        (
+            ["data.eval_frac=0.1", "eval.best={metric: eval/loss/total, mode: min}"],
+            "eval.best.metric = 'eval/loss/total'",
+            "no best to find",
+        ),
+        (
+            ["eval={every: 5, generation: {}, best: {metric: eval/loss/total, mode: min}}"],
+            "eval.best.metric = 'eval/loss/total'",
+            "of held-out rows",
+        ),
+        (
+            [
+                "data.eval_frac=0.1",
+                "eval.every=5",
+                "eval.best={metric: eval/generation/reward, mode: max}",
+            ],
+            "eval.best.metric = 'eval/generation/reward'",
+            "Add eval.generation",
+        ),
         (["train.resume=nowhere"], "train.resume = 'nowhere'", "no such checkpoint"),
         (
             ["data.max_prompt_tokens=2048"],
@@ -144,12 +163,27 @@ def test_a_sound_recipe_passes_offline_and_says_what_it_took_on_trust(recipe_fil
         ),
         (["data.train=[]"], "data.train", "is missing"),
         (["model.quantization=4bit"], "model.quantization = '4bit'", "nothing to train without"),
-        (["model.dtype=float16"], "model.dtype = 'float16'", "small updates underflow"),
-        ([*LORA, "model.dtype=float16"], "train.precision = 'fp32'", "does not go with"),
+        (
+            ["model.dtype=bfloat16", "train.precision=fp32"],
+            "model.dtype = 'bfloat16'",
+            "most of them round to nothing",
+        ),
+        (
+            ["model.dtype=float16", "train.precision=fp32"],
+            "model.dtype = 'float16'",
+            "most of them round to nothing",
+        ),
+        (
+            [*LORA, "model.dtype=float16", "train.precision=fp32"],
+            "train.precision = 'fp32'",
+            "does not go with",
+        ),
         ([*LORA, "model.dtype=bfloat16", "train.precision=fp16"], "train.precision", "float32"),
         ([*LORA, "peft.lora_dropout=0.05"], "peft.lora_dropout = 0.05", "disable_dropout is true"),
         (["peft={type: lorra}"], "peft.type = 'lorra'", "did you mean 'lora'?"),
-        (["peft={rank: 8}"], "peft.rank = 8", "unknown key of peft's LoraConfig; did you mean"),
+        (["peft={rnk: 8}"], "peft.rnk = 8", "unknown key of peft's LoraConfig; did you mean"),
+        (["peft={rank: 8}"], "peft.rank = 8", "here it is peft.r"),
+        (["peft={r: 8, load_in_4bit: true}"], "peft.load_in_4bit", "model.quantization: 4bit"),
         (["peft={lora_alfa: 8}"], "peft.lora_alfa = 8", "did you mean 'lora_alpha'?"),
         (["peft={r: eight}"], "peft.r = 'eight'", "must be a whole number"),
         (["peft={r: 0}"], "peft.r = 0", "must be >= 1"),
@@ -201,11 +235,29 @@ def test_what_would_be_ignored_or_cannot_work_is_refused(
         ["peft={type: ia3}"],
         ["peft={adapter: org/lora}"],
         [*LORA, "model.dtype=float16", "train.precision=fp16"],
+        [*LORA, "model.dtype=float16"],
         [*LORA, "model.quantization=4bit", "model.dtype=bfloat16"],
     ],
 )
 def test_settings_that_go_together_pass(recipe_file: Path, overrides: list[str]) -> None:
     check(recipe_file, overrides, assume_cuda=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_weights_are_fully_trained_only_where_the_launch_keeps_masters(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Known by whoever starts a run: one process and DDP have no masters, DeepSpeed and FSDP do."""
+    overrides = [f"model.dtype={dtype}"]
+    with pytest.raises(ConfigError, match="Or launch with DeepSpeed or FSDP"):
+        check(recipe_file, overrides, num_processes=1, assume_cuda=True)
+    check(recipe_file, [*overrides, *LORA], num_processes=1, assume_cuda=True)
+    for engine in ("DEEPSPEED", "FSDP"):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_USE_{engine}", "true")
+            check(recipe_file, overrides, num_processes=1, assume_cuda=True)
+            with pytest.raises(ConfigError, match="most of them round to nothing"):
+                check(recipe_file, [*overrides, "train.precision=fp32"], num_processes=1)
 
 
 # --- this machine --------------------------------------------------------------------------------
@@ -373,7 +425,7 @@ def test_a_directory_that_is_no_adapter_is_refused(
         (["objective={name: dpo, beta: 2.5}"], "published values are 0.01 to 0.5"),
         (["objective={name: ipo_mean, beta: 0.1}"], "5 nats a token"),
         (["train.learning_rate=1e-5"], "made SimPO repeat itself"),
-        (["model.dtype=bfloat16"], "is lost when rounded into a bfloat16 weight"),
+        (["model.dtype=bfloat16"], "runs under DeepSpeed and FSDP only"),
     ],
 )
 def test_unusual_hyper_parameters_are_noted_not_refused(

@@ -64,7 +64,7 @@ def terminate() -> None:
 def finish(directory: Path) -> PreferenceTrainer:
     """What the same command does next."""
     trainer = trainer_in(directory)
-    assert trainer.train(trainer.checkpoints.newest()) == TrainResult(6, finished=True)
+    assert trainer.train(trainer.checkpoints.newest()) == TrainResult(6, True, 6)
     return trainer
 
 
@@ -96,7 +96,7 @@ def test_a_signal_within_a_step_saves_what_came_before_it(
     call = 3 + 8 + 3 + micro_batch  # an evaluation, two steps, another evaluation
     trainer.objective = at_call(call, trainer.objective, terminate)  # type: ignore[assignment]
     step = 3 if micro_batch == 4 else 2
-    assert trainer.train() == TrainResult(step, finished=False, signal=signal.SIGTERM)
+    assert trainer.train() == TrainResult(step, False, step, signal.SIGTERM)
     assert trainer.checkpoints.newest_step() == step
     assert_same(computed_and_trained(tmp_path, finish(tmp_path)), undisturbed)
 
@@ -104,7 +104,7 @@ def test_a_signal_within_a_step_saves_what_came_before_it(
 def test_a_signal_within_the_first_step_has_nothing_to_save(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
     trainer.objective = at_call(4, trainer.objective, terminate)  # type: ignore[assignment]
-    assert trainer.train() == TrainResult(0, finished=False, signal=signal.SIGTERM)
+    assert trainer.train() == TrainResult(0, False, 0, signal.SIGTERM)
     assert trainer.checkpoints.newest_step() is None
 
 
@@ -114,7 +114,7 @@ def test_a_signal_within_an_evaluation_leaves_it_to_the_next_start(
 ) -> None:
     trainer = trainer_in(tmp_path)
     trainer.objective = at_call(3 + 8 + batch, trainer.objective, terminate)  # type: ignore[assignment]
-    assert trainer.train() == TrainResult(2, finished=False, signal=signal.SIGTERM)
+    assert trainer.train() == TrainResult(2, False, 2, signal.SIGTERM)
     assert [row["step"] for row in computed(tmp_path)] == [0]
     assert_same(computed_and_trained(tmp_path, finish(tmp_path)), undisturbed)
 

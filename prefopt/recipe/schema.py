@@ -104,7 +104,7 @@ class ModelSection(Section):
     the plain layout. `auto`: packed where the architecture's attention can take it, else padded,
     and says which."""
     disable_dropout: bool = True
-    """Set every dropout to 0, as the papers of this family do."""
+    """Set every dropout to 0, as the papers of this family do, and keep routers from drawing noise."""
     router_aux_loss_coef: NonNegativeFloat | None = None
     """Weight of a mixture of experts' balancing loss in every stage; 0 is none. Default: as the model's
     configuration asks, which is none unless it says `output_router_logits: true`."""

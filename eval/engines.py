@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.base import Answer, Decoding, Message
-from eval.models import run_condition
-from prefopt.data.render import Renderer, conditioned
+from eval.models import asked, run_condition
+from prefopt.data.render import Renderer
 from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
 from prefopt.engines.start import Task, start_engine
 from prefopt.errors import DataError, ModelError
@@ -73,8 +73,13 @@ class Generator:
 
     def prompt_tokens(self, prompt: Prompt) -> int | None:
         """Length of a prompt; None where the chat template refuses it."""
+        ids = self.prompt_ids(prompt)
+        return None if ids is None else len(ids)
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...] | None:
+        """What the policy is asked, a target reward written in; None where the chat template refuses it."""
         ids = self._ids(prompt)
-        return None if isinstance(ids, Answer) else len(ids)
+        return None if isinstance(ids, Answer) else ids
 
     def start(self, longest: int) -> None:
         """Starts the engine for prompts + answers of up to ``longest`` tokens, or the model's context.
@@ -146,11 +151,8 @@ class Generator:
         return 10**9 if self.context is None else self.context - num_prompt_tokens
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...] | Answer:
-        content = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-        if self.condition is not None:
-            content = conditioned(content, self.condition.template, self.condition.target)
         try:
-            return self.renderer.prompt_ids(content)
+            return self.renderer.prompt_ids(asked(prompt, self.condition))
         except DataError as error:
             logger.warning("the chat template refuses a prompt: %s", error)
             return Answer("", 0, False, None, TEMPLATE_REFUSED)

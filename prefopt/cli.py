@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt import __version__
-from prefopt.errors import ConfigError, PrefoptError
+from prefopt.errors import ConfigError, InUseError, PrefoptError
+from prefopt.launch import check_launched, speaks
 
 if TYPE_CHECKING:
     from prefopt.recipe.schema import Recipe
@@ -65,6 +66,8 @@ def recipe_main(trains: str, argv: Sequence[str] | None = None) -> int:
         description=f"Trains a {trains} recipe. Usually through: accelerate launch --config_file "
         f"accelerate_configs/zero3.yaml recipes/{trains}.py RECIPE.yaml [section.key=value ...]"
     )
+    # `deepspeed` and `torch.distributed.launch` add it to the line, and say the same in LOCAL_RANK.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     _add_recipe(parser)
     arguments = parse(parser, argv)
     return guarded(lambda: _train(arguments, trains))
@@ -79,10 +82,13 @@ def guarded(command: Callable[[], object]) -> int:
         with _logs_on_stderr():
             command()
     except ConfigError as error:
-        # Every rank finds the same; one of each machine says so.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if speaks():  # every rank finds the same
             print(f"{error}", file=sys.stderr)
         return 2
+    except InUseError as error:
+        if speaks():
+            print(f"{error}", file=sys.stderr)
+        return 1
     except PrefoptError as error:
         rank = os.environ.get("RANK")
         print(f"[rank {rank}] {error}" if rank else f"{error}", file=sys.stderr)
@@ -293,20 +299,16 @@ def _add_registries(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from prefopt.commands.look import look
-    from prefopt.recipe.checks import examine
+    from prefopt.commands.look import examine_and_look
 
-    recipe, notes = examine(
+    notes = examine_and_look(
         arguments.recipe,
         arguments.overrides,
         num_processes=arguments.num_processes,
         assume_cuda=arguments.assume_cuda,
     )
-    problems, not_seen = look(recipe)
-    if problems:
-        raise ConfigError(problems, source=arguments.recipe)
     print(f"{arguments.recipe}: fine")
-    for note in (*notes, *not_seen):
+    for note in notes:
         print(f"  note: {note}")
 
 
@@ -331,7 +333,7 @@ def _show(arguments: argparse.Namespace) -> None:
     from prefopt.commands.show import show
     from prefopt.recipe.checks import examine
 
-    recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True)
+    recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True, to_train=False)
     show(recipe, arguments.n, color=color)
 
 
@@ -345,11 +347,11 @@ def _refuse_overrides(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace, trains: str | None = None) -> None:
     from prefopt.recipe.checks import examine
 
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    recipe, notes = examine(arguments.recipe, arguments.overrides, num_processes=num_processes)
+    launch = check_launched()  # first: what a recipe needs depends on it
+    recipe, notes = examine(arguments.recipe, arguments.overrides, num_processes=launch.world_size)
     if trains is not None:
         _require_script(arguments.recipe, recipe, trains)
-    if os.environ.get("RANK", "0") == "0":
+    if launch.is_main:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
     from prefopt.wiring import train

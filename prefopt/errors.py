@@ -40,6 +40,10 @@ class DataError(PrefoptError):
     """A data file that cannot be read as what the recipe says it is; names file and line."""
 
 
+class InUseError(DataError):
+    """A directory that another run, build or evaluation works in; found by every process of a launch alike."""
+
+
 class ModelError(PrefoptError):
     """A model, tokenizer or adapter that cannot be loaded or does not fit the recipe."""
 

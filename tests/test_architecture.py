@@ -25,6 +25,7 @@ MAX_FUNCTION_LINES = 60
 ROOMS = (
     "errors",
     "types",
+    "launch",
     "storage",
     "report",
     "recipe",

@@ -167,10 +167,8 @@ def _group(opened: _Opened, example: Example, answers: Sequence[Answer]) -> Any:
 
     if not any(answer.ids for answer in answers):
         return None
-    prompt = (
-        example.prompt if isinstance(example.prompt, str) else [dict(m) for m in example.prompt]
-    )
-    ids = opened.policies.renderer.prompt_ids(prompt)
+    ids = opened.generator.prompt_ids(example.prompt)
+    assert ids is not None  # it was answered
     longest = len(ids) + max(len(answer.ids or ()) for answer in answers)
     if opened.policies.context is not None and longest > opened.policies.context:
         return None  # the reference's context is shorter than the policy's

@@ -48,7 +48,8 @@ def export_checkpoint(run_dir: Path, checkpoint: Path, output: Path) -> None:
         for name, tensor in wanted.items():
             tensor.copy_(saved[name])
     try:
-        save_final(policy.model, tokenizer, output)
+        state = policy.to_save(dict(policy.model.named_parameters()))
+        save_final(policy.model, tokenizer, output, state_dict=state)
     except OSError as error:
         raise TrainingError(f"{output}: cannot be written: {error}") from error
 

@@ -21,6 +21,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from prefopt.errors import ConfigError
+from prefopt.launch import alone_on, launched, not_set_up
 
 # The shortest default of the collectives we meet (NCCL's).
 _COLLECTIVE_TIMEOUT_S = 600.0
@@ -36,13 +37,13 @@ def sync_gradients(accelerator: Accelerator, model: Any, last: bool) -> Iterator
 
 def clip_gradients(
     accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float | None
-) -> Tensor | float:
+) -> Tensor | float | None:
     """The global gradient norm before clipping to ``max_norm`` (None: do not clip).
 
-    DeepSpeed has clipped and stepped inside backward (its ``gradient_clipping`` is set from the recipe).
+    None where nobody took it: DeepSpeed's plain optimizers (stage 0) take none. DeepSpeed has clipped and stepped
+    inside backward (its ``gradient_clipping`` is set from the recipe).
     """
-    norm = accelerator.clip_grad_norm_(parameters, max_norm if max_norm is not None else torch.inf)
-    return 0.0 if norm is None else norm
+    return accelerator.clip_grad_norm_(parameters, max_norm if max_norm is not None else torch.inf)
 
 
 def process_group_options(longest_wait_s: float = 0.0) -> list[KwargsHandler]:
@@ -55,7 +56,7 @@ def process_group_options(longest_wait_s: float = 0.0) -> list[KwargsHandler]:
     Left alone on a machine without one, accelerate 1.15 gives every process of a DeepSpeed launch rank 0
     of 1, and DeepSpeed then stops over its batch size.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched().world_size == 1:
         return []
     options: dict[str, Any] = {} if torch.cuda.is_available() else {"backend": "gloo"}
     if longest_wait_s > _COLLECTIVE_TIMEOUT_S:
@@ -64,20 +65,20 @@ def process_group_options(longest_wait_s: float = 0.0) -> list[KwargsHandler]:
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Raises ConfigError if the launch asked for DeepSpeed or FSDP and accelerate set up something else.
+    """Raises ConfigError if the processes are not what the launch asked for: their type, or their number.
 
-    It does so without a word on CPU (accelerate 1.15): FSDP becomes DDP, and ACCELERATE_USE_CPU=true turns
-    DeepSpeed off.
+    accelerate 1.15 changes both without a word on CPU: FSDP becomes DDP, ACCELERATE_USE_CPU=true turns DeepSpeed
+    off, and without that variable the processes of DDP are each alone (`prefopt.launch` finds most of it earlier).
+    That they exchange anything is not taken from what accelerate says of itself but tried. A collective.
     """
+    found, size = accelerator.distributed_type, launched().world_size
     for name in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         asked = os.environ.get(f"ACCELERATE_USE_{name.value}", "false").lower() == "true"
-        if asked and accelerator.distributed_type != name:
-            found = accelerator.distributed_type.value
-            raise ConfigError(
-                f"accelerate launch: the configuration asks for {name.value}, accelerate set up {found} on "
-                f"{accelerator.device}; use accelerate_configs/ddp.yaml there, or a GPU. DeepSpeed runs on "
-                "CPU if ACCELERATE_USE_CPU is not set"
-            )
+        if asked and found != name:
+            raise ConfigError(not_set_up(name.value, found.value, str(accelerator.device), size))
+    ones = torch.ones(1, device=accelerator.device)
+    if (added := int(sum_over_processes(accelerator, ones).item())) != size:
+        raise ConfigError(alone_on(found.value, size, added))
 
 
 def configure_deepspeed(accelerator: Accelerator, max_norm: float | None) -> None:
@@ -88,9 +89,14 @@ def configure_deepspeed(accelerator: Accelerator, max_norm: float | None) -> Non
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
-    assert accelerator.state.deepspeed_plugin is not None
+    plugin = accelerator.state.deepspeed_plugin
+    assert plugin is not None
     accelerator.gradient_accumulation_steps = 1
-    accelerator.state.deepspeed_plugin.deepspeed_config |= {
+    if accelerator.mixed_precision != "no" and plugin.zero_stage >= 2:
+        # By default the gradients of a window's micro-batches add up in the weights' dtype. (Stage 1 would take
+        # another optimizer, whose checkpoints DeepSpeed's own converter does not read.)
+        plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": 1,  # unused by us; DeepSpeed insists on a number
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_norm or 0.0,

@@ -82,7 +82,7 @@ def weights_hash(
 def model_hash(directory: Path, *, cache_dir: str | Path | None = None) -> str:
     """Hash of a full model's directory: the weight files that would be loaded, configuration, custom code."""
     config = read_model_config(directory)
-    files = _weight_files(directory, "model.safetensors", "pytorch_model.bin")
+    files = weight_files(directory, "model.safetensors", "pytorch_model.bin")
     if "auto_map" in config:
         files += sorted(directory.glob("*.py"))
     kept = {key: value for key, value in config.items() if key not in _CONFIG_IGNORED}
@@ -92,7 +92,7 @@ def model_hash(directory: Path, *, cache_dir: str | Path | None = None) -> str:
 def adapter_hash(directory: Path, *, cache_dir: str | Path | None = None) -> str:
     """Hash of an adapter's directory: its tensors and what its configuration does with them."""
     config = read_adapter_config(directory)
-    files = _weight_files(directory, "adapter_model.safetensors", "adapter_model.bin")
+    files = weight_files(directory, "adapter_model.safetensors", "adapter_model.bin")
     return _digest({"config": _normal(config), "files": _file_hashes(files, cache_dir)})
 
 
@@ -159,7 +159,7 @@ def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weight_files(directory: Path, *names: str) -> list[Path]:
+def weight_files(directory: Path, *names: str) -> list[Path]:
     """The files `from_pretrained` would load: the first of ``names`` there is, or the shards of its index."""
     for name in names:
         if (directory / name).is_file():
@@ -191,7 +191,9 @@ def file_hash(path: Path, *, cache_dir: str | Path | None = None) -> str:
         # ctime moves with every write and cannot be set back, as mtime can (rsync, cp -p)
         identity = _digest([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
         memo = cache_root(cache_dir) / "file-hashes" / identity
-        if memo.is_file() and _LFS_BLOB.fullmatch(known := memo.read_text(encoding="utf-8")):
+        if memo.is_file() and _LFS_BLOB.fullmatch(
+            known := memo.read_text("utf-8", errors="replace")
+        ):
             return known
         with real.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

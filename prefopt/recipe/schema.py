@@ -96,17 +96,27 @@ class ModelSection(Section):
     chat_template: PathText | None = None
     """Path of a Jinja file that replaces the tokenizer's chat template."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype the weights are loaded in; `auto` is the dtype they were saved in."""
-    layout: Literal["auto", "packed", "padded"] = "auto"
+    """Dtype the weights are loaded in; `auto` is the dtype they were saved in. What trains of half-precision
+    weights is kept in float32 and saved in the dtype it was loaded in (DeepSpeed and FSDP keep such masters
+    themselves)."""
+    layout: Annotated[Literal["auto", "packed", "padded"], NoEffect("run")] = "auto"
     """Token layout. `packed`: each prompt once, its responses as branches, no padding. `padded`:
     the plain layout. `auto`: packed where the architecture's attention can take it, else padded,
     and says which."""
     disable_dropout: bool = True
     """Set every dropout to 0, as the papers of this family do."""
+    router_aux_loss_coef: NonNegativeFloat | None = None
+    """Weight of a mixture of experts' balancing loss in every stage; 0 is none. Default: as the model's
+    configuration asks, which is none unless it says `output_router_logits: true`."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Only for repositories you trust."""
     quantization: Literal["4bit", "8bit"] | None = None
     """bitsandbytes quantisation of the frozen base (QLoRA); needs CUDA and a `peft` section."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Left out where it is, so that the settings of runs before this key hash as they did.
+        return {k: v for k, v in dump(self).items() if k != "router_aux_loss_coef" or v is not None}
 
 
 class PeftSection(Section):
@@ -134,9 +144,9 @@ class TrainSection(Section):
     """Peak learning rate. Typical: 3e-7 to 1e-6 for full fine-tuning, 5e-6 to 5e-5 for LoRA."""
     global_batch_size: PositiveInt = 128
     """Pairs (rows for SFT) per optimizer step, over all processes and accumulation steps."""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Annotated[PositiveInt | None, NoEffect("run")] = None
     """Most pairs in one forward of one process; default: as many as `micro_batch_tokens` holds."""
-    micro_batch_tokens: PositiveInt | None = None
+    micro_batch_tokens: Annotated[PositiveInt | None, NoEffect("run")] = None
     """Most tokens in one forward of one process (in the layout that runs). Lower it when memory is short.
     Default: 16384; on CPU as few as keep its cores busy (a smaller forward is as fast there, and leaner)."""
     num_epochs: PositiveFloat = 1.0
@@ -159,9 +169,10 @@ class TrainSection(Section):
     """Weight decay, decoupled under adamw and L2 under rmsprop; norms and biases are exempt."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Clip the global gradient norm to this; `null` does not clip."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Mixed precision of the forward. Weights keep `model.dtype`."""
-    gradient_checkpointing: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What the forward computes in. `auto`: in the dtype of the weights as loaded, bf16 for bfloat16 weights,
+    fp16 for float16, fp32 for float32. `fp32`: without autocast."""
+    gradient_checkpointing: Annotated[bool, NoEffect("run")] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shuffle: bool = True
     """Draw a new order every epoch. `false` takes the rows as `data.train` has them, epoch after epoch: for a
@@ -171,6 +182,9 @@ class TrainSection(Section):
     resume: Annotated[PathText, NoEffect()] = "auto"
     """`auto`: from the newest complete checkpoint of `run.output_dir`, if any; `never`; or the path of
     a checkpoint."""
+    accept_changes: Annotated[bool, NoEffect()] = False
+    """Go on with other settings than the weights so far were made with. Without it such a start is refused,
+    setting by setting; with it `history` in run.json says what changed, and at which step."""
     save_every: Annotated[PositiveInt | None, NoEffect()] = None
     """Steps between checkpoints; default: one at the end (and on Ctrl-C)."""
     keep_checkpoints: Annotated[PositiveInt, NoEffect()] = 2

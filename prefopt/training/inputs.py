@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefopt.model.collate import make_batch, response_mask
 from prefopt.types import Group, ResponseLogps, ResponseScores
+
+
+def split_forward(output: Any) -> tuple[Tensor, Tensor | None]:
+    """A model's log-probs or scores, fp32, and the routers' balancing loss where it gives one."""
+    main, balance = output if isinstance(output, tuple) else (output, None)
+    return main.float(), balance
 
 
 def response_logps(

@@ -2,6 +2,7 @@
 
     loss = Σ losses / pairs of the global batch + Σ token_losses / chosen tokens of the global batch
          + Σ sample_losses / samples of the global batch + Σ sample_token_losses / their tokens
+         + the balancing loss of a mixture of experts, which is one of each forward (`prefopt.model.balance`)
 
 All denominators come from the window and not from the micro-batch, so any split of one global batch over
 processes, accumulation steps and micro-batches gives the same gradient.
@@ -35,9 +36,10 @@ from prefopt.training.batch_metrics import add_batch_metrics, add_layout_metrics
 from prefopt.training.best import Best
 from prefopt.training.checkpoint import Checkpoints
 from prefopt.training.generation_probe import GenerationProbe
+from prefopt.training.gradients import GradientWatch
 from prefopt.training.held_out import held_out_metrics
 from prefopt.training.importance import weighted
-from prefopt.training.inputs import response_logps, response_scores
+from prefopt.training.inputs import response_logps, response_scores, split_forward
 from prefopt.training.metrics import MeanMeter, MetricsLog, peak_memory_gib
 from prefopt.training.optimizer import learning_rate, set_learning_rate
 from prefopt.training.reduction import PolicyGap, name_culprits, reduced
@@ -46,9 +48,6 @@ from prefopt.training.windows import MicroBatch, Window
 from prefopt.types import Group, ObjectiveOutput, ResponseLogps, ResponseScores
 
 logger = logging.getLogger(__name__)
-
-# An fp16 loss scale that halves this often in a row is not searching, it is overflowing.
-_MAX_SKIPPED_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -120,12 +119,16 @@ class PreferenceTrainer:
         )
         self._layout: LayoutFn = cast(Any, accelerator.unwrap_model(model)).layout
         self._reads_scores = objective.reads_scores
+        router = cast(Any, accelerator.unwrap_model(model)).balance
+        self._balance_weight: float = 0.0 if router is None else router.coefficient
         self._meter = MeanMeter(accelerator.device)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._clock = time.perf_counter()
         self._open_window_s = 0.0
-        self._skipped = 0
         self._policy_gap = PolicyGap()
+        self._gradient = GradientWatch(
+            model, accelerator, precision=settings.precision, num_steps=regime.num_steps
+        )
 
     def train(self, resume_from: Path | None = None) -> TrainResult:
         """Runs to the last step, or to an interrupt, after which a checkpoint says where to go on.
@@ -276,14 +279,17 @@ class PreferenceTrainer:
                 self.accelerator.backward(loss * self.accelerator.num_processes)
         self._policy_gap.check(window)
         norm = clip_gradients(self.accelerator, self._parameters, self.settings.max_grad_norm)
-        taken = self._check_gradient(norm, window)
+        taken = self._gradient.will_step(norm, rate, window)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.reference is not None:
             self.reference.after_step()
         for name, (total, count) in window.metrics.items():
             self._meter.add(name, total, count)
-        self._meter.add("train/grad_norm", norm if taken else 0.0, float(taken))
+        known = norm if taken and norm is not None else None
+        self._meter.add(
+            "train/grad_norm", 0.0 if known is None else known, float(known is not None)
+        )
         if self.settings.precision == "fp16":
             self._meter.add_total("train/skipped_steps", float(not taken))
         self._meter.add("loss/total", 0.0, float(self.accelerator.is_main_process))
@@ -296,7 +302,8 @@ class PreferenceTrainer:
     ) -> Tensor:
         layout = self._layout(micro_batch.groups)
         add_layout_metrics(self._meter, micro_batch.groups, layout, counts=micro_batch.counts)
-        forward = self.model(layout.to(self.accelerator.device)).float()
+        forward, balance = split_forward(self.model(layout.to(self.accelerator.device)))
+        self._gradient.listen(forward)
         seen = self._seen(micro_batch.groups, forward, reference, counts=micro_batch.counts)
         output = self.objective(seen)
         if isinstance(seen, ResponseLogps):
@@ -307,6 +314,8 @@ class PreferenceTrainer:
                 )
             self._policy_gap.add(seen, window)
         loss = reduced(output, window)
+        if balance is not None:
+            loss = loss + self._balance(balance, micro_batch, window)
         if not torch.isfinite(loss):
             raise TrainingError(name_culprits(micro_batch.groups, forward, output, window.step))
         add_batch_metrics(self._meter, seen, output)
@@ -315,6 +324,12 @@ class PreferenceTrainer:
         # With nothing to learn from here, run backward through everything with the others all the same.
         return loss if micro_batch.counts and loss.requires_grad else loss + forward.sum() * 0.0
 
+    def _balance(self, loss: Tensor, micro_batch: MicroBatch, window: Window) -> Tensor:
+        """The routers' part of a forward's loss: over a step, a mean over the tokens of all its forwards."""
+        tokens = micro_batch.num_row_tokens
+        self._meter.add("loss/router_balance", loss.detach() * tokens, tokens)
+        return self._balance_weight * tokens / max(1, window.num_row_tokens) * loss
+
     def _seen(
         self, groups: Sequence[Group], output: Tensor, reference: Tensor | None, *, counts: bool
     ) -> ResponseLogps | ResponseScores:
@@ -322,25 +337,6 @@ class PreferenceTrainer:
         if self._reads_scores:
             return response_scores(groups, output, counts=counts)
         return response_logps(groups, output, reference, counts=counts)
-
-    def _check_gradient(self, norm: Tensor | float, window: Window) -> bool:
-        """Will this step be taken? False where the fp16 loss scaler skips it; TrainingError otherwise."""
-        if torch.isfinite(torch.as_tensor(norm)):
-            self._skipped = 0
-            return True
-        ids = [group.id for batch in window.micro_batches for group in batch.groups]
-        if self.settings.precision == "fp16" and self._skipped < _MAX_SKIPPED_STEPS:
-            self._skipped += 1  # the loss scaler skips this step and halves its scale
-            return False
-        hint = (
-            "fp16 overflows; set train.precision = bf16"
-            if self.settings.precision == "fp16"
-            else "lower train.learning_rate or look at these rows with `prefopt show`"
-        )
-        raise TrainingError(
-            f"step {window.step + 1}: the gradient norm is {float(norm)}; {hint}. Rows of this step on this "
-            f"process: {', '.join(ids[:16])}{' …' if len(ids) > 16 else ''}"
-        )
 
     def _after_step(self, step: int, bar: Bar) -> None:
         settings, total = self.settings, self.regime.num_steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -124,6 +126,27 @@ def test_a_trained_head_gets_the_gradient_of_full_logits() -> None:
         assert any("lm_head" in name for name in want_gradients)
 
 
+@pytest.mark.parametrize(
+    ("settings", "scale", "cap"),
+    [
+        ({"logit_scale": 0.0625}, 0.0625, None),
+        ({"lm_head_multiplier": 0.5}, 0.5, None),
+        ({"logits_scaling": 4.0}, 0.25, None),
+        ({"logits_scaling": 4.0, "model_type": "hyperclovax"}, 4.0, None),
+        ({"logits_mup_width_multiplier": 2.0}, 0.5, None),
+        ({"final_logit_softcapping": 30.0}, 1.0, 30.0),
+        ({"logits_soft_cap": 30.0}, 1.0, 30.0),
+        ({"output_logit_soft_cap": 30.0}, 1.0, 30.0),
+    ],
+)
+def test_what_an_architecture_does_to_its_logits_is_read_off_its_configuration(
+    settings: dict[str, object], scale: float, cap: float | None
+) -> None:
+    """Each against its own forward is in test_architectures, slow."""
+    found = prefopt.model.lm_head.LogitTransform.of(SimpleNamespace(**settings))
+    assert (found.scale, found.softcap) == (scale, cap)
+
+
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
 def test_chunk_size_does_not_matter(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [group for seed in range(4) for group in make_groups(seed)]
@@ -207,7 +230,7 @@ def test_a_head_we_do_not_know_is_found_by_the_probe(monkeypatch: pytest.MonkeyP
     """An architecture that scales its logits in a way the engine does not know must not train."""
     model = tiny_model("gemma2", vocab_size=VOCABULARY)
     monkeypatch.setattr(
-        prefopt.model.logps.LogitTransform, "of", classmethod(lambda cls, config: cls())
+        prefopt.model.lm_head.LogitTransform, "of", classmethod(lambda cls, config: cls())
     )
     with pytest.raises(ModelError, match="differ from the model's own forward"):
         build_logp_model(model)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from prefopt.recipe.explain import show_value
 from prefopt.recipe.load import Draft
+from prefopt.recipe.registry import Bound
 from prefopt.recipe.schema import Recipe, Section, SourceSection
 
 PROBE_PROMPTS = "eval.generation.prompts"
@@ -32,6 +34,8 @@ class Surroundings:
 
     num_processes: int | None = None
     assume_cuda: bool = False
+    to_train: bool = True
+    """Is the recipe to be run, and not only looked at?"""
 
     @property
     def has_cuda(self) -> bool:
@@ -41,6 +45,12 @@ class Surroundings:
         import torch
 
         return torch.cuda.is_available()
+
+    @property
+    def keeps_masters(self) -> bool:
+        """Does the launch keep float32 masters of weights in half precision, under mixed precision?"""
+        names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+        return any(os.environ.get(name, "false").lower() == "true" for name in names)
 
 
 Rule = Callable[[Recipe, Surroundings], Iterator[Finding]]
@@ -110,6 +120,8 @@ def _look_up(value: Any, path: tuple[str | int, ...]) -> Any:
     for part in path:
         if isinstance(value, tuple):
             value = value[int(part)] if int(part) < len(value) else None
+        elif isinstance(value, Bound):
+            value = value.given.get(str(part))
         elif isinstance(value, Mapping):
             value = value.get(part)
         else:

@@ -254,9 +254,9 @@ def _task_result(entry: Any, path: Path, task: str) -> TaskResult:
     try:
         result = TaskResult(
             version=str(entry["version"]),
-            kind=entry["kind"],
-            headline=entry["headline"],
-            direction=entry["direction"],
+            kind=str(entry["kind"]),
+            headline=str(entry["headline"]),
+            direction=str(entry["direction"]),
             metrics={name: _metric(metric) for name, metric in entry["metrics"].items()},
             counts={**entry["counts"], **(entry.get("answers") or {})},
             groups=entry["groups"],

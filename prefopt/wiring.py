@@ -14,7 +14,6 @@ from accelerate.utils import set_seed
 
 from prefopt.data import DataBundle, PromptSet
 from prefopt.data.groups import GroupSource
-from prefopt.launch import check_launched
 from prefopt.model.adapters import save_final
 from prefopt.model.distributed import (
     configure_deepspeed,
@@ -36,6 +35,7 @@ from prefopt.model.precision import keeps_masters, refuse_half, with_precision
 from prefopt.model.reward_model import load_reward_model
 from prefopt.model.scores import ScoreModel
 from prefopt.process.ended import ended
+from prefopt.process.launch import check_launched
 from prefopt.process.progress import progress
 from prefopt.process.ranks import joined
 from prefopt.process.stopping import Stopped

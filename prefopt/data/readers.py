@@ -31,6 +31,8 @@ class RawRow:
     file: str
     number: int
     data: dict[str, Any]
+    filled_nulls: bool = False
+    """Whether its format gives every object the keys of all others (Parquet): a null may be no key at all."""
 
     @property
     def where(self) -> str:
@@ -43,10 +45,11 @@ def read_rows(path: Path, name: str) -> Iterator[RawRow]:
     Raises: DataError naming file and line: broken JSON, a row that is no object, not UTF-8, a damaged
         archive, an unreadable file.
     """
-    reader = READERS[str(data_suffix(path))]
+    suffix = str(data_suffix(path))
+    reader = READERS[suffix]
     try:
         for number, data in reader(path):
-            yield RawRow(name, number, data)
+            yield RawRow(name, number, data, suffix == ".parquet")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{path}: the gzip archive is damaged or cut off ({error}); fetch it again"

@@ -67,7 +67,7 @@ class HubRows:
         batches = self.dataset.with_format("arrow").iter(batch_size=_HUB_ROWS)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, data in enumerate(rows, 1):
-            yield RawRow(self.name, number, data)
+            yield RawRow(self.name, number, data, filled_nulls=True)
 
     def num_rows(self) -> int | None:
         return len(self.dataset)

@@ -53,11 +53,24 @@ class ColumnMap(Section):
     """Column with a system message put before the prompt."""
     id: str | None = None
     """Column that identifies the row in logs and rejects; default: file name and row number."""
+    tools: str | None = "tools"
+    """Column with the tools that the chat template is given: a list of JSON schemas, or the JSON text of one.
+    Where the default is absent there are none; `null` leaves the column out. A row whose template does not render
+    them is rejected and counted (`not_rendered`)."""
+    documents: str | None = "documents"
+    """Column with the documents that the chat template is given, likewise."""
+    chat_template_kwargs: str | None = "chat_template_kwargs"
+    """Column with keywords of the chat template (an object, or its JSON text), e.g. `enable_thinking`; a row's own
+    win over `model.chat_template_kwargs`."""
+    ignored: tuple[str, ...] = Field(default=(), strict=False)
+    """Columns of images, audio or video that say nothing about the answer. Without this they stop the run: a
+    policy of text cannot see them."""
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Left out at their defaults, so that the settings of runs before these keys hash as they did.
-        newer = {"margin": None, "turns": "last"}
+        newer = {"margin": None, "turns": "last", "ignored": ()}
+        newer |= {name: name for name in ("tools", "documents", "chat_template_kwargs")}
         return {k: v for k, v in dump(self).items() if k not in newer or v != newer[k]}
 
 
@@ -85,6 +98,20 @@ class SourceSection(Section):
     """Read only the first rows of the source."""
     drop_ties: bool = False
     """Reject rows whose two scores are equal (counted as `tie`); needs both score columns."""
+    template_omits: Literal["nothing", "history", "anything"] = "nothing"
+    """What the chat template may leave out of what a row says. `nothing`: a row whose thought, tool call, tools or
+    system message is not rendered is rejected and counted (`not_rendered`). `history`: earlier turns of the
+    assistant may lose text, as Qwen3's template drops their thoughts. `anything`: all of it is meant."""
+    control_tokens: tuple[str, ...] = Field(default=(), strict=False)
+    """Control tokens (`</s>`, `<|im_end|>`, …) that may stand in texts and are read as such: their names, or
+    `[all]` for text that a template has rendered already. A row with another is rejected and counted
+    (`control_token`)."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # As in `ColumnMap`: runs from before these keys keep their hash.
+        newer = {"template_omits": "nothing", "control_tokens": ()}
+        return {k: v for k, v in dump(self).items() if k not in newer or v != newer[k]}
 
 
 class ConditionSection(Section):

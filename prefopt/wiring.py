@@ -23,6 +23,7 @@ from prefopt.model.distributed import (
     gathered_state,
     process_group_options,
 )
+from prefopt.model.end_tokens import end_token_ids
 from prefopt.model.layouts import build_logp_model, build_score_model
 from prefopt.model.load import (
     LoadedPolicy,
@@ -101,7 +102,8 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
         trainer.close()
     if not result.finished:
         _say_how_to_go_on(accelerator, run_dir, result, trainer.regime.num_steps)
-    save_verified(trainer.model, policy, tokenizer, run_dir / "final", accelerator)
+    ends = end_token_ids(tokenizer, data.end_ids)
+    save_verified(trainer.model, policy, tokenizer, run_dir / "final", accelerator, ends)
     accelerator.end_training()
     return run_dir
 
@@ -132,6 +134,7 @@ def _run(
     """Restores, records the run, and trains."""
     run_dir, accelerator = Path(recipe.run.output_dir), trainer.accelerator
     record = describe_run(recipe, data, policy, trainer)
+    record["end_token_ids"] = list(data.end_ids)
     if resume_from is not None:
         if accelerator.is_main_process and (run_dir / RUN_FILE).is_file():
             warn_about_changes(json.loads((run_dir / RUN_FILE).read_text("utf-8")), record)
@@ -294,7 +297,12 @@ def _prepared(wiring: _Wiring, module: Module) -> tuple[Any, Any]:
 
 
 def save_verified(
-    model: Any, policy: LoadedPolicy, tokenizer: Any, directory: Path, accelerator: Accelerator
+    model: Any,
+    policy: LoadedPolicy,
+    tokenizer: Any,
+    directory: Path,
+    accelerator: Accelerator,
+    end_ids: Sequence[int] = (),
 ) -> None:
     """Saves the final adapter or model with its tokenizer, then reads it back and compares.
 
@@ -308,7 +316,7 @@ def save_verified(
     if accelerator.is_main_process:
         assert state is not None
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        save_final(policy.model, tokenizer, directory, state_dict=state)
+        save_final(policy.model, tokenizer, directory, end_ids=end_ids, state_dict=state)
         logger.info("saved and verified %s", directory)
     accelerator.wait_for_everyone()
 

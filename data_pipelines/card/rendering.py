@@ -72,14 +72,7 @@ def _render(renderer: Any, batch: Sequence[PairView], refused: Counter[str]) -> 
     from prefopt.data.render import Request
     from prefopt.data.rows import Refused
 
-    requests = []
-    for pair in batch:
-        chat = not isinstance(pair.prompt, str)
-        sides: list[Any] = [
-            {"role": "assistant", "content": text} if chat else text
-            for text in (pair.chosen, pair.rejected)
-        ]
-        requests.append(Request(pair.prompt, tuple(sides)))
+    requests = [Request(pair.prompt, pair.responses, options=pair.options) for pair in batch]
     found = []
     for each in renderer.render_batch(requests):
         if isinstance(each, Refused):

@@ -157,12 +157,16 @@ class Kl:
         return Summary(metrics, counts, notes=(note,))
 
     def _longest(self, generator: Any, context: int | None) -> int:
-        prompts = [generator.prompt_tokens(example.prompt) or 0 for example in self.examples()]
+        prompts = [
+            generator.prompt_tokens(example.prompt, example.options) or 0
+            for example in self.examples()
+        ]
         return min(max(prompts) + self.preset.max_new_tokens, context or math.inf)
 
 
 def _group(opened: _Opened, example: Example, answers: Sequence[Answer]) -> Any:
     """The sampled ids behind the very ids they were sampled after; None if nothing was, or it is too long."""
+    from eval.engines import asked
     from prefopt.types import Group, Response
 
     if not any(answer.ids for answer in answers):
@@ -170,7 +174,7 @@ def _group(opened: _Opened, example: Example, answers: Sequence[Answer]) -> Any:
     prompt = (
         example.prompt if isinstance(example.prompt, str) else [dict(m) for m in example.prompt]
     )
-    ids = opened.policies.renderer.prompt_ids(prompt)
+    ids = opened.policies.renderer.prompt_ids(prompt, asked(example.options))
     longest = len(ids) + max(len(answer.ids or ()) for answer in answers)
     if opened.policies.context is not None and longest > opened.policies.context:
         return None  # the reference's context is shorter than the policy's

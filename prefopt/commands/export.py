@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from prefopt.errors import ModelError, TrainingError
 from prefopt.model.adapters import save_final
+from prefopt.model.end_tokens import end_token_ids
 from prefopt.model.load import load_tokenizer
 from prefopt.recipe.schema import Recipe
 from prefopt.training.checkpoint import trainable_state
@@ -47,14 +48,19 @@ def export_checkpoint(run_dir: Path, checkpoint: Path, output: Path) -> None:
         for name, tensor in wanted.items():
             tensor.copy_(saved[name])
     try:
-        save_final(policy.model, tokenizer, output)
+        seen = _record(run_dir).get("end_token_ids", ())
+        save_final(policy.model, tokenizer, output, end_ids=end_token_ids(tokenizer, seen))
     except OSError as error:
         raise TrainingError(f"{output}: cannot be written: {error}") from error
 
 
+def _record(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+
+
 def _recipe(run_dir: Path) -> Recipe:
     try:
-        record = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+        record = _record(run_dir)
         # Leniently: what the recipe of another version had more is none of a policy's business.
         sections = {
             name: record["recipe"][name]

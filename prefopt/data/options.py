@@ -55,6 +55,12 @@ AS_RENDERED = RenderOptions(control_tokens="all")
 """For a text that a chat template has rendered already."""
 
 
+def given_options(given: Mapping[str, Any], omits: Omits) -> RenderOptions:
+    """Options with what another template was given (`RenderOptions.given`)."""
+    keywords = {name: value for name, value in given.items() if name not in RESERVED}
+    return RenderOptions(given.get("tools", ()), given.get("documents", ()), keywords, omits)
+
+
 @lru_cache(maxsize=64)
 def template_variables(template: str) -> frozenset[str]:
     """The names that a chat template reads. Raises: jinja2's TemplateSyntaxError."""

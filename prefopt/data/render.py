@@ -131,24 +131,24 @@ class Renderer:
             for row, request in zip(texts, requests, strict=True)
         ]
 
-    def whole_ids(
-        self, content: Prompt, options: RenderOptions = PLAIN, *, keep_tail: bool = False
-    ) -> tuple[int, ...] | Refused:
-        """Ids of a text or dialogue that is read and not continued, as reward models do: one end token last.
+    def whole_text(self, content: Prompt, options: RenderOptions = PLAIN) -> str | Refused:
+        """A text or dialogue that is read and not continued, as reward models do, looked at as any other."""
+        if isinstance(content, str):
+            return self._controls(Request("", (content,), options=options)) or content
+        refused = self._controls(Request(content[:-1], (content[-1],), options=options))
+        text = refused or self.template.text(content, options)
+        if isinstance(text, Refused):
+            return text
+        return self._unsaid(content, text, options) or text
 
-        Args:
-            keep_tail: leave what the template writes after the last turn as it is.
-        """
-        is_text = isinstance(content, str)
-        before, last = ("", content) if is_text else (content[:-1], content[-1])
-        refused = self._controls(Request(before, (last,), options=options))
-        text = content if is_text else self.template.text(content, options)
-        if refused is None and isinstance(text, str) and not is_text:
-            refused = self._unsaid(content, text, options)
-        if refused is not None or isinstance(text, Refused):
-            return refused or text  # type: ignore[return-value]
-        ids = self._encode([text if keep_tail else self._without_tail(text)])[0]
-        return tuple(ids) if keep_tail else self._end(self._start(ids))
+    def whole_ids(
+        self, content: Prompt, options: RenderOptions = PLAIN
+    ) -> tuple[int, ...] | Refused:
+        """The ids of `whole_text`, one end token last."""
+        text = self.whole_text(content, options)
+        if isinstance(text, Refused):
+            return text
+        return self._end(self._start(self._encode([self._without_tail(text)])[0]))
 
     def _texts(self, request: Request) -> list[str] | Refused:
         """The prompt's text, then prompt + response for each response; the same of each earlier turn."""
@@ -219,7 +219,7 @@ class Renderer:
         return None if problem is None else Refused(Reject.NOT_RENDERED, problem)
 
     def _controls(self, request: Request) -> Refused | None:
-        """Refuses texts that are none, or spell a control token out (but for what the renderer would put there)."""
+        """Refuses what is no text, or spells a control token out that the renderer would not put there itself."""
         prompt = request.prompt
         texts = (
             [self.controls.without_lead(prompt)]

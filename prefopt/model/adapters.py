@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefopt.errors import ModelError, TrainingError
+from prefopt.model.end_tokens import add_end_tokens, write_end_tokens
 from prefopt.storage.cache import atomic_directory
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def save_final(
     tokenizer: Any,
     directory: str | Path,
     *,
+    end_ids: Iterable[int] = (),
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes the adapter (PEFT) or the whole model, with its tokenizer, and checks it; on one process only.
@@ -40,13 +42,16 @@ def save_final(
 
     Args:
         model: not wrapped by DDP, DeepSpeed or FSDP.
+        end_ids: what a response ends with, for whoever generates with it (`end_tokens`).
         state_dict: gathered tensors, named as in ``model``, where the model's own are sharded (ZeRO-3, FSDP).
 
     Raises: TrainingError if it cannot be written, or reads back as something else.
     """
+    add_end_tokens(model, end_ids)
     with staged(Path(directory)) as staging:
         if isinstance(model, PeftModel):
             save_adapter(model, staging, state_dict=state_dict)
+            write_end_tokens(model, staging)
         else:
             save_full(model, staging, state_dict)
         tokenizer.save_pretrained(staging)

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from prefopt.errors import ModelError
 from prefopt.model.adapters import ADAPTER_CONFIG, merged_into_base, save_full, staged
+from prefopt.model.end_tokens import add_end_tokens, end_token_ids, saved_end_ids
 from prefopt.model.load import load_policy, load_tokenizer
 from prefopt.model.source import resolve_source
 from prefopt.recipe.schema import ModelSection
@@ -52,6 +53,8 @@ def merge_adapter(source: Path, output: Path) -> None:
             f"{_MERGE_TOLERANCE:g}). This adapter type cannot be merged exactly: serve it unmerged."
         )
     merged = merged.to(dtype)
+    own = saved_end_ids(resolve_source(str(adapter)).from_the_top)
+    add_end_tokens(merged, end_token_ids(tokenizer, own))
     with staged(output) as staging:
         save_full(merged, staging, None)
         tokenizer.save_pretrained(staging)

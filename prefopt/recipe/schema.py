@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import (
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from prefopt.recipe.choices import (
     CachedReferenceSection,
@@ -87,6 +94,10 @@ class ModelSection(Section):
     """Hub id or directory of the tokenizer; default: the model's own."""
     chat_template: PathText | None = None
     """Path of a Jinja file that replaces the tokenizer's chat template."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keywords that the chat template is rendered with, e.g. `{enable_thinking: false}`. They are written into the
+    template as its defaults, and so into the saved tokenizer: the policy is served as it was trained. One that the
+    template does not read is an error."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype the weights are loaded in; `auto` is the dtype they were saved in."""
     layout: Literal["auto", "packed", "padded"] = "auto"
@@ -99,6 +110,11 @@ class ModelSection(Section):
     """Run model code that comes with a hub repository. Only for repositories you trust."""
     quantization: Literal["4bit", "8bit"] | None = None
     """bitsandbytes quantisation of the frozen base (QLoRA); needs CUDA and a `peft` section."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Left out where it is empty, so that the settings of runs before this key hash as they did.
+        return {k: v for k, v in dump(self).items() if k != "chat_template_kwargs" or v}
 
 
 class PeftSection(Section):

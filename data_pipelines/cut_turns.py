@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.base import Dropped
-from data_pipelines.rows import asked_options
+from prefopt.data.options import PLAIN, RenderOptions
 from prefopt.errors import DataError
 from prefopt.recipe.schema import ModelSection
 from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
-    from prefopt.data.options import RenderOptions
     from prefopt.data.render import Renderer
 
 
@@ -32,32 +31,37 @@ class Cut:
 
 
 def cut_turn(
-    row: Mapping[str, Any], response: str, shared: str, renderer: Renderer | None
+    prompt: str | Sequence[Any],
+    response: str,
+    shared: str,
+    renderer: Renderer | None,
+    row_id: str,
+    options: RenderOptions = PLAIN,
 ) -> Cut | Dropped:
-    """The row's prompt with ``shared``, and the rest of ``response``.
+    """The prompt with ``shared``, and the rest of ``response``.
 
     Args:
-        row: with a prompt, plain text or chat messages.
+        prompt: plain text, or chat messages.
         response: begins with ``shared``.
         shared: "" leaves plain text as it is, and turns a dialogue into text all the same: rows of one set have
             one shape.
         renderer: of the tokenizer that will be trained; needed for chat messages.
+        row_id: for messages.
+        options: what the row is rendered with beside its messages.
 
     Returns: the cut; Dropped where the chat template does not write the response right after what opens the
         assistant's turn, or where the text would be tokenised otherwise than the dialogue.
     Raises: DataError for chat messages without a renderer; ModelError for a tokenizer without a chat template.
     """
-    prompt = row["prompt"]
     if isinstance(prompt, str):
         return Cut(prompt + shared, response[len(shared) :])
     if renderer is None:
         raise DataError(
-            f"row {row['id']}: its prompt is a dialogue, and only a chat template can say how an answer that has "
+            f"row {row_id}: its prompt is a dialogue, and only a chat template can say how an answer that has "
             "begun reads. Set the stage's tokenizer (tree.tokenizer, step_advantage.tokenizer) to the directory "
             "of the model that will be trained"
         )
     turns = [*prompt, {"role": "assistant", "content": response}]
-    options = asked_options(row)
     texts = _rendered(renderer, prompt, turns, options)
     if isinstance(texts, Dropped):
         return texts

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt
 from data_pipelines.base import Dropped, Place, Result, RowByRow, StageSettings, Tally
 from data_pipelines.cut_turns import cut_turn, renderer_basis, template_problems, turn_renderer
 from data_pipelines.registry import stage
-from data_pipelines.rows import Row, RowKind, user_fields
+from data_pipelines.rows import Row, RowKind, asked_options, user_fields
 from data_pipelines.stages.pair import is_scored
 from data_pipelines.step_tree import Node, State, grow, split_steps, step_advantages
 from prefopt.recipe.schema import NonNegativeFloat, PathText
@@ -109,7 +109,9 @@ def _row(
     """One action of a state as a sample."""
     action, shared = state.actions[index], state.prefix.text
     id_ = f"{state_id}#{index}"
-    cut = cut_turn(row, texts[action.leaves[0]], shared, renderer)
+    cut = cut_turn(
+        row["prompt"], texts[action.leaves[0]], shared, renderer, id_, asked_options(row)
+    )
     if isinstance(cut, Dropped):
         return Dropped(cut.reason, cut.detail, id_)
     ended = _ends(action)

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 from data_pipelines.base import Dropped, Place, Result, RowByRow, StageSettings
 from data_pipelines.cut_turns import cut_turn, renderer_basis, template_problems, turn_renderer
 from data_pipelines.registry import stage
-from data_pipelines.rows import Row, RowKind, side_columns, user_fields
+from data_pipelines.rows import Row, RowKind, asked_options, side_columns, user_fields
 from data_pipelines.stages.pair import is_scored
 from data_pipelines.step_tree import Node, grow, sibling_pairs, split_steps, value
 from prefopt.recipe.schema import NonNegativeFloat, PathText
@@ -172,7 +172,14 @@ def _row(
     found: Row = {"id": None, "prompt": None}
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         response = responses[side.solution]
-        cut = cut_turn(row, response["text"], pair.shared.text, renderer)
+        cut = cut_turn(
+            row["prompt"],
+            response["text"],
+            pair.shared.text,
+            renderer,
+            row["id"],
+            asked_options(row),
+        )
         if isinstance(cut, Dropped):
             return cut
         found["prompt"] = cut.prompt

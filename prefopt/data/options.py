@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-from jinja2 import Environment, meta
+from jinja2 import Environment, TemplateSyntaxError, meta
+
+from prefopt.errors import ConfigError, ModelError, suggest
 
 Omits = Literal["nothing", "history", "anything"]
 KeptControls = Sequence[str] | Literal["all"]
@@ -70,12 +72,45 @@ def template_variables(template: str) -> frozenset[str]:
     return frozenset(meta.find_undeclared_variables(environment.parse(plain)))
 
 
-def with_keywords(template: str, keywords: Mapping[str, Any]) -> str:
-    """``template`` with ``keywords`` as what they are where nobody gives them.
+def template_with(template: Any, keywords: Mapping[str, Any]) -> Any:
+    """A tokenizer's ``template`` (or each of several) with ``keywords`` as what they are where nobody gives them.
 
     Written into the template, they reach all that renders with it, and stay with the saved tokenizer: a policy is
     served as it was trained. What a row or a server gives wins.
+
+    Raises: ConfigError for a keyword that the template does not read; ModelError for one that is no Jinja.
     """
+    setting = "model.chat_template_kwargs"
+    if template is None:
+        raise ConfigError(
+            f"{setting} = {dict(keywords)}: the tokenizer has no chat template that could take them; set "
+            "model.chat_template, or leave them out"
+        )
+    several = template if isinstance(template, dict) else {"": template}
+    try:
+        reads = frozenset[str]().union(*map(template_variables, several.values()))
+    except TemplateSyntaxError as error:
+        raise ModelError(broken(error)) from error
+    for name, value in keywords.items():
+        if name in RESERVED or name not in reads:
+            known = sorted(reads - RESERVED)
+            raise ConfigError(
+                f"{setting}.{name} = {value!r}: the chat template reads no such keyword; "
+                f"{suggest(name, known) if known else 'it reads none'}"
+            )
+    found = {name: _with_defaults(each, keywords) for name, each in several.items()}
+    return found if isinstance(template, dict) else found[""]
+
+
+def broken(error: TemplateSyntaxError) -> str:
+    """What to say of a chat template that is no Jinja."""
+    return (
+        f"the chat template is broken: line {error.lineno}: {error.message}; set model.chat_template to a Jinja "
+        "file that renders"
+    )
+
+
+def _with_defaults(template: str, keywords: Mapping[str, Any]) -> str:
     lines = [
         f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} -%}}"
         for name, value in keywords.items()

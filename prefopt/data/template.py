@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data.options import PLAIN, RenderOptions, template_variables
+from prefopt.data.options import PLAIN, RenderOptions, broken, template_variables
 from prefopt.data.rows import Message, Refused, Reject
 from prefopt.data.said import parsed_arguments
 from prefopt.errors import ModelError
@@ -77,10 +77,7 @@ class ChatTemplate:
                 turns, tokenize=False, add_generation_prompt=generate, **options.given
             )
         except TemplateSyntaxError as error:
-            raise ModelError(
-                f"the chat template is broken: line {error.lineno}: {error.message}; set model.chat_template to a "
-                "Jinja file that renders"
-            ) from error
+            raise ModelError(broken(error)) from error
         except REFUSALS as error:
             return Refused(Reject.TEMPLATE_REFUSED, str(error) or type(error).__name__)
         assert isinstance(text, str)  # tokenize=False

@@ -37,45 +37,52 @@ def end_token_ids(tokenizer: Any, *more: Iterable[int]) -> tuple[int, ...]:
 
 
 def own_end_ids(model: Any) -> tuple[int, ...]:
-    """What a loaded model's generation settings end with; nothing for a model that does not generate."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    settings = getattr(base, "generation_config", None)
-    config = base.config.get_text_config(decoder=True)
-    own = getattr(settings, _KEY, None)
-    return _listed(getattr(config, _KEY, None) if own is None else own)
+    """What the makers of a loaded model say that it ends with, in its generation settings."""
+    settings = getattr(_base(model), "generation_config", None)
+    # Settings derived from the model's configuration say what its class does by default: of another vocabulary.
+    if settings is None or settings._from_model_config:
+        return ()
+    return _listed(getattr(settings, _KEY, None))
 
 
 def saved_end_ids(directories: Iterable[Path]) -> tuple[int, ...]:
-    """What the files of the first directory that says so end with (`Source.from_the_top`)."""
+    """As `own_end_ids`, of the first directory that says so (`Source.from_the_top`)."""
     for directory in directories:
-        for name in (GENERATION_FILE, "config.json"):
-            own = _read(directory / name)
-            if own:
-                return own
+        try:
+            settings = json.loads((directory / GENERATION_FILE).read_text(encoding="utf-8"))
+            own = () if settings.get("_from_model_config") else _listed(settings.get(_KEY))
+        except (OSError, ValueError, AttributeError):
+            continue  # whoever loads the model says what is wrong with its files
+        if own:
+            return own
     return ()
 
 
 def add_end_tokens(model: Any, ids: Iterable[int]) -> None:
     """Makes ``ids`` part of what a model's generation settings end with, which are saved with it."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base(model)
     if not base.can_generate():
         return
-    ends = list(dict.fromkeys([*own_end_ids(base), *ids]))
-    base.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    settings = base.generation_config
+    known = getattr(settings, _KEY, None)
+    if known is None:
+        known = getattr(base.config.get_text_config(decoder=True), _KEY, None)
+    ends = list(dict.fromkeys([*_listed(known), *ids]))
+    if ends and ends != list(_listed(settings.eos_token_id)):
+        settings.eos_token_id = ends[0] if len(ends) == 1 else ends
+        settings._from_model_config = False  # else a version of transformers may derive them anew
 
 
 def write_end_tokens(model: Any, directory: Path) -> None:
     """Writes what an adapter's policy ends with beside the adapter, whose base knows nothing of it."""
-    if model.get_base_model().can_generate():
-        text = json.dumps({_KEY: list(own_end_ids(model))})
+    base = _base(model)
+    if base.can_generate():
+        text = json.dumps({_KEY: list(_listed(base.generation_config.eos_token_id))})
         (directory / GENERATION_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _read(path: Path) -> tuple[int, ...]:
-    try:
-        return _listed(json.loads(path.read_text(encoding="utf-8")).get(_KEY))
-    except (OSError, ValueError, AttributeError):
-        return ()  # whoever loads the model says what is wrong with its files
+def _base(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _listed(value: Any) -> tuple[int, ...]:

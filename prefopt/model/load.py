@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateSyntaxError
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from prefopt.data.options import RESERVED, template_variables, with_keywords
-from prefopt.errors import ConfigError, ModelError, suggest
+from prefopt.data.options import template_with
+from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapters import ADAPTER_CONFIG, BASE_FILE, load_saved_adapter, merged_into_base
 from prefopt.model.hashing import fresh_adapter_hash, weights_hash
 from prefopt.model.source import (
@@ -104,38 +103,10 @@ def load_tokenizer(model: ModelSection) -> Any:
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"model.chat_template = {model.chat_template!r}: {error}") from error
     if model.chat_template_kwargs:
-        tokenizer.chat_template = _with_keywords(tokenizer.chat_template, model)
+        tokenizer.chat_template = template_with(tokenizer.chat_template, model.chat_template_kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
-
-
-def _with_keywords(template: Any, model: ModelSection) -> Any:
-    """``template`` (or each of several) with ``model.chat_template_kwargs`` as its defaults."""
-    keywords = model.chat_template_kwargs
-    setting = "model.chat_template_kwargs"
-    if template is None:
-        raise ConfigError(
-            f"{setting} = {keywords}: the tokenizer has no chat template that could take them; set "
-            "model.chat_template, or leave them out"
-        )
-    several = template if isinstance(template, dict) else {"": template}
-    try:
-        reads = frozenset[str]().union(*map(template_variables, several.values()))
-    except TemplateSyntaxError as error:
-        raise ModelError(
-            f"the chat template is broken: line {error.lineno}: {error.message}; set model.chat_template to a "
-            "Jinja file that renders"
-        ) from error
-    for name in keywords:
-        if name in RESERVED or name not in reads:
-            known = sorted(reads - RESERVED)
-            raise ConfigError(
-                f"{setting}.{name} = {keywords[name]!r}: the chat template reads no such keyword; "
-                f"{suggest(name, known) if known else 'it reads none'}"
-            )
-    found = {name: with_keywords(each, keywords) for name, each in several.items()}
-    return found if isinstance(template, dict) else found[""]
 
 
 def load_policy(

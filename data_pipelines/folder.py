@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.base import Dropped
-from data_pipelines.manifest import read_record, write_record
+from data_pipelines.manifest import REPAIR, read_record, write_record
 from data_pipelines.shards import ShardFile, Shards
 from prefopt.errors import DataError
 from prefopt.storage.cache import AGAIN, write_whole, writing
+from prefopt.storage.reading import as_object, reading
 
 logger = logging.getLogger("prefopt.data")
 
@@ -25,6 +26,9 @@ MANIFEST = "manifest.json"
 _RECORDS = "manifest"
 _ASIDE = "replaced"
 _LOCK = ".lock"
+_COUNTS = {"counts": dict, "counts.rows_in": int, "counts.rows_out": int, "counts.dropped": dict}
+_DONE = {"shards": list, **_COUNTS}
+_SHARD = {"file": str, "rows_out": int, "sha256": str}
 
 
 @contextlib.contextmanager
@@ -98,13 +102,21 @@ class StageFolder:
             return
         write_whole(path, "".join(lines), AGAIN)
 
+    def made(self, number: int) -> dict[str, Any] | None:
+        """The record of one shard, None where it is to be made. Raises: DataError as `read_record`."""
+        return read_record(self.shard_record(number), {**_SHARD, "rows_in": int, "dropped": dict})
+
     def num_recorded(self) -> int:
         """Shards of a `map` stage that are made."""
         return sum(path.stem.isdigit() for path in self.records.glob("*.json"))
 
     def done(self) -> dict[str, Any] | None:
         """The record of the finished stage. Raises: DataError as `read_record`."""
-        return read_record(self.done_record)
+        record = read_record(self.done_record, _DONE)
+        for shard in record["shards"] if record is not None else ():
+            with reading(self.done_record, "the record of a stage", REPAIR):
+                as_object(shard, _SHARD)
+        return record
 
     def output(self, done: Mapping[str, Any]) -> Shards:
         """The shards that a finished stage's record names."""

@@ -12,47 +12,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.errors import ConfigError, DataError
+from prefopt.errors import ConfigError
 from prefopt.storage.cache import write_whole
-
-SEAL = "seal"
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+from prefopt.storage.reading import Kind, as_object, load_json, reading, sealed, unsealed
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Writes a sealed record, whole or not at all. Raises: DataError if it cannot be written."""
-    text = json.dumps({**record, SEAL: digest(record)}, ensure_ascii=False, indent=1) + "\n"
+    text = json.dumps(sealed(record), ensure_ascii=False, indent=1) + "\n"
     write_whole(path, text)
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path, keys: Mapping[str, Kind] = {}) -> dict[str, Any] | None:
     """The record without its seal; None where there is none.
 
-    Raises: DataError for one that is broken or was edited.
+    Args:
+        keys: what a record of this kind holds (`prefopt.storage.reading.as_object`).
+
+    Raises: DataError for one that is broken, was edited, or that another version wrote with other keys.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not path.is_file():
         return None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    try:
-        record = json.loads(text)
-        seal = record.pop(SEAL)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{path}: is no record of a pipeline ({error!r}). {_REPAIR}") from error
-    if digest(record) != seal:
-        raise DataError(
-            f"{path}: was edited by hand (its seal does not fit what it says). {_REPAIR}"
-        )
-    return record
+    with reading(path, "a record of a pipeline", REPAIR):
+        return as_object(unsealed(load_json(path)), keys)
 
 
-_REPAIR = "Restore it, or make the stage again with --from and its name"
+REPAIR = "Restore it, or make the stage again with --from and its name"
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,20 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
-
-from tqdm import tqdm
 
 from data_pipelines.base import Place
 from data_pipelines.executors import Executor, open_executor
 from data_pipelines.folder import StageFolder, only_driver, write_manifest
-from data_pipelines.manifest import Change, changes, digest, read_record, write_record
+from data_pipelines.manifest import Change, changes, read_record, write_record
 from data_pipelines.pipeline import BoundStage, Pipeline
 from data_pipelines.shard_work import Order, stage_code
 from data_pipelines.shards import Shards
 from data_pipelines.stage_runs import run_map, run_whole
 from prefopt.errors import ConfigError, DataError
+from prefopt.report.progress import Bar
+from prefopt.storage.reading import digest
 
 logger = logging.getLogger("prefopt.data")
 
@@ -92,7 +93,7 @@ def _check_unchanged(pipeline: Pipeline, depends: Sequence[dict[str, Any]]) -> N
     unfinished: str | None = None
     for number, (stage, basis) in enumerate(zip(pipeline.stages, depends, strict=True)):
         folder = StageFolder(pipeline.directory, stage.id)
-        record = read_record(folder.stage_record)
+        record = read_record(folder.stage_record, {"input": (str, NoneType)})
         if record is None and folder.exists() and folder.done_record.exists():
             raise DataError(
                 f"{folder.stage_record}: is missing, and the stage is recorded as done. Restore it, or make the "
@@ -148,7 +149,7 @@ def _run(
         folder=folder.shards,
     )
     started = time.perf_counter()
-    with tqdm(desc=stage.id, unit="row", total=stage.settings.num_rows_in(place)) as bar:
+    with Bar(desc=stage.id, unit="row", total=stage.settings.num_rows_in(place)) as bar:
         if stage.spec.works == "map":
             order = _order(pipeline, stage, place, basis["code"])
             record = run_map(stage.settings, order, folder, executor, bar)

@@ -11,7 +11,7 @@ from typing import IO, Any
 from data_pipelines.base import Dropped, Place, StageSettings, Tally
 from data_pipelines.executors import Executor
 from data_pipelines.folder import StageFolder, dropped_line
-from data_pipelines.manifest import read_record, write_record
+from data_pipelines.manifest import write_record
 from data_pipelines.pipeline import BoundStage, PipelineSettings
 from data_pipelines.rows import Row, require_columns
 from data_pipelines.shard_work import Job, Made, Order
@@ -31,7 +31,7 @@ def run_map(
     shards = order.place.input
     assert isinstance(shards, Shards)
     jobs = [Job(number, source) for number, source in enumerate(shards.files)]
-    records = {job.number: read_record(folder.shard_record(job.number)) for job in jobs}
+    records = {job.number: folder.made(job.number) for job in jobs}
     bar.update(sum(record["rows_in"] for record in records.values() if record))
     shutil.rmtree(order.place.scratch, ignore_errors=True)  # of an attempt that was cut short
     todo = [job for job in jobs if records[job.number] is None]

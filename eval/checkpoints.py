@@ -8,14 +8,15 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.models import RUN_FILE, run_condition, run_recipe
+from eval.models import run_condition, run_recipe, run_trust
 from eval.settings import EvalSettings
 from prefopt.errors import ModelError
 from prefopt.recipe.schema import ModelSection
+from prefopt.storage.run_files import CHECKPOINTS, RUN_FILE, complete_checkpoints
 
 logger = logging.getLogger("prefopt.eval")
 
-_STEP = re.compile(r"(?:step|checkpoint)-(\d+)")
+_OF_TRL = re.compile(r"checkpoint-(\d+)")
 POLICY_FOLDER = "policy"
 
 
@@ -35,7 +36,9 @@ def evaluate_checkpoints(settings: EvalSettings, names: Sequence[str], output: P
         policy = _policy(run_dir, checkpoint, folder / POLICY_FOLDER)
         logger.info("step %d: %s", step, policy)
         update = {
-            "model": settings.model.model_copy(update={"path": str(policy)}),
+            "model": settings.model.model_copy(
+                update={"path": str(policy), **run_trust(settings.model)}
+            ),
             "baseline": settings.baseline or start_of(run_dir),
         }
         print_results(evaluate(settings.model_copy(update=update), names, folder), as_json=False)
@@ -47,12 +50,11 @@ def found_checkpoints(run_dir: Path) -> dict[int, Path]:
         raise ModelError(
             f"{run_dir}: --checkpoints takes a run directory, and this holds no {RUN_FILE}"
         )
-    root = run_dir / "checkpoints"
-    found = {
-        int(match.group(1)): path
-        for path in (root.iterdir() if root.is_dir() else ())
-        if (match := _STEP.fullmatch(path.name))
-    }
+    root = run_dir / CHECKPOINTS
+    found = complete_checkpoints(root)
+    for path in root.iterdir() if root.is_dir() else ():
+        if match := _OF_TRL.fullmatch(path.name):
+            found.setdefault(int(match.group(1)), path)
     if not found:
         raise ModelError(
             f"{root}: holds no checkpoint. Train with train.save_every=N and train.keep_checkpoints=MANY"
@@ -66,8 +68,9 @@ def start_of(run_dir: Path) -> ModelSection | None:
     if recipe is None or recipe.get("peft") is not None:
         return None
     model = recipe["model"]
-    assert isinstance(model, dict)
-    return ModelSection(path=model["path"], revision=model.get("revision"))
+    section = ModelSection(path=model["path"], revision=model.get("revision"))
+    trusted = bool(model.get("trust_remote_code"))
+    return section.model_copy(update={"trust_remote_code": trusted})
 
 
 def _policy(run_dir: Path, checkpoint: Path, folder: Path) -> Path:

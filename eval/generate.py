@@ -7,11 +7,10 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from eval.base import Answer, Conversation, Decoding, Example, Message
 from eval.engines import Ask, Generator, answer_from, answer_record
 from eval.store import Store
+from prefopt.report.progress import Bar
 
 _CHUNK = {"hf": 64, "vllm": 512, "vllm_server": 512}
 """Examples answered at a time, and then stored: enough to keep an engine busy, few enough to lose to a kill."""
@@ -36,7 +35,7 @@ def generate(
     size = _CHUNK[generator.section.name]
     chunks = [examples[start : start + size] for start in range(0, len(examples), size)]
     done = sum(example.key in store for example in examples)
-    with tqdm(total=len(examples), initial=done, desc=label, unit="example") as bar:
+    with Bar(total=len(examples), initial=done, desc=label, unit="example") as bar:
         for chunk in chunks:
             missing = sum(example.key not in store for example in chunk)
             if missing:

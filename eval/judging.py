@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from eval.base import Answer, Conversation, Example, JudgedTask, Judgment, Question
 from eval.settings import JudgeSection
 from eval.store import Store
+from prefopt.report.progress import Bar
 from prefopt.signals.chat_client import ChatClient, Endpoint
 from prefopt.signals.chat_replies import Reply, ReplyCache
 from prefopt.storage.cache import cache_root
@@ -70,7 +69,7 @@ def judge_all(
     waiting = [each for each in asked if each.id not in store]
     size = _CHUNKS_IN_FLIGHT * client.endpoint.concurrency
     done = len(asked) - len(waiting)
-    with tqdm(total=len(asked), initial=done, desc=label, unit="question") as bar:
+    with Bar(total=len(asked), initial=done, desc=label, unit="question") as bar:
         for start in range(0, len(waiting), size):
             chunk = waiting[start : start + size]
             store.add(_ask_chunk(task, chunk, client))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 from eval.settings import EvalSettings, JudgeSection
 from prefopt.errors import ModelError
 from prefopt.recipe.schema import ConditionSection, EngineSection, ModelSection
-
-RUN_FILE = "run.json"
+from prefopt.storage.run_files import RUN_FILE, read_run
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,11 @@ def open_models(settings: EvalSettings) -> Models:
 def resolve_run(section: ModelSection) -> ModelSection:
     """``section`` with a run directory replaced by the policy that it ended with (``final``).
 
-    Its recipe's chat template and tokenizer are already in there. A checkpoint is named by its own path.
+    Its recipe's chat template and tokenizer are already in there, and the code of its model is run as the run did.
+    A checkpoint is named by its own path.
     Raises: ModelError for a run that has not ended.
     """
+    section = section.model_copy(update=run_trust(section))
     directory = Path(section.path).expanduser()
     if not (directory / RUN_FILE).is_file():
         return section
@@ -64,7 +64,14 @@ def resolve_run(section: ModelSection) -> ModelSection:
     return section.model_copy(update={"path": str(final)})
 
 
-def run_recipe(path: str) -> dict[str, object] | None:
+def run_trust(section: ModelSection) -> dict[str, Any]:
+    """Whether the code of a run's model is run: as asked, or as the run did."""
+    model = (run_recipe(section.path) or {}).get("model") or {}
+    trusted = section.trust_remote_code or bool(model.get("trust_remote_code"))
+    return {"trust_remote_code": trusted}
+
+
+def run_recipe(path: str) -> dict[str, Any] | None:
     """The recipe of the run that ``path`` is, or is ``final`` of; None for anything else."""
     return _run_record(path).get("recipe")
 
@@ -74,7 +81,10 @@ def run_condition(path: str) -> ConditionSection | None:
     recipe = _run_record(path).get("recipe") or {}
     if (recipe.get("objective") or {}).get("name") != "reward_conditioned":
         return None
-    return ConditionSection.model_validate(recipe["data"].get("condition") or {})
+    try:
+        return ConditionSection.model_validate((recipe.get("data") or {}).get("condition") or {})
+    except ValueError as error:
+        raise ModelError(f"{path}: its {RUN_FILE} has another data.condition: {error}") from error
 
 
 def condition_problems(path: str, asked: ConditionSection | None) -> list[str]:
@@ -93,8 +103,9 @@ def condition_problems(path: str, asked: ConditionSection | None) -> list[str]:
         found.append(
             f"the policy was trained with the template {trained.template!r}, and is asked with another"
         )
-    rewards = _run_record(path).get("data", {}).get("labels", {}).get("rewards")
-    if rewards is not None:
+    labels = (_run_record(path).get("data") or {}).get("labels") or {}
+    rewards = labels.get("rewards") or {}
+    if all(isinstance(rewards.get(end), float | int) for end in ("min", "max")):
         found.append(target_problem(asked.target, rewards["min"], rewards["max"]))
     return [problem for problem in found if problem is not None]
 
@@ -102,7 +113,6 @@ def condition_problems(path: str, asked: ConditionSection | None) -> list[str]:
 def _run_record(path: str) -> dict[str, Any]:
     """What the run that ``path`` is, or is ``final`` of, says of itself; empty for anything else."""
     for directory in (Path(path).expanduser(), Path(path).expanduser().parent):
-        record = directory / RUN_FILE
-        if record.is_file():
-            return json.loads(record.read_text(encoding="utf-8"))
+        if (directory / RUN_FILE).is_file():
+            return read_run(directory, ModelError)
     return {}

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from eval.base import Conversation, Example, Row
 from eval.store import Store
+from prefopt.report.progress import Bar
 from prefopt.storage.cache import atomic_write
 
 _ROWS_A_WRITE = 64
@@ -26,7 +25,7 @@ def score_rows(
 ) -> list[Row]:
     """A row an example; scoring may run programs for minutes, so rows are stored, too."""
     missing = [example for example in examples if example.key not in store]
-    with tqdm(
+    with Bar(
         total=len(examples), initial=len(examples) - len(missing), desc="score", unit="example"
     ) as bar:
         for start in range(0, len(missing), _ROWS_A_WRITE):
@@ -41,7 +40,7 @@ def score_batches(task: Any, examples: Sequence[Example], opened: Any, store: St
     """Batches are cut by position; see `eval.generate.generate`."""
     size = task.batch_size
     done = sum(example.key in store for example in examples)
-    with tqdm(total=len(examples), initial=done, desc="score", unit="example") as bar:
+    with Bar(total=len(examples), initial=done, desc="score", unit="example") as bar:
         for start in range(0, len(examples), size):
             batch = examples[start : start + size]
             missing = sum(example.key not in store for example in batch)

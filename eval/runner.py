@@ -27,6 +27,7 @@ from eval.responses import answers_from_file
 from eval.settings import EvalSettings
 from prefopt.errors import ConfigError, DataError
 from prefopt.storage.cache import write_whole
+from prefopt.storage.reading import load_json, reading
 
 logger = logging.getLogger("prefopt.eval")
 
@@ -183,13 +184,9 @@ def _open_results(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
     fresh = {**head, "tasks": {}, "versions": package_versions()}
     if not path.is_file():
         return fresh
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, "a results file", "Delete it or take another --output"):
+        found = load_json(path, {"tasks": dict})
         changed = [key for key in head if json.loads(json.dumps(head[key])) != found[key]]
-    except (ValueError, KeyError) as error:
-        raise DataError(
-            f"{path}: is no results file ({error!r}). Delete it or take another --output"
-        ) from error
     # A judge or baseline that the tasks there did not have does not change them.
     changed = [key for key in changed if found[key] is not None or key in ("limit", "model")]
     if changed:

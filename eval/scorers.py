@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -108,12 +107,13 @@ def resolve_by(models: Models, by: By) -> str:
 def is_reward_model(section: ModelSection) -> bool:
     """Is it saved as a sequence classifier, or as an adapter of one?"""
     from prefopt.model.source import resolve_source
+    from prefopt.storage.model_files import read_adapter_config, read_model_config
 
     source = resolve_source(section.path, section.revision)
     if source.adapters:
-        settings = json.loads((source.adapters[-1] / "adapter_config.json").read_text("utf-8"))
+        settings = read_adapter_config(source.adapters[-1])
         return settings.get("task_type") == "SEQ_CLS"
-    config = json.loads((source.directory / "config.json").read_text("utf-8"))
+    config = read_model_config(source.directory)
     return any("SequenceClassification" in name for name in config.get("architectures") or ())
 
 

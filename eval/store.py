@@ -6,16 +6,16 @@ The first line says what the records depend on; a store of anything else is refu
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prefopt.errors import ConfigError, DataError
+from prefopt.errors import ConfigError
 from prefopt.storage.cache import writing
+from prefopt.storage.reading import log_rows, mend_end
 
-logger = logging.getLogger("prefopt.eval")
+_ADVICE = "Delete the file to do this part again"
 
 
 class Store:
@@ -78,23 +78,13 @@ class Store:
     def _load(self, basis: dict[str, Any]) -> None:
         if not self.path.is_file():
             return
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            logger.warning("%s: its last line was cut off by a kill; it is done again", self.path)
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                record = json.loads(line)
-                if number == 1:
-                    self._check(record["basis"], basis)
-                else:
-                    self._records[record["id"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{self.path}:{number}: broken ({error!r}). Delete the file to do this part again"
-                ) from error
+        mend_end(self.path, "it is done again")
+        rows = log_rows(self.path, {"id": str}, _ADVICE, first={"basis": dict})
+        for number, record in enumerate(rows):
+            if number:
+                self._records[record["id"]] = record
+            else:
+                self._check(record["basis"], basis)
 
     def _check(self, found: Mapping[str, Any], basis: Mapping[str, Any]) -> None:
         basis = json.loads(json.dumps(basis))  # tuples are lists in a file

@@ -72,6 +72,9 @@ def recipe_main(trains: str, argv: Sequence[str] | None = None) -> int:
 
 def guarded(command: Callable[[], object]) -> int:
     """Runs a command; a known error becomes its message and an exit code, Ctrl-C becomes 130."""
+    if not sys.stderr.isatty():
+        # Bars of the libraries, which read this when tqdm is imported; ours are `prefopt.report.progress`.
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
     try:
         with _logs_on_stderr():
             command()
@@ -248,6 +251,11 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="where to write it"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the model code of the adapter's base (default: as the run did, where a run is given)",
+    )
 
 
 def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -285,16 +293,20 @@ def _add_registries(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from prefopt.recipe.checks import check
+    from prefopt.commands.look import look
+    from prefopt.recipe.checks import examine
 
-    notes = check(
+    recipe, notes = examine(
         arguments.recipe,
         arguments.overrides,
         num_processes=arguments.num_processes,
         assume_cuda=arguments.assume_cuda,
     )
+    problems, not_seen = look(recipe)
+    if problems:
+        raise ConfigError(problems, source=arguments.recipe)
     print(f"{arguments.recipe}: fine")
-    for note in notes:
+    for note in (*notes, *not_seen):
         print(f"  note: {note}")
 
 
@@ -370,7 +382,7 @@ def _require_script(path: str, recipe: Recipe, trains: str) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from prefopt.model.merge import merge_adapter
 
-    merge_adapter(arguments.source, arguments.output)
+    merge_adapter(arguments.source, arguments.output, trust_remote_code=arguments.trust_remote_code)
     print(f"wrote {arguments.output}")
 
 

@@ -23,7 +23,8 @@ from prefopt.model.distributed import (
     gathered_state,
     process_group_options,
 )
-from prefopt.model.end_tokens import end_token_ids
+from prefopt.model.end_tokens import add_end_tokens, end_token_ids
+from prefopt.model.extensions import compiling
 from prefopt.model.layouts import build_logp_model, build_score_model
 from prefopt.model.load import (
     LoadedPolicy,
@@ -54,15 +55,17 @@ from prefopt.rollouts.setup import (
     load_run_data,
     most_group_tokens,
 )
-from prefopt.rollouts.statistics import time_split
+from prefopt.rollouts.statistics import say_time_split
 from prefopt.storage.cache import atomic_write
+from prefopt.storage.run_files import METRICS_FILE, RUN_FILE, read_run
+from prefopt.training.best import Best
 from prefopt.training.checkpoint import find_checkpoint, oldest_checkpoint, writing
 from prefopt.training.draws import build_draw, check_labels
+from prefopt.training.ending import check_ending
 from prefopt.training.generation_probe import build_probe
-from prefopt.training.metrics import read_metrics
 from prefopt.training.optimizer import build_optimizer
 from prefopt.training.regimes import OfflineRegime
-from prefopt.training.run_record import RUN_FILE, describe_run, warn_about_changes
+from prefopt.training.run_record import describe_run, warn_about_changes
 from prefopt.training.trainer import PreferenceTrainer, TrainResult
 
 logger = logging.getLogger(__name__)
@@ -85,13 +88,14 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     run_dir = Path(recipe.run.output_dir)
     resume_from = find_checkpoint(run_dir, recipe.train.resume)
     tokenizer = load_tokenizer(recipe.model)
-    data = load_run_data(recipe, tokenizer)
-    objective = run_objective(recipe)
+    data, objective = load_run_data(recipe, tokenizer), run_objective(recipe)
     if objective.reads_samples and data.train is not None and not recipe.has_rollouts:
         check_labels(recipe.data, objective, data.train)  # before a model is loaded in vain
     accelerator = _accelerator(recipe)
     policy = load_trained(recipe, tokenizer)
     check_vocabulary(policy.model, tokenizer)
+    add_end_tokens(policy.model, end_token_ids(tokenizer, data.end_ids))
+    check_ending(recipe, policy, tokenizer, accelerator)
     trainer = build_trainer(
         recipe, data.train, data.eval, policy, accelerator,
         prompts=data.prompts, tokenizer=tokenizer,
@@ -102,8 +106,7 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
         trainer.close()
     if not result.finished:
         _say_how_to_go_on(accelerator, run_dir, result, trainer.regime.num_steps)
-    ends = end_token_ids(tokenizer, data.end_ids)
-    save_verified(trainer.model, policy, tokenizer, run_dir / "final", accelerator, ends)
+    save_verified(trainer.model, policy, tokenizer, run_dir / "final", accelerator)
     accelerator.end_training()
     return run_dir
 
@@ -134,18 +137,18 @@ def _run(
     """Restores, records the run, and trains."""
     run_dir, accelerator = Path(recipe.run.output_dir), trainer.accelerator
     record = describe_run(recipe, data, policy, trainer)
-    record["end_token_ids"] = list(data.end_ids)
     if resume_from is not None:
         if accelerator.is_main_process and (run_dir / RUN_FILE).is_file():
-            warn_about_changes(json.loads((run_dir / RUN_FILE).read_text("utf-8")), record)
-        trainer.restore(resume_from)
+            warn_about_changes(read_run(run_dir), record)
+        step_back = recipe.train.resume == "auto"
+        trainer.restore(trainer.checkpoints.intact(resume_from, step_back=step_back))
     # Only now: a start that is refused above leaves the record of the run as it was.
     if accelerator.is_main_process:
         _write_run_files(run_dir, record, data)
     accelerator.wait_for_everyone()
     result = trainer.train()
     if accelerator.is_main_process and recipe.has_rollouts:
-        logger.info("%s", time_split(read_metrics(run_dir / "metrics.jsonl")))
+        say_time_split(run_dir / METRICS_FILE)
     return result
 
 
@@ -194,6 +197,7 @@ def build_trainer(
         importance_cap=None if recipe.rollouts is None else recipe.rollouts.importance_cap,
         eval_every=recipe.eval.every,
         probe=build_probe(recipe, policy, tokenizer, eval_source, accelerator),
+        best=None if recipe.eval.best is None else Best(recipe.eval.best, accelerator),
     )
 
 
@@ -293,21 +297,17 @@ def _prepared(wiring: _Wiring, module: Module) -> tuple[Any, Any]:
     """The wrapped model and optimizer."""
     settings = wiring.recipe.train
     configure_deepspeed(wiring.accelerator, settings.max_grad_norm)
-    return wiring.accelerator.prepare(module, build_optimizer(module, settings))
+    optimizer = build_optimizer(module, settings)
+    with compiling(wiring.accelerator):
+        return wiring.accelerator.prepare(module, optimizer)
 
 
 def save_verified(
-    model: Any,
-    policy: LoadedPolicy,
-    tokenizer: Any,
-    directory: Path,
-    accelerator: Accelerator,
-    end_ids: Sequence[int] = (),
+    model: Any, policy: LoadedPolicy, tokenizer: Any, directory: Path, accelerator: Accelerator
 ) -> None:
     """Saves the final adapter or model with its tokenizer, then reads it back and compares.
 
-    Raises: TrainingError if it cannot be written, or what is on disk is not what was trained (an empty shard,
-        a missing tensor).
+    Raises: TrainingError if it cannot be written, or what is on disk is not what was trained.
     """
     module = cast(Module, accelerator.unwrap_model(model))
     prefix = "model."  # it holds the policy under this name
@@ -316,7 +316,7 @@ def save_verified(
     if accelerator.is_main_process:
         assert state is not None
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        save_final(policy.model, tokenizer, directory, end_ids=end_ids, state_dict=state)
+        save_final(policy.model, tokenizer, directory, state_dict=state)
         logger.info("saved and verified %s", directory)
     accelerator.wait_for_everyone()
 

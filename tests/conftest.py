@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +13,27 @@ import pytest
 # Tiny matrices: a second thread only waits for the first, and several test processes share the cores.
 # Set before anything imports torch; launched processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What DeepSpeed compiles names this environment's folders: in the cache of the user, which is torch's default, two
+# checkouts would compile it anew at each turn, a minute of two cores.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 from tests.unit.tiny_tokenizers import TokenizerFactory, make_tokenizer
 
 TESTS = Path(__file__).resolve().parent
 
-# Files that take half a minute and more, the longest first: no worker is left alone with one at the end, and
+# Files that take twenty seconds and more, the longest first: no worker is left alone with one at the end, and
 # `make test-changed` leaves them out.
 LONG = (
     "distributed/test_rollouts_vllm.py",
     "engines/test_contract.py",
     "engines/test_vllm.py",
     "distributed/test_parity.py",
-    "pipelines/test_rounds.py",
     "rollouts/test_interrupted_rollouts.py",
-    "eval/test_interrupted_eval.py",
-    "recipes/test_real_pairs.py",
-    "distributed/test_rollouts.py",
-    "distributed/test_samples.py",
     "engines/test_process.py",
+    "recipes/test_real_pairs.py",
+    "pipelines/test_ray.py",
+    "parity/test_trl_steps.py",
     "pipelines/test_runner.py",
-    "recipes/test_interrupted_runs.py",
-    "rollouts/test_regime.py",
-    "rollouts/test_own_process.py",
-    "recipes/test_presets.py",
 )
 
 # Tests of one running engine, which is started once; the parameter of their fixture is part of their name.

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from data_pipelines.card.agreement import Agreement
 from data_pipelines.card.findings import Card, Section
 from data_pipelines.card.leaks import Leaks
@@ -28,6 +26,7 @@ from data_pipelines.near_duplicates import NearDuplicates
 from data_pipelines.sketch import BottomSample, hash64
 from prefopt.data.sources import is_local
 from prefopt.errors import ConfigError, DataError, suggest
+from prefopt.report.progress import Bar
 
 SAMPLE = 10_000
 """Pairs that slow questions are asked of: n-grams, repetition, rendering."""
@@ -70,7 +69,7 @@ def make_card(source: PairSource, settings: CardSettings) -> Card:
     """
     tokenizer = _tokenizer(settings)
     passes = _Pass(tokenizer, [Leaks(each, NearDuplicates()) for each in settings.held_out])
-    for row in tqdm(source.pairs(), desc="card", total=source.num_rows(), unit="row"):
+    for row in Bar(source.pairs(), desc="card", total=source.num_rows(), unit="row"):
         passes.add(row)
     if not passes.sizes.num_pairs:
         reasons = ", ".join(f"{n:,} {name}" for name, n in passes.sizes.refused.most_common())

@@ -26,6 +26,7 @@ from data_pipelines.schedule.walk import Walk
 from prefopt.engines.child import GuardedProcess, describe_exit
 from prefopt.errors import ConfigError, TrainingError
 from prefopt.storage.cache import atomic_write
+from prefopt.storage.reading import UnreadableError, as_object, in_words, reading
 
 logger = logging.getLogger("prefopt.data")
 _POLL_S = 0.2
@@ -132,7 +133,12 @@ def _refuse_changes(task: Task) -> None:
     """Raises ConfigError if a step that has begun would now be another one."""
     if not task.file.is_file():
         return
-    was = yaml.safe_load(task.file.read_text(encoding="utf-8"))
+    advice = "Restore it, or delete it: the step then begins with what the schedule says"
+    with reading(task.file, "what a step began with", advice):
+        try:
+            was = as_object(yaml.safe_load(task.file.read_bytes()))
+        except yaml.YAMLError as error:
+            raise UnreadableError(in_words(error)) from error
     again = task.place.folder if task.place.turns else f"{task.file} and {task.output}"
     problems = [
         f"{task.title} has begun with another {task.file.name}: {change}. Put it back, or take another "

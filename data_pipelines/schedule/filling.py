@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.yaml_file import Document, KeyPath
+from prefopt.storage.model_files import ADAPTER_CONFIG, read_adapter_config
 
 _PLACEHOLDER = re.compile(r"\$\{([^{}]*)\}")
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def filled(
@@ -106,7 +105,9 @@ def final_policy(path: str) -> str:
 
 def _base(policy: str) -> str | None:
     """The full model below an adapter, None for a policy that is none."""
-    config = Path(policy) / _ADAPTER_CONFIG
-    if not config.is_file():
+    if not (Path(policy) / ADAPTER_CONFIG).is_file():
         return None
-    return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    base = read_adapter_config(Path(policy)).get("base_model_name_or_path")
+    if base is None:
+        raise ConfigError(f"{Path(policy) / ADAPTER_CONFIG}: names no base_model_name_or_path")
+    return str(base)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shlex
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -25,6 +25,8 @@ from prefopt.recipe.checks.settings import objective_needs, reads_samples
 from prefopt.recipe.load import draft_document
 from prefopt.recipe.registry import Need
 from prefopt.recipe.schema import PathText, Recipe, Section
+from prefopt.storage.reading import as_object, load_json, reading
+from prefopt.storage.run_files import METRICS_FILE, read_metrics
 
 _METRICS = ("loss", "rewards/accuracy", "rewards/margin", "eval/rewards/accuracy", "eval/reward")
 
@@ -154,10 +156,8 @@ class RecipeStep(StepSettings, LaunchSettings):
 
     def found(self, task: Task) -> Found:
         metrics: dict[str, Any] = {}
-        with (task.output / "metrics.jsonl").open(encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                metrics |= {key: row[key] for key in _METRICS if key in row}
+        for row in read_metrics(task.output / METRICS_FILE):
+            metrics |= {key: row[key] for key in _METRICS if key in row}
         return Found(None, {key: metrics[key] for key in _METRICS if key in metrics})
 
     def _script_problems(self, task: Task, recipe: Recipe) -> Iterator[str]:
@@ -202,12 +202,17 @@ class EvalStep(StepSettings):
         return [*command, "--output", str(task.output), *self.settings]
 
     def found(self, task: Task) -> Found:
-        tasks = json.loads(self._results(task).read_text(encoding="utf-8"))["tasks"]
-        numbers = {
-            f"{name} {each['headline']}": each["metrics"][each["headline"]]["value"]
-            for name, each in tasks.items()
-            if each["headline"] in each["metrics"]
-        }
+        path = self._results(task)
+        advice = "Restore it, or delete it: the same command evaluates again"
+        with reading(path, "a results file of `prefopt eval`", advice):
+            tasks = load_json(path, {"tasks": dict})["tasks"]
+            numbers = {
+                f"{name} {each['headline']}": as_object(
+                    each["metrics"][each["headline"]], {"value": (int, float, NoneType)}
+                )["value"]
+                for name, each in tasks.items()
+                if each["headline"] in each["metrics"]
+            }
         return Found(next(iter(numbers.values()), None), numbers)
 
     def _results(self, task: Task) -> Path:

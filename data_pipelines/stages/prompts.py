@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field, PositiveInt
-from tqdm import tqdm
 
 from data_pipelines.base import Dropped, Place, StageSettings
 from data_pipelines.contamination import Contamination, Decontamination
@@ -29,6 +28,7 @@ from data_pipelines.sketch import hash64
 from prefopt.data.rows import Refused
 from prefopt.recipe.schema import ModelSection, PathText, Section, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
+from prefopt.report.progress import Bar
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer
@@ -146,7 +146,7 @@ class Prompts(StageSettings):
         numbers: dict[str, int] = {_KEPT: 0}
         codes = array("H")
         total, name = self.num_rows_in(place), f"{place.id}: first look"
-        for row in tqdm(source_rows(self.sources, pairs=False), name, total, unit="row"):
+        for row in Bar(source_rows(self.sources, pairs=False), name, total, unit="row"):
             reason = judge.reason(row)
             codes.append(numbers.setdefault(reason, len(numbers)))
         array_codes = np.frombuffer(codes, dtype=np.uint16).copy()

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
-from tqdm import tqdm
 
 from data_pipelines.base import Dropped, Place, StageSettings
-from data_pipelines.manifest import digest
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, asked_options, prompt_text, responses_of
 from data_pipelines.shards import in_shards
@@ -21,6 +19,8 @@ from data_pipelines.value_rows import model_problems, require_in_range, reward_o
 from prefopt.errors import DataError
 from prefopt.recipe.schema import ModelSection, NoEffect
 from prefopt.recipe.yaml_file import Document, KeyPath
+from prefopt.report.progress import Bar
+from prefopt.storage.reading import digest
 
 if TYPE_CHECKING:
     from prefopt.values.features import FrozenReference, StoredStates
@@ -171,7 +171,7 @@ class Value(StageSettings):
         lengths = [len(ids) for ids in dev.prompts]
         states: StoredStates | None = None
         try:
-            with tqdm(desc=f"{place.id}: prompts read", unit="prompt", total=len(lengths)) as bar:
+            with Bar(desc=f"{place.id}: prompts read", unit="prompt", total=len(lengths)) as bar:
                 batches = counted(reference.states(dev.prompts), bar)
                 states = StoredStates(place.scratch / "states", lengths, batches)
             fit = fit_head(states, dev.examples, self._settings(place.seed), reference.device)

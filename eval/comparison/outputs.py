@@ -13,6 +13,13 @@ from typing import Any, Literal
 from eval.base import Metric
 from eval.provenance import task_folder
 from prefopt.errors import ConfigError, DataError
+from prefopt.storage.reading import (
+    SHAPE_ERRORS,
+    UnreadableError,
+    load_json,
+    parse_json,
+    reading,
+)
 
 RESULTS_FILE = "results.json"
 EXAMPLES_FILE = "examples.jsonl"
@@ -148,9 +155,9 @@ def _rows(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error})") from error
+                row = parse_json(line)
+            except UnreadableError as error:
+                raise DataError(f"{path}:{number}: {error}. Evaluate again") from error
             if not (
                 isinstance(row, dict)
                 and isinstance(row.get("key"), str)
@@ -221,12 +228,8 @@ def _shortest_names(paths: Sequence[Path]) -> list[str]:
 
 def _open(name: str, directory: Path) -> Output:
     path = directory / RESULTS_FILE
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    if not isinstance(results, dict) or not isinstance(results.get("tasks"), dict):
-        raise DataError(f"{path}: not a results file of `prefopt eval`: it has no `tasks`")
+    with reading(path, "a results file of `prefopt eval`", "Evaluate again"):
+        results = load_json(path, {"tasks": dict})
     tasks = {task: _task_result(entry, path, task) for task, entry in results["tasks"].items()}
     head = {key: value for key, value in results.items() if key != "tasks"}
     match = _STEP.fullmatch(directory.resolve().name)
@@ -248,7 +251,7 @@ def _task_result(entry: Any, path: Path, task: str) -> TaskResult:
             notes=tuple(entry["notes"]),
             made={key: value for key, value in entry.items() if key not in named},
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except SHAPE_ERRORS as error:
         raise DataError(
             f"{path}: tasks.{task} is not what `prefopt eval` writes ({error!r}). Evaluate again with this "
             "version"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ from safetensors.torch import load_file
 
 from prefopt.errors import ModelError, TrainingError
 from prefopt.model.adapters import save_final
-from prefopt.model.end_tokens import end_token_ids
+from prefopt.model.end_tokens import add_end_tokens, end_token_ids
 from prefopt.model.load import load_tokenizer
 from prefopt.recipe.schema import Recipe
+from prefopt.storage.run_files import RUN_FILE, read_run
 from prefopt.training.checkpoint import trainable_state
-from prefopt.training.run_record import RUN_FILE
+from prefopt.training.integrity import require_intact
 from prefopt.wiring import load_trained
 
 _PREFIX = "model."
@@ -34,6 +34,7 @@ def export_checkpoint(run_dir: Path, checkpoint: Path, output: Path) -> None:
         launcher reads (FSDP); TrainingError if it cannot be written.
     """
     recipe = _recipe(run_dir)
+    require_intact(checkpoint)
     tokenizer = load_tokenizer(recipe.model)
     policy = load_trained(recipe, tokenizer)
     saved = _tensors(checkpoint)
@@ -48,26 +49,23 @@ def export_checkpoint(run_dir: Path, checkpoint: Path, output: Path) -> None:
         for name, tensor in wanted.items():
             tensor.copy_(saved[name])
     try:
-        seen = _record(run_dir).get("end_token_ids", ())
-        save_final(policy.model, tokenizer, output, end_ids=end_token_ids(tokenizer, seen))
+        seen = read_run(run_dir, ModelError).get("data", {}).get("end_token_ids", ())
+        add_end_tokens(policy.model, end_token_ids(tokenizer, seen))
+        save_final(policy.model, tokenizer, output)
     except OSError as error:
         raise TrainingError(f"{output}: cannot be written: {error}") from error
 
 
-def _record(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
-
-
 def _recipe(run_dir: Path) -> Recipe:
+    record = read_run(run_dir, ModelError)
     try:
-        record = _record(run_dir)
         # Leniently: what the recipe of another version had more is none of a policy's business.
         sections = {
             name: record["recipe"][name]
             for name in ("stage", "model", "data", "train", "run", "peft")
         }
         return Recipe.model_validate(sections)
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise ModelError(f"{run_dir / RUN_FILE}: is no record of a run ({error!r})") from error
 
 

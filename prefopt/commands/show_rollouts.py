@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.model.load import load_tokenizer
 from prefopt.recipe.schema import ModelSection
 from prefopt.rollouts.batch import RolloutBatch, RolloutGroup, merge
-from prefopt.rollouts.experience import DIRECTORY, read_batch, read_log
-from prefopt.training.run_record import RUN_FILE
+from prefopt.rollouts.experience import DIRECTORY, rank_directories, read_batch, read_log
+from prefopt.storage.reading import reading
+from prefopt.storage.run_files import read_run
 
 MOST_CHARS = 1200
 """Characters shown of a longer prompt or response: two thirds of its beginning, one of its end."""
@@ -56,7 +56,7 @@ def find_batch(run_dir: Path, step: int | None) -> RolloutBatch:
 
     A step that was sampled again after a kill is shown as it was sampled last. Raises: as `show_rollouts`.
     """
-    if not list((run_dir / DIRECTORY).glob("rank-*/shard-*.jsonl")):
+    if not rank_directories(run_dir):
         hint = "" if run_dir.is_dir() else ": no such directory"
         raise ConfigError(
             f"{run_dir}{hint or f' has no {DIRECTORY}/'}: give the run.output_dir of a run with "
@@ -64,25 +64,21 @@ def find_batch(run_dir: Path, step: int | None) -> RolloutBatch:
         )
     shares: dict[int, dict[int, _Share]] = {}
     newest: dict[int, int] = {}
-    try:
-        for commit, rows in read_log(run_dir):
-            step_shares = shares.setdefault(commit["commit"], {})
-            step_shares[commit["rank"]] = _Share(commit["lineage"], [*rows, commit])
-            newest[commit["rank"]] = commit["commit"]
-        if not shares:
-            raise ConfigError(
-                f"{run_dir / DIRECTORY}: no batch is complete; the run was stopped early"
-            )
-        wanted = newest[min(newest)] if step is None else step - 1
-        if wanted not in shares:
-            raise ConfigError(
-                f"--step {step}: {run_dir} has rollouts of steps {min(shares) + 1} to {max(shares) + 1}"
-            )
+    for commit, rows in read_log(run_dir):
+        step_shares = shares.setdefault(commit["commit"], {})
+        rank = commit.pop("rank")
+        step_shares[rank] = _Share(commit["lineage"], [*rows, commit])
+        newest[rank] = commit["commit"]
+    if not shares:
+        raise ConfigError(f"{run_dir / DIRECTORY}: no batch is complete; the run was stopped early")
+    wanted = newest[min(newest)] if step is None else step - 1
+    if wanted not in shares:
+        raise ConfigError(
+            f"--step {step}: {run_dir} has rollouts of steps {min(shares) + 1} to {max(shares) + 1}"
+        )
+    advice = "Restore what was changed, or take another --step"
+    with reading(run_dir / DIRECTORY, f"what was sampled for step {wanted + 1}", advice):
         return _merged(shares[wanted])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{run_dir / DIRECTORY}: cannot be read ({error}); a file in it was changed"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -129,9 +125,9 @@ def _percent(count: int, total: int) -> str:
 def _tokenizer(run_dir: Path) -> Any:
     """The run's tokenizer, or None where it is not to be had: the responses are readable without it."""
     try:
-        record = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+        record = read_run(run_dir)
         return load_tokenizer(ModelSection.model_validate(record["recipe"]["model"]))
-    except (OSError, ValueError, KeyError, ModelError):
+    except (ValueError, DataError, ModelError):
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prefopt.errors import ConfigError, ModelError
-from prefopt.values.saved import PREDICTIONS_FILE, HeadRecord, is_head, read_head
+from prefopt.errors import ConfigError
+from prefopt.values.saved import HeadRecord, is_head, read_head, read_predictions
 
 _BINS = 5
 _BAR = 40
@@ -47,8 +46,9 @@ def show_value(directory: Path, n: int = 2, *, color: bool = True) -> None:
     record = read_head(directory)
     _print_summary(console, record)
     console.print(_epochs(record))
-    held_out = [row for row in _predictions(directory) if row["held_out"]]
-    console.print(_calibration(held_out, record.settings.max_value))
+    most = record.settings.max_value
+    held_out = [row for row in read_predictions(directory, most) if row["held_out"]]
+    console.print(_calibration(held_out, most))
     for row in sorted(held_out, key=lambda row: -abs(row["reward"] - row["value"]))[:n]:
         console.print(
             f"{row['id']}: reward {row['reward']:.3f}, value {row['value']:.3f}  …{row['prompt']!r}",
@@ -113,14 +113,6 @@ def _calibration(rows: Sequence[Mapping[str, Any]], max_value: float) -> Table:
         bar[round(_BAR * value / max_value)] = "│"
         table.add_row(str(len(part)), f"{value:.3f}", f"{reward:.3f}", "".join(bar).rstrip())
     return table
-
-
-def _predictions(directory: Path) -> list[dict[str, Any]]:
-    path = directory / PREDICTIONS_FILE
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
 
 
 def _number(value: float | None) -> str:

@@ -14,8 +14,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.prompts import PromptSet
+from prefopt.data.readers import data_suffix
 from prefopt.data.render import Renderer
 from prefopt.data.samples import SampleNeeds, Scaling, scaling_of
+from prefopt.data.sources import is_local
 from prefopt.data.tokenise import tokenise_source
 from prefopt.data.tokens import TokenSet, TokenStore, count_rejects
 from prefopt.errors import ConfigError, DataError
@@ -184,12 +186,30 @@ def _mix(
                 f"data: {section.path}: weight = {section.weight}: draws none of its {len(available)} rows; "
                 "raise it or leave the source out"
             )
-    return TokenSet(stores, drawn) if sum(map(len, drawn)) else None
+    return TokenSet(stores, drawn, source_names(sections)) if sum(map(len, drawn)) else None
+
+
+def source_names(sections: Sequence[SourceSection]) -> list[str]:
+    """What metrics call each source: its ``name``, else its file's or data set's; numbered where two are alike."""
+    names = [section.name or _short_name(section) for section in sections]
+    alike, seen = Counter(names), Counter[str]()
+    for place, name in enumerate(names):
+        seen[name] += 1
+        if alike[name] > 1:
+            names[place] = f"{name}-{seen[name]}"
+    return names
+
+
+def _short_name(section: SourceSection) -> str:
+    last = Path(section.path).name
+    if not is_local(section.path) or data_suffix(last) is None:
+        return last
+    return last.removesuffix(".gz").rpartition(".")[0]
 
 
 def _unweighted(section: SourceSection) -> SourceSection:
-    """What is tokenised does not depend on how often it is taken."""
-    return section.model_copy(update={"weight": 1.0})
+    """What is tokenised does not depend on how often it is taken, nor on what it is called."""
+    return section.model_copy(update={"weight": 1.0, "name": None})
 
 
 def _draw(seed: int, prompt_key: int) -> bytes:

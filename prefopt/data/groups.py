@@ -41,6 +41,11 @@ class GroupSource(Protocol):
         ...
 
     @property
+    def parts(self) -> Sequence[tuple[str, Sequence[int]]]:
+        """The rows of each source, under its name; together all rows."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Content hash of the rows."""
         ...
@@ -71,6 +76,7 @@ class GroupList:
         ]
         self.rewards = _or_nan([g.responses[0].score for g in self.groups])
         self.advantages = _or_nan([g.responses[0].advantage for g in self.groups])
+        self.parts = (("in memory", range(len(self.groups))),)
 
     @property
     def fingerprint(self) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.chunks import Chunk, ChunkReader, Limits, parallel_chunks
@@ -42,6 +41,7 @@ from prefopt.data.tokens import (
 )
 from prefopt.errors import DataError
 from prefopt.recipe.schema import DataSection, SourceSection
+from prefopt.report.progress import Bar
 from prefopt.storage.cache import atomic_directory, cache_root
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def _chunks(job: _Job, tokenizer: PreTrainedTokenizerBase, num_workers: int) -> 
     if total is not None and job.section.max_rows is not None:
         total = min(total, job.section.max_rows)
     name = f"tokenising {Path(job.section.path).name}"
-    with tqdm(desc=name, total=total, unit=" rows", delay=2, dynamic_ncols=True) as bar:
+    with Bar(desc=name, total=total, unit=" rows", delay=2, dynamic_ncols=True) as bar:
         for chunk in chunks:
             yield chunk
             bar.update(chunk.num_read)

@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from prefopt.errors import DataError
+from prefopt.storage.reading import UnreadableError, load_json
 from prefopt.types import Group, Response
 
 TOKENS, LENGTHS, SCORES, ADVANTAGES, PROMPTS, LOSS_MASK, IDS = (
@@ -145,10 +146,17 @@ class TokenSet:
     Args:
         stores: where rows come from; all hold the same number of responses a row.
         rows: for each store, the row numbers taken from it, in order.
+        names: what each store is called; default: its number.
     """
 
-    def __init__(self, stores: Sequence[TokenStore], rows: Sequence[np.ndarray]) -> None:
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        rows: Sequence[np.ndarray],
+        names: Sequence[str] | None = None,
+    ) -> None:
         self.stores = tuple(stores)
+        self.names = tuple(names or map(str, range(len(stores))))
         self._rows = tuple(np.asarray(chosen, np.int64) for chosen in rows)
         self._ends = np.cumsum([len(chosen) for chosen in self._rows])
         lengths = self._gather("lengths")
@@ -186,6 +194,13 @@ class TokenSet:
         """As of the group at ``index``: all of a row that is no pair."""
         return (not self.pairs(index),) * self.response_lengths.shape[1]
 
+    @property
+    def parts(self) -> list[tuple[str, range]]:
+        """The places of each store's rows, under its name; a store without rows has no part."""
+        starts = [0, *self._ends.tolist()]
+        spans = zip(self.names, starts, self._ends.tolist(), strict=False)
+        return [(name, range(start, end)) for name, start, end in spans if end > start]
+
     def __iter__(self) -> Iterator[Group]:
         return map(self.group, range(len(self)))
 
@@ -214,7 +229,7 @@ class TokenSet:
             rows[chosen[(chosen >= start) & (chosen < end)] - start]
             for rows, start, end in zip(self._rows, starts, self._ends, strict=True)
         ]
-        return TokenSet(self.stores, parts)
+        return TokenSet(self.stores, parts, self.names)
 
     def _gather(self, name: str) -> np.ndarray:
         parts = [
@@ -269,10 +284,10 @@ def _loss_mask(directory: Path) -> np.ndarray:
 
 
 def _read_meta(directory: Path) -> dict[str, Any]:
+    keys = {"rows": int, "responses": int, "files": dict, "rejects": dict}
     try:
-        meta = json.loads((directory / META).read_text("utf-8"))
-        return {key: meta[key] for key in ("rows", "responses", "files", "rejects")}
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return load_json(directory / META, keys)
+    except UnreadableError as error:
         raise ValueError(f"{directory / META}: unreadable: {error}") from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from prefopt.errors import EngineError, ModelError
 from prefopt.model.adapters import check_loaded_adapter, load_saved_adapter, saved_tensors
@@ -78,7 +78,10 @@ def load_model_files(model: nn.Module, directory: Path, dtype: torch.dtype) -> N
     Read through transformers and not file by file: names on disk are not always those in memory.
     Raises: EngineError if they are missing, damaged or of another model.
     """
-    section = ModelSection(path=str(directory), dtype=_dtype_name(dtype))
+    own_code = isinstance(model, PreTrainedModel) and model.is_remote_code()  # it runs already
+    section = ModelSection(
+        path=str(directory), dtype=_dtype_name(dtype), trust_remote_code=own_code
+    )
     try:
         saved = load_base(resolve_source(str(directory)), section)
     except ModelError as error:

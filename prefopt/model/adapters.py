@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,23 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from prefopt.errors import ModelError, TrainingError
-from prefopt.model.end_tokens import add_end_tokens, write_end_tokens
+from prefopt.model.end_tokens import write_end_tokens
 from prefopt.storage.cache import atomic_directory
+from prefopt.storage.checksums import check_weights, write_sums
+from prefopt.storage.model_files import ADAPTER_CONFIG, BASE_FILE, shard_names
 
 log = logging.getLogger(__name__)
 
+GENERATION_FILE = "generation_config.json"
+SAVE_ERRORS = (
+    OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AttributeError,
+)  # fmt: skip
+"""What transformers, peft and safetensors raise for what they cannot write."""
+
 ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-BASE_FILE = "prefopt_base.json"
-"""Beside a saved adapter: the content hash of the base it was trained on, which outlives every renaming."""
 
 
 def save_final(
@@ -33,7 +38,6 @@ def save_final(
     tokenizer: Any,
     directory: str | Path,
     *,
-    end_ids: Iterable[int] = (),
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes the adapter (PEFT) or the whole model, with its tokenizer, and checks it; on one process only.
@@ -42,12 +46,10 @@ def save_final(
 
     Args:
         model: not wrapped by DDP, DeepSpeed or FSDP.
-        end_ids: what a response ends with, for whoever generates with it (`end_tokens`).
         state_dict: gathered tensors, named as in ``model``, where the model's own are sharded (ZeRO-3, FSDP).
 
     Raises: TrainingError if it cannot be written, or reads back as something else.
     """
-    add_end_tokens(model, end_ids)
     with staged(Path(directory)) as staging:
         if isinstance(model, PeftModel):
             save_adapter(model, staging, state_dict=state_dict)
@@ -55,6 +57,7 @@ def save_final(
         else:
             save_full(model, staging, state_dict)
         tokenizer.save_pretrained(staging)
+        write_sums(staging)
 
 
 def save_adapter(
@@ -81,7 +84,7 @@ def save_adapter(
     if base_hash is not None:
         record = {"base": model.peft_config["default"].base_model_name_or_path, "hash": base_hash}
         (target / BASE_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
-    _compare(target, expected)
+    _compare(target, model, expected)
 
 
 def merged_into_base(model: PeftModel) -> PreTrainedModel:
@@ -120,8 +123,7 @@ def _tensor_files(directory: Path) -> list[Path]:
         return [old if old.is_file() and not new.is_file() else new]
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({directory / shard for shard in shards})
+        return [directory / shard for shard in shard_names(index)]
     return [directory / "model.safetensors"]
 
 
@@ -140,11 +142,37 @@ def save_full(
             state is not None
         ):  # the buffers a state of parameters lacks; sharded tensors it replaces
             state = {**dict(_persistent_buffers(model)), **state}
-        model.save_pretrained(directory, state_dict=state)
+        with _generation_settings_aside(model):
+            model.save_pretrained(directory, state_dict=state)
+        write_generation_config(model, directory)
     finally:
         if use_cache is not None:
             model.config.use_cache = use_cache
-    _compare(directory, state_dict if state_dict is not None else dict(model.named_parameters()))
+    own = state_dict if state_dict is not None else dict(model.named_parameters())
+    _compare(directory, model, own)
+
+
+def write_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    """Writes how the model generates, as it says, where it generates at all.
+
+    Published models contradict themselves there (``do_sample: false`` beside a temperature). transformers loads
+    such a file and refuses to write it: a run would lose its result over a setting it has not touched.
+    """
+    if model.can_generate():
+        settings: Any = model.generation_config
+        settings.to_json_file(directory / GENERATION_FILE, keys_to_pop=["compile_config"])
+
+
+@contextlib.contextmanager
+def _generation_settings_aside(model: Any) -> Iterator[None]:
+    kept = getattr(model, "generation_config", None)
+    if kept is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        if kept is not None:
+            model.generation_config = kept
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -161,15 +189,15 @@ def _refuse_empty(state: Mapping[str, Tensor]) -> None:
         )
 
 
-def _compare(directory: Path, state: Mapping[str, Tensor]) -> None:
+def _compare(directory: Path, model: Any, state: Mapping[str, Tensor]) -> None:
     """Raises TrainingError unless every tensor of ``state`` is in ``directory`` by its name, bit for bit."""
     waiting = dict(state)
     try:
         for name, saved in saved_tensors(directory):
             if name in waiting:
                 _same(directory, name, saved, waiting.pop(name))
-        if waiting and not (directory / ADAPTER_CONFIG).is_file():
-            waiting = _compare_reloaded(directory, waiting)
+        if waiting and isinstance(model, PreTrainedModel):
+            waiting = _compare_reloaded(directory, model, waiting)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise TrainingError(f"{directory} cannot be read back: {error}") from error
     if waiting:
@@ -189,10 +217,14 @@ def _same(directory: Path, name: str, saved: Tensor, own: Tensor) -> None:
         raise TrainingError(f"{directory}: the values of {name} on disk are not those in memory")
 
 
-def _compare_reloaded(directory: Path, waiting: dict[str, Tensor]) -> dict[str, Tensor]:
+def _compare_reloaded(
+    directory: Path, model: PreTrainedModel, waiting: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Loads the model: for architectures whose files name tensors otherwise than memory (fused experts)."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-    for name, saved in model.state_dict().items():
+    # Not Auto, which asks about code of the model's own; under FSDP2 a class derived from it.
+    kind: Any = next(each for each in type(model).__mro__ if not each.__name__.startswith("FSDP"))
+    loaded = kind.from_pretrained(directory, dtype="auto")
+    for name, saved in loaded.state_dict().items():
         if name in waiting:
             _same(directory, name, saved, waiting.pop(name))
     return waiting
@@ -204,7 +236,7 @@ def staged(directory: Path) -> Iterator[Path]:
     try:
         with atomic_directory(directory) as staging:
             yield staging
-    except (OSError, SafetensorError) as error:
+    except SAVE_ERRORS as error:
         raise TrainingError(
             f"cannot write {directory}: {error}. What was there before is untouched; make room or choose "
             "another output directory, and start again: a run goes on from its last checkpoint."
@@ -238,6 +270,7 @@ def load_saved_adapter(base: PreTrainedModel, directory: Path, *, trainable: boo
 
     Raises: ModelError if the adapter is damaged, or its shapes or names are those of another base.
     """
+    check_weights(directory)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    broadcast_object_list,
+)
 from torch import Tensor, nn
 
 from prefopt.errors import ConfigError
@@ -104,6 +109,14 @@ def max_over_processes(accelerator: Accelerator, value: float) -> float:
     gathered = accelerator.gather(torch.tensor([value], device=accelerator.device))
     assert isinstance(gathered, Tensor)
     return gathered.max().item()
+
+
+def told_by_main(accelerator: Accelerator, *values: Any) -> list[Any]:
+    """The main process's ``values`` (anything that pickles), on every process. A collective."""
+    found = list(values)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return found
 
 
 def gathered_state(

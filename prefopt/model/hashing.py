@@ -24,6 +24,7 @@ from torch import Tensor
 
 from prefopt.errors import ModelError
 from prefopt.storage.cache import atomic_write, cache_root
+from prefopt.storage.model_files import read_adapter_config, read_model_config, shard_names
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def weights_hash(
 
 def model_hash(directory: Path, *, cache_dir: str | Path | None = None) -> str:
     """Hash of a full model's directory: the weight files that would be loaded, configuration, custom code."""
-    config = _read_json(directory / "config.json")
+    config = read_model_config(directory)
     files = _weight_files(directory, "model.safetensors", "pytorch_model.bin")
     if "auto_map" in config:
         files += sorted(directory.glob("*.py"))
@@ -90,7 +91,7 @@ def model_hash(directory: Path, *, cache_dir: str | Path | None = None) -> str:
 
 def adapter_hash(directory: Path, *, cache_dir: str | Path | None = None) -> str:
     """Hash of an adapter's directory: its tensors and what its configuration does with them."""
-    config = _read_json(directory / "adapter_config.json")
+    config = read_adapter_config(directory)
     files = _weight_files(directory, "adapter_model.safetensors", "adapter_model.bin")
     return _digest({"config": _normal(config), "files": _file_hashes(files, cache_dir)})
 
@@ -165,8 +166,7 @@ def _weight_files(directory: Path, *names: str) -> list[Path]:
             return [directory / name]
         index = directory / f"{name}.index.json"
         if index.is_file():
-            shards = set(_read_json(index).get("weight_map", {}).values())
-            return sorted(directory / shard for shard in shards)
+            return [directory / shard for shard in shard_names(index)]
     raise ModelError(
         f"{directory} has no weights: expected {' or '.join(names)} (or shards with an index)"
     )
@@ -209,13 +209,6 @@ def _remember(memo: Path, value: str) -> None:
             temporary.write_text(value, encoding="utf-8")
     except OSError as error:  # costs a second hash next time, nothing else
         log.debug("cannot remember a file hash in %s: %s", memo, error)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
 
 
 def _digest(value: Any) -> str:

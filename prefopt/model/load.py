@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from prefopt.data.options import template_with
 from prefopt.errors import ConfigError, ModelError
-from prefopt.model.adapters import ADAPTER_CONFIG, BASE_FILE, load_saved_adapter, merged_into_base
+from prefopt.model.adapters import load_saved_adapter, merged_into_base
 from prefopt.model.hashing import fresh_adapter_hash, weights_hash
 from prefopt.model.source import (
     LOAD_ERRORS,
@@ -26,10 +26,13 @@ from prefopt.model.source import (
     check_adapter_base,
     fetch,
     first_line,
+    load_config,
     resolve_source,
 )
 from prefopt.recipe.peft_config import peft_config
 from prefopt.recipe.schema import ModelSection, PeftSection
+from prefopt.storage.checksums import check_weights
+from prefopt.storage.model_files import ADAPTER_CONFIG, BASE_FILE
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
@@ -168,12 +171,9 @@ def load_base(
         options["revision"] = source.revision or "main"
     if model.quantization is not None:
         options |= _quantization_options(model)
+    check_weights(source.directory)
+    config = load_config(source, trust_remote_code=model.trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(
-            source.name,
-            trust_remote_code=model.trust_remote_code,
-            revision=options.get("revision", "main"),
-        )
         if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
             # SDPA takes no softcap and drops it silently: logits of a tiny Gemma 2 move by 1.4
             options["attn_implementation"] = "eager"

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from prefopt.errors import ModelError
-from prefopt.model.adapters import ADAPTER_CONFIG, merged_into_base, save_full, staged
+from prefopt.model.adapters import merged_into_base, save_full, staged
 from prefopt.model.end_tokens import add_end_tokens, end_token_ids, saved_end_ids
 from prefopt.model.load import load_policy, load_tokenizer
-from prefopt.model.source import resolve_source
+from prefopt.model.rehearsal import rehearse_saving
+from prefopt.model.source import load_config, resolve_source
 from prefopt.recipe.schema import ModelSection
+from prefopt.storage.checksums import write_sums
+from prefopt.storage.model_files import ADAPTER_CONFIG
+from prefopt.storage.run_files import RUN_FILE, read_run
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +28,7 @@ _MERGE_TOLERANCE = 1e-4
 added once instead of applied apart, which reorders sums and nothing else (measured: about 1e-6)."""
 
 
-def merge_adapter(source: Path, output: Path) -> None:
+def merge_adapter(source: Path, output: Path, *, trust_remote_code: bool = False) -> None:
     """Writes the full model, adapter merged, with its tokenizer, to ``output``.
 
     Merged in fp32 and then rounded once to the base's dtype.
@@ -33,6 +36,7 @@ def merge_adapter(source: Path, output: Path) -> None:
     Args:
         source: an adapter directory, or a run directory (its ``final`` is taken).
         output: a directory that does not exist yet, or is empty.
+        trust_remote_code: run the model code of the base. A run that was trained so is merged so.
 
     Raises: ModelError if there is no adapter, the output is taken, the base cannot be found, or the merged
         model's logits are not the adapter model's (to 1e-4 of the largest logit, fp32).
@@ -40,7 +44,10 @@ def merge_adapter(source: Path, output: Path) -> None:
     adapter = _adapter_directory(source)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"{output} exists and is not empty: merge into a new directory")
-    model, tokenizer, dtype = load_merge_parts(adapter)
+    trusts = trust_remote_code or _run_trusts(source, adapter)
+    model, tokenizer, dtype = load_merge_parts(adapter, trust_remote_code=trusts)
+    output.mkdir(parents=True, exist_ok=True)
+    rehearse_saving(model.get_base_model(), tokenizer, output)  # type: ignore[arg-type]
     ids = _probe_ids(model)
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
@@ -58,21 +65,32 @@ def merge_adapter(source: Path, output: Path) -> None:
     with staged(output) as staging:
         save_full(merged, staging, None)
         tokenizer.save_pretrained(staging)
+        write_sums(staging)
     log.info(
         "merged %s into %s: logits agree to %.1e of the largest (fp32)", adapter, output, error
     )
 
 
-def load_merge_parts(adapter: Path) -> tuple[PeftModel, Any, torch.dtype]:
+def load_merge_parts(
+    adapter: Path, *, trust_remote_code: bool = False
+) -> tuple[PeftModel, Any, torch.dtype]:
     """The adapter on its base in fp32, frozen, with tokenizer and the dtype the base was saved in."""
     source = resolve_source(str(adapter))
-    section = ModelSection(path=str(adapter), dtype="float32")
-    config = AutoConfig.from_pretrained(source.name, revision=source.revision or "main")
+    section = ModelSection(path=str(adapter), dtype="float32", trust_remote_code=trust_remote_code)
+    config = load_config(source, trust_remote_code=trust_remote_code)
     saved: Any = config.get_text_config(decoder=True).dtype or config.dtype
     dtype = getattr(torch, saved) if isinstance(saved, str) else saved or torch.float32
     loaded = load_policy(section, None, seed=0, trainable=False)
     assert isinstance(loaded.model, PeftModel)
     return loaded.model, load_tokenizer(section), dtype
+
+
+def _run_trusts(source: Path, adapter: Path) -> bool:
+    """Was the run whose directory (or ``final``) was named trained with the code of its model?"""
+    for directory in dict.fromkeys((source, adapter.parent)):
+        if (directory / RUN_FILE).is_file():
+            return bool(read_run(directory, ModelError)["recipe"]["model"].get("trust_remote_code"))
+    return False
 
 
 def _adapter_directory(source: Path) -> Path:

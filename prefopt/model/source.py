@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
+from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefopt.errors import ModelError
-from prefopt.model.adapters import ADAPTER_CONFIG, BASE_FILE
 from prefopt.model.hashing import model_hash, weights_hash
+from prefopt.storage.model_files import (
+    ADAPTER_CONFIG,
+    BASE_FILE,
+    read_adapter_config,
+    read_base_record,
+    read_model_config,
+)
 
 # What transformers, safetensors and huggingface_hub raise for weights that are absent, damaged or foreign.
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
@@ -63,14 +70,42 @@ def resolve_source(path: str, revision: str | None = None) -> Source:
         if directory in adapters:
             raise ModelError(f"the adapter {directory} names itself as its base")
         adapters.insert(0, directory)
-        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings = read_adapter_config(directory, file=config)
         base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
         if not base:
             raise ModelError(f"{config}: base_model_name_or_path is missing: the base is unknown")
         path = str(base)
-    directory = fetch(path, revision, "config.json").parent
+    try:
+        directory = fetch(path, revision, "config.json").parent
+    except ModelError as error:
+        if not adapters:
+            raise
+        raise ModelError(
+            f"{adapters[0]} is an adapter, and its base is not there: {error}. Bring the base back, or set "
+            f"base_model_name_or_path in {adapters[0] / ADAPTER_CONFIG} to where it is now"
+        ) from error
     name = str(directory) if Path(path).is_dir() else path
     return Source(name, revision, directory, tuple(adapters))
+
+
+def load_config(source: Source, *, trust_remote_code: bool) -> Any:
+    """The configuration of a full model.
+
+    Raises: ModelError if it cannot be read, or has code of its own that nobody has trusted.
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            source.name, revision=source.revision or "main", trust_remote_code=trust_remote_code
+        )
+    except LOAD_ERRORS as error:
+        if not trust_remote_code and "auto_map" in read_model_config(source.directory):
+            raise ModelError(
+                f"the model {source.name!r} comes with code of its own. Read it, and where you trust it set "
+                "model.trust_remote_code = true (`prefopt merge`: --trust-remote-code)"
+            ) from error
+        raise ModelError(
+            f"cannot load the model {source.name!r}: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def check_adapter_base(adapter: Path, base: Source, path: str) -> None:
@@ -82,11 +117,11 @@ def check_adapter_base(adapter: Path, base: Source, path: str) -> None:
 
     Raises: ModelError "an adapter for another base".
     """
-    settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings = read_adapter_config(adapter)
     name = str(settings.get("base_model_name_or_path"))
     record = adapter / BASE_FILE
     if record.is_file():
-        matches = json.loads(record.read_text(encoding="utf-8")).get("hash") == base.content
+        matches = read_base_record(adapter)["hash"] == base.content
         advice = "Its files are not those the adapter was trained on"
     else:
         matches = name in (path, base.name) or _same_model(name, base)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from prefopt.data.groups import GroupSource
 from prefopt.model.collate import TokenLayout, pack, pad
 from prefopt.model.micro_batches import SplitLimits, split_micro_batches
+from prefopt.report.progress import Bar
 from prefopt.types import Group
 
 LayoutFn = Callable[[Sequence[Group]], TokenLayout]
@@ -59,7 +59,7 @@ def sweep(
     model.eval()
     hidden = not accelerator.is_main_process
     try:
-        for batch, counts in tqdm(batches, desc=what, unit="batch", disable=hidden, leave=False):
+        for batch, counts in Bar(batches, desc=what, unit="batch", disable=hidden, leave=False):
             groups = tuple(source.group(row) for row in batch)
             with torch.no_grad():
                 logps = model(layout(groups).to(accelerator.device)).float()

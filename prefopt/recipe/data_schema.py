@@ -13,7 +13,7 @@ from pydantic import (
     model_serializer,
 )
 
-from prefopt.recipe.section import PathText, Section
+from prefopt.recipe.section import NoEffect, PathText, Section
 
 
 class ColumnMap(Section):
@@ -92,6 +92,9 @@ class SourceSection(Section):
     hh, other strings text, as the first row of the source shows."""
     columns: ColumnMap = ColumnMap()
     """Column map."""
+    name: Annotated[str | None, NoEffect()] = None
+    """What the metrics of a held-out source are called: `eval/<name>/…`, where there are several. Default: the
+    file's name without its ending, or the last part of the hub id."""
     weight: PositiveFloat = 1.0
     """Times an epoch passes over this source: 0.25 draws a quarter of its rows, 2 takes each twice."""
     max_rows: PositiveInt | None = None

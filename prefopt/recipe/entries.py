@@ -16,6 +16,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from prefopt.errors import suggest
+from prefopt.recipe.other_tools import OBJECTIVES
 from prefopt.recipe.registry import REGISTRIES, Bound, BoundCredit, BoundObjective, BoundSignal
 from prefopt.recipe.specs import Spec
 
@@ -98,7 +99,9 @@ def _no_such_name(section: str, name: Any) -> ValidationError:
     if name is None:
         kind, message = MISSING_NAME, f"is missing. Known: {', '.join(sorted(known))}."
     else:
-        kind, message = UNKNOWN_NAME, f"unknown; {suggest(str(name), known)}"
+        elsewhere = OBJECTIVES.get(str(name).lower()) if section == "objective" else None
+        said = f"{elsewhere}. Known: {', '.join(sorted(known))}." if elsewhere else None
+        kind, message = UNKNOWN_NAME, said or f"unknown; {suggest(str(name), known)}"
     error = PydanticCustomError(kind, "{message}", {"message": message})  # type: ignore[arg-type]
     return ValidationError.from_exception_data(
         section, [{"type": error, "loc": ("name",), "input": name}]

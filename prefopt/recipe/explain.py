@@ -11,52 +11,10 @@ from typing import Any
 
 from prefopt.errors import suggest
 from prefopt.recipe.entries import MISSING_NAME, UNKNOWN_NAME
+from prefopt.recipe.other_tools import hint_for
+from prefopt.recipe.registry import objective_keys, objective_names
 from prefopt.recipe.walk import Schema, document_string, known_keys, owners, sections
 from prefopt.recipe.yaml_file import Document, KeyPath
-
-# Keys people bring from other tools or from papers, with what to write here.
-RENAMED = {
-    "attn_implementation": "the token layout decides; see model.layout",
-    "beta1": "here it is train.adam_beta1",
-    "bf16": "write train.precision: bf16",
-    "cpo_alpha": "here it is objective.nll_weight",
-    "dataset_mixer": "list the sources under data.train",
-    "dataset_name": "here it is data.train.0.path",
-    "eval_every": "here it is eval.every",
-    "eval_steps": "here it is eval.every",
-    "evaluation_strategy": "set eval.every, in steps",
-    "fp16": "write train.precision: fp16",
-    "gamma_beta_ratio": "here it is objective.gamma = gamma_beta_ratio * beta",
-    "gradient_accumulation_steps": "it is derived from train.global_batch_size; leave it out",
-    "lease_s": "there are no leases: one command hands out the shards, on several machines through "
-    "executor.name=ray; leave it out",
-    "load_in_4bit": "write model.quantization: 4bit",
-    "load_in_8bit": "write model.quantization: 8bit",
-    "logging_steps": "here it is train.log_every",
-    "lora_r": "here it is peft.r",
-    "lora_target_modules": "here it is peft.target_modules",
-    "loss_type": "here it is objective.name",
-    "lr": "here it is train.learning_rate",
-    "lr_scheduler_type": "here it is train.lr_scheduler",
-    "max_length": "here it is data.max_length_tokens",
-    "max_prompt_length": "here it is data.max_prompt_tokens",
-    "model_name_or_path": "here it is model.path",
-    "num_train_epochs": "here it is train.num_epochs",
-    "optim": "here it is train.optimizer",
-    "per_device_train_batch_size": "here it is train.micro_batch_size; what a recipe fixes is "
-    "train.global_batch_size",
-    "ref_model_name_or_path": "here it is reference.path, with reference.name: model",
-    "report_to": "here it is run.trackers",
-    "rpo_alpha": "here it is objective.nll_weight",
-    "run_name": "here it is run.name",
-    "save_steps": "here it is train.save_every",
-    "save_total_limit": "here it is train.keep_checkpoints",
-    "sft_weight": "here it is objective.nll_weight",
-    "simpo_gamma": "here it is objective.gamma",
-    "torch_dtype": "here it is model.dtype",
-    "warmup_ratio": "here it is train.warmup_frac",
-    "warmup_steps": "set train.warmup_frac, a share of all steps",
-}
 
 # pydantic error type -> what is required, filled from the error's context.
 REQUIREMENTS = {
@@ -149,8 +107,12 @@ def _hint(path: KeyPath, written: Written) -> str:
     name = str(path[-1])
     known = known_keys(written.schema, path, written.raw)
     known |= written.also if len(path) == 1 else set()
-    if name in RENAMED:
-        return RENAMED[name]
+    brought = hint_for("" if len(path) == 1 else str(path[0]), name)
+    if brought is not None:
+        return brought
+    of_recipe = "objective" in written.schema.model_fields and path[0] != "objective"
+    if of_recipe and name in objective_keys():
+        return f"it is a key of the objective: objective.{name}"
     if difflib.get_close_matches(name, known, n=1, cutoff=0.75):
         return suggest(name, known)
     elsewhere: dict[str, list[str]] = {}
@@ -174,6 +136,8 @@ def _remedy(item: Mapping[str, Any]) -> str:
         return f": [{value}]."
     if kind == "model_type" and isinstance(value, str):
         return ", one a line under it, or {key: value}."
+    if tuple(item["loc"]) == ("stage",) and value in objective_names():
+        return f"; write objective: {{name: {value}}}."
     if kind == "literal_error" and isinstance(value, str):
         near = difflib.get_close_matches(value, _choices(item), n=1, cutoff=0.6)
         return f"; did you mean {near[0]!r}?" if near else "."

@@ -334,3 +334,8 @@ def stage_objective(stage: str, **params: Any) -> BoundObjective:
 def objective_names() -> set[str]:
     """Every name ``objective.name`` accepts: the built-in table and whatever user code registered."""
     return _OBJECTIVES.names()
+
+
+def objective_keys() -> set[str]:
+    """Every hyper-parameter of some objective."""
+    return {key for name in objective_names() for key in _OBJECTIVES.declared(name).fields}

@@ -45,6 +45,7 @@ from prefopt.recipe.section import Fraction, NoEffect, NonNegativeFloat, PathTex
 
 __all__ = [
     "DEFAULT_MICRO_BATCH_TOKENS",
+    "BestSection",
     "CachedReferenceSection",
     "ColumnMap",
     "ConditionSection",
@@ -204,13 +205,36 @@ class GenerationSection(Section):
     prompts. A reward model is then loaded a second time."""
 
 
+class BestSection(Section):
+    """Keeps the best checkpoint beside the newest, by one metric, and stops where it gets no better."""
+
+    metric: str
+    """Any name of `metrics.jsonl`: `eval/loss/total`, `eval/rewards/accuracy`, `eval/generation/reward`, of
+    one source `eval/<source>/loss/total`, or of training, such as `rollout/reward`."""
+    mode: Literal["min", "max"]
+    """Whether a smaller (`min`) or a larger (`max`) value is better."""
+    min_delta: NonNegativeFloat = 0.0
+    """A value is better only by more than this."""
+    patience: PositiveInt | None = None
+    """Stop training after this many values in a row that were no better. Default: train to the last step."""
+    final: Literal["best", "last"] = "best"
+    """Whose weights `final/` holds: of the best step, or of the last. The start of the run is no candidate."""
+
+
 class EvalSection(Section):
     """What is measured on held-out data while training."""
 
     every: PositiveInt | None = None
     """Steps between evaluations; default: before the first step and after the last."""
+    best: BestSection | None = None
+    """Leave out to train to the last step and keep its weights."""
     generation: GenerationSection | None = None
     """Leave out to generate nothing."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Left out where it is, so that the settings of runs before this key hash as they did.
+        return {key: value for key, value in dump(self).items() if key != "best" or value}
 
 
 class RunSection(Section):

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 
 from prefopt.errors import TrainingError
 from prefopt.storage.cache import atomic_write
+from prefopt.storage.reading import SHAPE_ERRORS
 from prefopt.types import Group, Response, TokenIds
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ MATHS_VERSION = 1
 _KEY_BYTES = 16  # 128 bits: a million entries collide with probability 1e-27
 _SUFFIX = ".safetensors"
 _CORRUPT = ".corrupt"
-# what parsing a part raises when bytes of it have changed (a JSON or UTF-8 error is a ValueError)
-_DAMAGE = (ValueError, LookupError, TypeError, struct.error)
+# what parsing a part raises when bytes of it have changed
+_DAMAGE = (*SHAPE_ERRORS, struct.error)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,22 @@
 """The experience log: every rollout is on disk before it is trained on, and found again after a kill.
 
 Append-only shards of JSON lines, one line a group and a commit line a batch. A batch counts once its commit
-line is there; what a kill cut short is dropped when the log is opened. Token ids and log-probs are base64
+line is there; what a kill cut short is dropped when the log is opened, and said. A commit line holds a hash of the
+batch, so that an edited one is noticed. Token ids and log-probs are base64
 of little-endian int32 and float32 (exact, and an eighth of the space); texts and scores are readable.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from prefopt.engines.base import Completion
 from prefopt.engines.probe import Gap
@@ -19,9 +24,25 @@ from prefopt.errors import TrainingError
 from prefopt.rollouts.batch import RolloutBatch, RolloutGroup
 from prefopt.rollouts.plan import Start
 from prefopt.storage.packed import pack_floats, pack_ids, unpack_floats, unpack_ids
+from prefopt.storage.reading import (
+    LogLine,
+    UnreadableError,
+    as_object,
+    log_lines,
+    log_rows,
+    parse_json,
+    reading,
+)
+
+logger = logging.getLogger(__name__)
 
 DIRECTORY = "rollouts"
 _SHARD_BYTES = 64 * 2**20
+_SHARD = re.compile(r"shard-\d{5,}\.jsonl")
+_RANK = re.compile(r"rank-(\d+)")
+_HASH = "xxh3"
+_COMMIT = {"commit": int, "version": int, "groups": int, "lineage": str}
+_ADVICE = "Restore the file, or move it away: the batches it held are sampled again"
 
 
 class ExperienceLog:
@@ -52,14 +73,8 @@ class ExperienceLog:
         with path.open("rb") as file:
             file.seek(start)
             lines = file.read(end - start).splitlines()
-        try:
-            rows = [json.loads(line) for line in lines]
-            return read_batch(rows)
-        except (ValueError, KeyError, TypeError) as error:
-            raise TrainingError(
-                f"{path}: the rollouts of step {step} cannot be read ({error}); the file was changed. Delete "
-                f"it: the batches it held are sampled again"
-            ) from error
+        with reading(path, f"what was sampled for step {step + 1}", _ADVICE, TrainingError):
+            return read_batch([*map(parse_json, lines)])
 
     def append(self, batch: RolloutBatch) -> None:
         """Writes a batch, flushed to disk. Raises: TrainingError if it cannot be written."""
@@ -72,7 +87,8 @@ class ExperienceLog:
             "reports": dict(batch.reports),
             "gap": None if batch.gap is None else [batch.gap.mean, batch.gap.max],
         }
-        rows = [*map(_group_row, batch.groups), commit]
+        groups = [*map(_group_row, batch.groups)]
+        rows = [*groups, {**commit, _HASH: _hash([*groups, commit])}]
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         path = self._current()
         try:
@@ -96,47 +112,65 @@ class ExperienceLog:
 
     def _open(self, shard: Path) -> None:
         """Indexes a shard, and cuts what follows its last commit: a batch that a kill left half written."""
-        start = position = 0
-        with shard.open("rb") as file:
-            for line in file:
-                position += len(line)
+        start = end = 0
+        with reading(shard, "an experience log", _ADVICE, TrainingError):
+            for line in log_lines(shard):
                 commit = _commit(line)
                 if commit is not None:
                     if commit["lineage"] == self.lineage:
-                        self._found[commit["commit"]] = (shard, start, position)
-                    start = position
-        if start < shard.stat().st_size:
-            os.truncate(shard, start)
+                        self._found[commit["commit"]] = (shard, start, line.end)
+                    start = end = line.end
+            size = shard.stat().st_size
+            if end < size:
+                os.truncate(shard, end)
+                logger.warning(
+                    "%s: its last %s bytes are of a batch that was cut off by a kill or a power cut: it is "
+                    "sampled again", shard, f"{size - end:,}",
+                )  # fmt: skip
 
 
 def read_log(run_dir: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """``(commit, groups)`` rows of every committed batch, rank by rank in the order they were written.
 
     ``commit["rank"]`` says whose it is. A step that was sampled anew after a kill is there twice.
+    Raises: DataError naming file and line of what is no row.
     """
-    for directory in sorted((run_dir / DIRECTORY).glob("rank-*")):
-        rank = int(directory.name.removeprefix("rank-"))
+    for rank, directory in rank_directories(run_dir):
         for shard in _shards(directory):
             rows: list[dict[str, Any]] = []
-            with shard.open("rb") as file:
-                for line in file:
-                    commit = _commit(line)
-                    if commit is not None:
-                        yield {**commit, "rank": rank}, rows
-                        rows = []
-                    elif line.endswith(b"\n"):
-                        rows.append(json.loads(line))
+            for row in log_rows(shard, {}, _ADVICE):
+                if "commit" not in row:
+                    rows.append(row)
+                    continue
+                with reading(shard, "an experience log", _ADVICE):
+                    commit = as_object(row, _COMMIT)
+                yield {**commit, "rank": rank}, rows
+                rows = []
+
+
+def rank_directories(run_dir: Path) -> list[tuple[int, Path]]:
+    """The processes that sampled in a run, and where each kept its log."""
+    found = [(_RANK.fullmatch(path.name), path) for path in (run_dir / DIRECTORY).glob("rank-*")]
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 
 def _shards(directory: Path) -> list[Path]:
-    return sorted(directory.glob("shard-*.jsonl"))
+    return sorted(path for path in directory.iterdir() if _SHARD.fullmatch(path.name))
 
 
-def _commit(line: bytes) -> dict[str, Any] | None:
-    """The commit row of a line, None for any other or a torn one."""
-    if not (line.startswith(b'{"commit"') and line.endswith(b"\n")):
+def _commit(line: LogLine) -> dict[str, Any] | None:
+    """The commit row of a line, None for a group's."""
+    if not line.data.startswith(b'{"commit"'):
         return None
-    return json.loads(line)
+    try:
+        return line.row(_COMMIT)
+    except UnreadableError as error:
+        raise UnreadableError(f"its line {line.number}: {error}") from error
+
+
+def _hash(rows: Sequence[Any]) -> str:
+    """Of a batch's rows, which is the same for what was written and what is read."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(rows, sort_keys=True).encode())
 
 
 def _group_row(group: RolloutGroup) -> dict[str, Any]:
@@ -171,7 +205,10 @@ def _group_row(group: RolloutGroup) -> dict[str, Any]:
 
 def read_batch(rows: list[dict[str, Any]]) -> RolloutBatch:
     """The batch that ``rows`` are of: its groups, then its commit."""
-    *groups, commit = rows
+    *groups, commit = (as_object(row) for row in rows)
+    told = commit.pop(_HASH, None)  # logs of versions before have none
+    if told is not None and told != _hash([*groups, commit]):
+        raise UnreadableError(f"the batch of step {commit['commit'] + 1} was edited or damaged")
     if len(groups) != commit["groups"]:
         raise ValueError(f"{len(groups)} groups where {commit['groups']} were written")
     return RolloutBatch(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from prefopt.errors import DataError
 from prefopt.rollouts.batch import RolloutBatch, RolloutGroup
+from prefopt.storage.run_files import read_metrics
+
+logger = logging.getLogger(__name__)
 
 Means = Mapping[str, tuple[float, float]]
 
@@ -72,3 +78,11 @@ def time_split(rows: Sequence[Mapping[str, Any]]) -> str:
             name = "idle" if phase == "wait" else phase
             parts.append(f"{name} {statistics.fmean(seconds):.3g} s")
     return f"time of a step: {', '.join(parts)}"
+
+
+def say_time_split(path: Path) -> None:
+    """Logs `time_split` of a run's ``metrics.jsonl``."""
+    try:
+        logger.info("%s", time_split(read_metrics(path)))
+    except DataError as error:  # somebody edits the file, and the weights are yet to be saved
+        logger.warning("%s", error)

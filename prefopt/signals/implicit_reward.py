@@ -27,6 +27,7 @@ def implicit_reward(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: Annotated[str | None, NoEffect("rows")] = None,
     batch_tokens: PositiveInt = 16384,
+    trust_remote_code: bool = False,
 ) -> Signal:
     """``β Σ_t [log π(y_t) - log π_ref(y_t)]`` of two frozen models. Loads both when it is made.
 
@@ -41,6 +42,7 @@ def implicit_reward(
         dtype: of the weights.
         device: torch device; default: CUDA where there is one, else the CPU.
         batch_tokens: most tokens of one forward (a longer group goes alone).
+        trust_remote_code: run model code from the hub repository or directory.
 
     Raises: SignalError if ``reference`` is missing or the tokenizer is another; ModelError if a model
         cannot be loaded.
@@ -51,11 +53,11 @@ def implicit_reward(
     from prefopt.recipe.schema import ModelSection
 
     def load(model: str) -> LogpModel:
-        section = ModelSection(path=model, dtype=dtype)
+        section = ModelSection(path=model, dtype=dtype, trust_remote_code=trust_remote_code)
         loaded: Any = load_policy(section, None, seed=0, trainable=False).model
         return build_logp_model(loaded.to(default_device(device))).eval()
 
-    tokenizer = load_tokenizer(ModelSection(path=path))
+    tokenizer = load_tokenizer(ModelSection(path=path, trust_remote_code=trust_remote_code))
     models = load(path), load(reference or _base_of(path))
     return ImplicitReward(*models, tokenizer, beta, per_token, batch_tokens)
 

@@ -53,10 +53,8 @@ def reward_model(
         path: directory or hub id of the model, or of a PEFT adapter of one.
         revision: hub revision of ``path``.
         tokenizer: directory or hub id of its tokenizer; default: the model's own.
-        chat_template: path of a Jinja file that replaces the tokenizer's.
-        chat_template_kwargs: keywords that it is rendered with.
-        template_omits: what it may leave out of what the dialogue says: of the assistant's earlier turns
-            (``history``), of all (``anything``) or nothing. Else the response is NaN and counted.
+        chat_template, chat_template_kwargs: a Jinja file in place of the tokenizer's; its keywords.
+        template_omits: what it may leave out of the dialogue, as a source's; else the response is NaN.
         format: ``chat``: the model's own chat template over the prompt's messages (a text prompt is one
             user turn) and the response. ``text``: prompt + ``separator`` + response, of a dialogue its
             turns two line breaks apart. ``pair``: the tokenizer's two-segment input, for encoders such as
@@ -76,14 +74,9 @@ def reward_model(
     from prefopt.recipe.schema import ModelSection
 
     section = ModelSection(
-        path=path,
-        revision=revision,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        chat_template_kwargs=chat_template_kwargs or {},
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+        path=path, revision=revision, tokenizer=tokenizer, chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs or {}, dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     own_tokenizer = load_tokenizer(section)
     model, pad_id = _load(section, own_tokenizer)
     _freeze(model, device)

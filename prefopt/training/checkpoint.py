@@ -2,17 +2,16 @@
 
 A checkpoint is written to a temporary directory and renamed when every process has finished; a kill or
 a full disk at any moment leaves the previous one as it was. Only trainable weights are stored: the base
-of an adapter is where the recipe says it is.
+of an adapter is where the recipe says it is. Its state holds a checksum of every other file and a seal of
+itself, so that a bit that flips is noticed before anything goes on from it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import pickle
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,11 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from prefopt.errors import ConfigError, TrainingError
+from prefopt.storage.run_files import STATE_FILE, complete_checkpoints
+from prefopt.training.integrity import checkpoint_damage, checkpoint_sums, read_state, write_state
 
 logger = logging.getLogger(__name__)
-
-_NAME = re.compile(r"step-(\d+)")
-_STATE_FILE = "prefopt.json"
 
 # What writing raises on a full disk: torch a RuntimeError, safetensors an error of its own.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
@@ -51,6 +49,8 @@ class Checkpoints:
         self.root = root
         self.accelerator = accelerator
         self.keep = keep
+        self.kept_step: int | None = None
+        """A checkpoint to keep beside the newest ones."""
         if accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             accelerator.register_save_state_pre_hook(_keep_trainable)
             accelerator.register_load_state_pre_hook(_load_trainable)
@@ -78,8 +78,9 @@ class Checkpoints:
                 }
                 save_file(held, temporary / self._tensor_file)
             accelerator.wait_for_everyone()
+            sums = checkpoint_sums(accelerator, temporary)
             if accelerator.is_main_process:
-                _write_state(temporary / _STATE_FILE, {**state, "step": step})
+                write_state(temporary, {**state, "step": step}, sums)
                 _publish(temporary, final)
         except WRITE_ERRORS as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -95,9 +96,9 @@ class Checkpoints:
             a file is missing or damaged.
         """
         options: dict[str, Any] = {"load_module_strict": False} if self._deepspeed else {}
+        state = read_state(path)
+        self._check_processes(path, state["num_processes"])
         try:
-            state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
-            self._check_processes(path, state["num_processes"])
             self.accelerator.load_state(str(path), **options)
             _check_random_state(path / f"random_states_{self.accelerator.process_index}.pkl")
         except _DAMAGED as error:
@@ -106,6 +107,50 @@ class Checkpoints:
                 "delete that directory and run the same command: it goes on from the one before, if any"
             ) from error
         return state
+
+    def intact(self, path: Path, *, step_back: bool) -> Path:
+        """``path``, or the newest checkpoint before it whose every byte is what was written. A collective.
+
+        What is damaged is kept beside them under another name.
+
+        Args:
+            step_back: False refuses a damaged one: it was asked for by name.
+
+        Raises: TrainingError if there is none.
+        """
+        while problems := checkpoint_damage(self.accelerator, path):
+            found = f"the checkpoint {path} is damaged ({'; '.join(problems[:3])})"
+            if not step_back:
+                raise TrainingError(
+                    f"{found}. Restore it, or go on from another one: train.resume = auto takes the newest that "
+                    "is intact"
+                )
+            aside = self._set_aside(path)
+            newest = self.newest()
+            if newest is None:
+                raise TrainingError(
+                    f"{found}, and there is no other one. It is kept as {aside}: restore it under its old name, "
+                    "or run the same command to start afresh"
+                )
+            logger.warning(
+                "%s; kept as %s. Going on from the one before: %s", found, aside, newest.name
+            )
+            path = newest
+        if problems is None and self.accelerator.is_main_process:
+            logger.warning("%s: an older version wrote it, without checksums: not verified", path)
+        return path
+
+    def _set_aside(self, path: Path) -> Path:
+        """Renames a damaged checkpoint; nothing takes it for one any more, and nothing is lost."""
+        names = [f"damaged-{path.name}", *(f"damaged-{path.name}-{n}" for n in range(2, 1000))]
+        self.accelerator.wait_for_everyone()  # nobody reads it any more, and all see the same names
+        aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            with writing(path):
+                path.rename(aside)
+        self.accelerator.wait_for_everyone()
+        return aside
 
     def load_tensors(self, path: Path) -> dict[str, torch.Tensor]:
         """This process's ``tensors`` of the checkpoint, empty if it saved none."""
@@ -124,6 +169,10 @@ class Checkpoints:
                 "another run.output_dir to start afresh"
             )
 
+    def path_of(self, step: int | None) -> Path:
+        """Where the checkpoint of ``step`` is, or would be."""
+        return self.root / f"step-{step}"
+
     def newest(self) -> Path | None:
         """The complete checkpoint with the highest step, or None."""
         found = _complete(self.root)
@@ -137,7 +186,8 @@ class Checkpoints:
     def _prune(self) -> None:
         if self.accelerator.is_main_process:
             for path in _complete(self.root)[: -self.keep]:
-                shutil.rmtree(path, ignore_errors=True)
+                if path != self.path_of(self.kept_step):
+                    shutil.rmtree(path, ignore_errors=True)
 
     @property
     def _deepspeed(self) -> bool:
@@ -180,9 +230,9 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
             )
         return None
     path = Path(resume).expanduser()
-    if not (path / _STATE_FILE).is_file():
+    if not (path / STATE_FILE).is_file():
         raise ConfigError(
-            f"train.resume = {resume}: not a complete checkpoint (no {_STATE_FILE}); give a "
+            f"train.resume = {resume}: not a complete checkpoint (no {STATE_FILE}); give a "
             "directory such as runs/x/checkpoints/step-100, or auto"
         )
     if found and found[-1].resolve() != path.resolve():
@@ -229,15 +279,7 @@ def _free_space(root: Path) -> str:
 
 
 def _complete(root: Path) -> list[Path]:
-    paths = [path for path in root.glob("step-*") if (path / _STATE_FILE).is_file()]
-    return sorted(paths, key=lambda path: int(_NAME.fullmatch(path.name)[1]))  # type: ignore[index]
-
-
-def _write_state(path: Path, state: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    return list(complete_checkpoints(root).values())
 
 
 def _publish(temporary: Path, final: Path) -> None:

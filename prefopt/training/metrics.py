@@ -7,6 +7,7 @@ unit's count over all processes.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,15 @@ from torch import Tensor
 
 from prefopt.model.distributed import sum_over_processes
 from prefopt.storage.cache import atomic_write
+from prefopt.storage.reading import UnreadableError, keep_beside, log_lines, mend_end
+from prefopt.storage.run_files import METRICS_ROW
+from prefopt.storage.run_files import read_metrics as read_metrics  # also found beside the writer
 from prefopt.training.checkpoint import writing
+
+logger = logging.getLogger(__name__)
+
+LOSSES = ("loss/pairs", "loss/nll", "loss/samples")
+"""The means whose sum is minimised; a window that had anything to learn from has one of them."""
 
 
 class MeanMeter:
@@ -113,26 +122,31 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drops rows after ``step``: a resumed run writes them again. Keeps nothing of a torn last line."""
+        """Drops what a resumed run writes again: rows after ``step``, and at 0 that of the start too.
+
+        A torn end is cut off. Lines that are no rows were damaged or edited: the run needs none of them, so it
+        goes on without, says so, and keeps the file as it was under another name.
+        """
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line being written when the process was killed
-            if row["step"] <= step:
-                kept.append(line)
-        with writing(self.path), atomic_write(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            if not self.path.exists():
+                return
+            mend_end(self.path, "that row is written again")
+            kept, odd = [], []
+            for line in log_lines(self.path):
+                try:
+                    if 0 < step >= line.row(METRICS_ROW)["step"]:
+                        kept.append(line.data + b"\n")
+                except UnreadableError as error:
+                    odd.append(f"{line.number} ({error})")
+            if odd:
+                aside = keep_beside(self.path)
+                logger.warning(
+                    "%s: %d lines are no rows and are left out, line %s; the file as it was is kept as %s",
+                    self.path, len(odd), odd[0], aside.name,
+                )  # fmt: skip
+            with atomic_write(self.path) as temporary:
+                temporary.write_bytes(b"".join(kept))
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from prefopt.data.groups import GroupSource
 from prefopt.errors import PrefoptError, TrainingError
@@ -30,9 +30,12 @@ from prefopt.model.sweep import LayoutFn, sweep
 from prefopt.recipe.registry import BoundObjective
 from prefopt.recipe.schema import TrainSection
 from prefopt.reference.base import Reference
+from prefopt.report.progress import Bar
 from prefopt.training.batch_metrics import add_batch_metrics, add_layout_metrics, derived
+from prefopt.training.best import Best
 from prefopt.training.checkpoint import Checkpoints
 from prefopt.training.generation_probe import GenerationProbe
+from prefopt.training.held_out import held_out_metrics
 from prefopt.training.importance import weighted
 from prefopt.training.inputs import response_logps, response_scores
 from prefopt.training.metrics import MeanMeter, MetricsLog, peak_memory_gib
@@ -40,7 +43,7 @@ from prefopt.training.optimizer import learning_rate, set_learning_rate
 from prefopt.training.reduction import PolicyGap, name_culprits, reduced
 from prefopt.training.regimes import Regime
 from prefopt.training.windows import MicroBatch, Window
-from prefopt.types import Group, ResponseLogps, ResponseScores
+from prefopt.types import Group, ObjectiveOutput, ResponseLogps, ResponseScores
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,8 @@ class TrainResult:
     """Optimizer steps done."""
     finished: bool
     """False if it was interrupted (and saved) before the last step."""
+    final_step: int
+    """The step whose weights are the result: the last, or the best one where the recipe says so."""
 
 
 class PreferenceTrainer:
@@ -75,6 +80,7 @@ class PreferenceTrainer:
         importance_cap: weight samples by their truncated importance; None: do not.
         eval_every: steps between evaluations; None: before the first step and after the last.
         probe: what the policy answers at every evaluation, or None.
+        best: follows one metric, keeps its best checkpoint and may stop the run, or None.
     """
 
     def __init__(
@@ -93,6 +99,7 @@ class PreferenceTrainer:
         importance_cap: float | None = None,
         eval_every: int | None = None,
         probe: GenerationProbe | None = None,
+        best: Best | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -106,6 +113,7 @@ class PreferenceTrainer:
         self.importance_cap = importance_cap
         self.eval_every = eval_every
         self.probe = probe
+        self.best = best
         self.log = MetricsLog(run_dir / "metrics.jsonl")
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints", accelerator, keep=settings.keep_checkpoints
@@ -132,19 +140,33 @@ class PreferenceTrainer:
         interrupts = Interrupts(self.accelerator)
         hidden = not self.accelerator.is_main_process
         with (
-            tqdm(total=total, initial=self.regime.step, disable=hidden, unit="step") as bar,
+            Bar(total=total, initial=self.regime.step, disable=hidden, unit="step") as bar,
             interrupts,
         ):
-            while self.regime.step < total:
+            while self.regime.step < total and not self._stopped:
                 window = self._next_window()
                 self._step(window)
                 self._after_step(window.step + 1, bar)
                 if interrupts.requested():
                     self._save(window.step + 1)
-                    return TrainResult(window.step + 1, finished=False)
-        if self.checkpoints.newest_step() != total:
-            self._save(total)
-        return TrainResult(total, finished=True)
+                    return TrainResult(window.step + 1, False, window.step + 1)
+        if self.checkpoints.newest_step() != self.regime.step:
+            self._save(self.regime.step)
+        return TrainResult(self.regime.step, True, self._take_best())
+
+    @property
+    def _stopped(self) -> bool:
+        return self.best is not None and self.best.stopped
+
+    def _take_best(self) -> int:
+        """Puts the weights of the best step in place, if that is what the recipe wants; the step they are of."""
+        if self.best is None:
+            return self.regime.step
+        step = self.best.result_step(self.regime.step, self.regime.num_steps)
+        if step != self.regime.step:
+            path = self.checkpoints.path_of(step)
+            self.checkpoints.load(self.checkpoints.intact(path, step_back=False))
+        return step
 
     def close(self) -> None:
         """Stops whatever feeds the trainer: engines, their processes, signals."""
@@ -165,17 +187,23 @@ class PreferenceTrainer:
         self._open_window_s = state["open_window_s"]
         if self.probe is not None:
             self.probe.load_state_dict(state.get("generation_probe", {}))
+        if self.best is not None:
+            self.best.load_state_dict(state.get("best", {}))
+            self.checkpoints.kept_step = self.best.step
         logger.info("resumed from %s (step %d)", path, self.regime.step)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """What there is to measure at ``step``: means over the held-out groups, the probe's answers."""
-        row = {} if self.eval_source is None else self._evaluate_rows(self.eval_source)
+        row = {}
+        if self.eval_source is not None:
+            forwards = partial(self._held_out_forwards, self.eval_source)
+            row = held_out_metrics(self.eval_source, forwards, self.accelerator)
         return row if self.probe is None else row | self.probe.measure(step)
 
-    def _evaluate_rows(self, source: GroupSource) -> dict[str, float]:
-        """Means over the held-out groups, named ``eval/…``; every pair or sample counts once."""
-        meter = MeanMeter(self.accelerator.device)
-        rows = range(len(source))
+    def _held_out_forwards(
+        self, source: GroupSource, rows: Sequence[int]
+    ) -> Iterator[tuple[ResponseLogps | ResponseScores, ObjectiveOutput]]:
+        """What the objective sees and says of this process's share of ``rows``."""
         batches = sweep(
             self.model, source, rows, self.limits, self.accelerator,
             layout=self._layout, what="eval",
@@ -183,10 +211,7 @@ class PreferenceTrainer:
         for groups, output, counts in batches:
             (reference,) = self._reference_logps([groups])
             seen = self._seen(groups, output, reference, counts=counts)
-            add_batch_metrics(meter, seen, self.objective(seen))
-        row = derived(meter.reduce(self.accelerator))
-        row["loss/total"] = sum(row.get(name, 0.0) for name in _LOSSES)
-        return {f"eval/{name}": value for name, value in row.items()}
+            yield seen, self.objective(seen)
 
     def _start(self) -> None:
         self.model.train()
@@ -194,6 +219,8 @@ class PreferenceTrainer:
             self.log.rewind(self.regime.step)
         if self.regime.step == 0 and (row := self.evaluate(0)):
             self._write({"step": 0, **row})
+            if self.best is not None:
+                self.best.check_start(row)
         self._clock = time.perf_counter() - self._open_window_s
 
     def _next_window(self) -> Window:
@@ -315,7 +342,7 @@ class PreferenceTrainer:
             f"process: {', '.join(ids[:16])}{' …' if len(ids) > 16 else ''}"
         )
 
-    def _after_step(self, step: int, bar: tqdm) -> None:
+    def _after_step(self, step: int, bar: Bar) -> None:
         settings, total = self.settings, self.regime.num_steps
         row: dict[str, Any] = {}
         if step % settings.log_every == 0 or step == total:
@@ -329,7 +356,10 @@ class PreferenceTrainer:
             self._clock += time.perf_counter() - started  # not counted as training time
         if row:
             self._write({"step": step, **row})
-        if settings.save_every and step % settings.save_every == 0:
+        is_best = self.best is not None and bool(row) and self.best.consider(row, step)
+        if is_best:
+            self.checkpoints.kept_step = step
+        if is_best or (settings.save_every and step % settings.save_every == 0):
             self._save(step)
 
     def _reduced_row(self) -> dict[str, float]:
@@ -358,10 +388,11 @@ class PreferenceTrainer:
         }
         if self.probe is not None:
             state["generation_probe"] = self.probe.state_dict()
+        if self.best is not None:
+            state["best"] = self.best.state_dict()
         tensors = {} if self.reference is None else self.reference.state()
         self.checkpoints.save(step, state, tensors)
         self._clock += time.perf_counter() - started
 
 
-_LOSSES = ("loss/pairs", "loss/nll", "loss/samples")
 _SHOWN = ("loss/total", "rewards/accuracy", "rewards/margin", "rollout/reward")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,6 +23,15 @@ from prefopt.model.load import load_tokenizer
 from prefopt.model.source import resolve_source
 from prefopt.recipe.schema import ModelSection
 from prefopt.storage.cache import AGAIN, atomic_directory, writing
+from prefopt.storage.reading import (
+    UnreadableError,
+    as_object,
+    load_json,
+    log_rows,
+    reading,
+    sealed,
+    unsealed,
+)
 from prefopt.values.features import BATCH_TOKENS, FrozenReference, tokenizer_identity
 from prefopt.values.heads import make_head
 from prefopt.values.training import Fit, FitSettings
@@ -29,9 +39,20 @@ from prefopt.values.training import Fit, FitSettings
 HEAD_FILE = "head.json"
 WEIGHTS_FILE = "head.safetensors"
 PREDICTIONS_FILE = "predictions.jsonl"
-FORMAT = 1
+FORMAT = 2
+_SEALED_SINCE = 2
 
 Normalize = Literal["none", "sigmoid"]
+_ADVICE = "Restore the folder, or train the head anew with its `value` stage"
+_NUMBER = (int, float)
+_NUMBERS = {
+    "epochs": list,
+    **{f"validation.{name}": _NUMBER for name in ("mse", "constant_mse")},
+    **{f"trained_on.{name}": int for name in ("prompts", "responses", "held_out")},
+    **{f"trained_on.reward_{name}": _NUMBER for name in ("min", "max", "mean")},
+}
+_EPOCH = {"number": int, "train_mse": _NUMBER, "validation": dict, "validation.mse": _NUMBER}
+"""What a reader takes out of the parts of ``head.json`` that have no class of their own."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +108,9 @@ class HeadRecord:
     """Hash of the head's weights."""
 
 
+_RECORD = TypeAdapter(HeadRecord)
+
+
 def reference_record(section: ModelSection, reference: FrozenReference) -> ReferenceRecord:
     """The record of a reference that was loaded from ``section``."""
     return ReferenceRecord(
@@ -113,7 +137,7 @@ def save_head(
     """
     with writing(directory, AGAIN), atomic_directory(directory) as temporary:
         save_file(_tensors(fit.head), temporary / WEIGHTS_FILE)
-        text = json.dumps({"format": FORMAT, **dataclasses.asdict(record)}, indent=1)
+        text = json.dumps(sealed({"format": FORMAT, **dataclasses.asdict(record)}), indent=1)
         (temporary / HEAD_FILE).write_text(text + "\n", encoding="utf-8")
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
         (temporary / PREDICTIONS_FILE).write_text("".join(lines), encoding="utf-8")
@@ -132,27 +156,37 @@ def is_head(directory: Path) -> bool:
 def read_head(directory: Path) -> HeadRecord:
     """The record of a saved head. Raises: ModelError if there is none, or it is of another format."""
     path = directory / HEAD_FILE
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        found = raw.pop("format")
-        if found != FORMAT:
-            raise ModelError(
-                f"{path}: has format {found}, this version reads {FORMAT}; train it anew"
-            )
-        return HeadRecord(
-            **{
-                **raw,
-                "reference": ReferenceRecord(**raw["reference"]),
-                "settings": FitSettings(**raw["settings"]),
-            }
-        )
-    except OSError as error:
+    if not path.is_file():
         raise ModelError(
-            f"{str(directory)!r}: holds no value head ({HEAD_FILE}: {error.strerror or error}). Name the folder "
-            "`head` that a `value` stage left: OUTPUT_DIR/value/head"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: is no record of a value head ({error!r})") from error
+            f"{str(directory)!r}: holds no value head ({HEAD_FILE}). Name the folder `head` that a `value` stage "
+            "left: OUTPUT_DIR/value/head"
+        )
+    with reading(path, "the record of a value head", _ADVICE, ModelError):
+        raw = load_json(path, {"format": int, **_NUMBERS})
+        if raw["format"] > FORMAT:
+            raise UnreadableError(f"it has format {raw['format']}, and this version reads {FORMAT}")
+        if raw["format"] >= _SEALED_SINCE:
+            raw = unsealed(raw)
+        for epoch in raw["epochs"]:
+            as_object(epoch, _EPOCH)
+        record = _RECORD.validate_python({k: v for k, v in raw.items() if k != "format"})
+        if not record.settings.max_value > 0:
+            raise UnreadableError(f"its settings.max_value is {record.settings.max_value}")
+        return record
+
+
+def read_predictions(directory: Path, max_value: float) -> list[dict[str, Any]]:
+    """What a head says of each response's prompt, beside its reward, both within 0 to ``max_value``.
+
+    Raises: ModelError naming file and line.
+    """
+    path = directory / PREDICTIONS_FILE
+    keys = {"id": str, "prompt": str, "held_out": bool, "value": _NUMBER, "reward": _NUMBER}
+    rows = list(log_rows(path, keys, _ADVICE, ModelError))
+    for number, row in enumerate(rows, 1):
+        if not all(0 <= row[name] <= max_value for name in ("value", "reward")):
+            raise ModelError(f"{path}:{number}: has a number outside 0 to {max_value:g}. {_ADVICE}")
+    return rows
 
 
 def require_reference(directory: Path, record: HeadRecord, section: ModelSection) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from prefopt.report.progress import Bar
 from recipes.quickstart.sample import generate
 from recipes.quickstart.task import score_group
 
@@ -86,7 +86,7 @@ def mean_logps(
 ) -> list[float]:
     """Mean natural log-prob of each response's tokens given its prompt, terminal EOS included."""
     means: list[float] = []
-    for start in tqdm(range(0, len(rows), batch_size), desc=label, unit="batch"):
+    for start in Bar(range(0, len(rows), batch_size), desc=label, unit="batch"):
         chunk = rows[start : start + batch_size]
         prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in chunk]
         responses = [

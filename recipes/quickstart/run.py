@@ -119,13 +119,13 @@ def has_policy(seed: int) -> bool:
     from prefopt.recipe.load import load_recipe
     from prefopt.recipe.schema import Recipe
     from prefopt.recipe.walk import recorded
-    from prefopt.training.run_record import RUN_FILE
+    from prefopt.storage.run_files import read_run
 
     directory = RUN_DIR / "sft"
     if not (directory / "final" / "config.json").is_file():
         return False
     wanted = load_recipe(SFT_RECIPE, [f"train.seed={seed}", f"data.seed={seed}"])
-    record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+    record = read_run(directory)
     today = wanted.model_dump(mode="json")
     return recorded(Recipe, record["recipe"], "run") == recorded(Recipe, today, "run")
 

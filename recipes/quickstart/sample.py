@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from prefopt.data import Renderer
+from prefopt.report.progress import Bar
 from recipes.quickstart.task import NUM_DIGITS, score_group
 
 MAX_NEW_TOKENS = NUM_DIGITS + 2  # the answer, its EOS, and one more to see an answer run on
@@ -53,7 +53,7 @@ def generate(
     renderer = Renderer(tokenizer)  # prompts reach the policy as training renders them
     groups: list[list[str]] = []
     torch.manual_seed(seed)
-    for start in tqdm(range(0, len(prompts), batch_size), desc=label, unit="batch"):
+    for start in Bar(range(0, len(prompts), batch_size), desc=label, unit="batch"):
         ids = [list(renderer.prompt_ids(prompt)) for prompt in prompts[start : start + batch_size]]
         inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left")
         output = model.generate(

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
 
 from prefopt.engines.vllm.hosts import StartedHost
 from prefopt.rollouts.experience import read_log
@@ -22,7 +23,7 @@ from tests.recipes.test_interrupted_runs import checkpoints
 from tests.unit.tiny_models import tiny_model
 from tests.unit.tiny_tokenizers import make_tokenizer
 
-NUM_STEPS = 8
+NUM_STEPS = 12
 ENGINE = {"name": "vllm_server", "timeout_s": 600.0, "startup_timeout_s": 800.0}
 OWN_SERVER = {
     **ENGINE,
@@ -92,12 +93,31 @@ def recipe_on(server: str, path: Path, inputs: Path, **sections: Any) -> Path:
 
 AHEAD = {"regime": {"max_lag": 1}, "train": {"max_steps": NUM_STEPS}}
 """Asynchronous, one step ahead."""
+FULL = {"peft": None, "train": {**AHEAD["train"], "learning_rate": 1e-3}}
+"""Full fine-tuning: a server takes whole weights over another path than adapters."""
 
 
-def test_a_server_that_dies_without_a_restart_ends_the_run_and_another_goes_on(
+def test_a_server_that_dies_without_a_restart_ends_the_run_and_another_engine_goes_on(
+    tmp_path: Path, inputs: Path
+) -> None:
+    """The run's own server, which full weights are pushed to, is killed; the run goes on with an `hf` engine."""
+    recipe, run_dir = dead_end(tmp_path, inputs, **FULL), tmp_path / "run"
+    on_the_server = rows_until(run_dir, checkpoints(run_dir)[-1])
+    # Of the first weights and of later ones; how small the gaps are is asked below.
+    assert sum("rollout/probe_gap_max" in row for row in on_the_server) >= 2
+    written = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**written, "engine": {"name": "hf"}}))
+    code, output = run("train", str(recipe), log=tmp_path / "log")
+    assert code == 0, output
+    assert "resumed from" in output
+    assert_nothing_is_lost(run_dir)
+    assert rows_until(run_dir, len(on_the_server)) == on_the_server
+
+
+@pytest.mark.slow  # with adapters; another server and not `hf`
+def test_a_run_whose_server_died_goes_on_on_one_that_somebody_else_started(
     tmp_path: Path, inputs: Path, server: str
 ) -> None:
-    """The run's own server is killed; the run is resumed on the one that somebody else started."""
     dead_end(tmp_path, inputs)
     recipe = recipe_on(server, tmp_path / "recipe.yaml", inputs, **AHEAD)
     code, output = run("train", str(recipe), log=tmp_path / "log")
@@ -120,12 +140,14 @@ def test_a_server_that_dies_in_a_run_is_started_again(tmp_path: Path, inputs: Pa
     assert_nothing_is_lost(run_dir)
 
 
-def dead_end(tmp_path: Path, inputs: Path) -> Path:
-    """A run whose server died after step 3, with no restart allowed; returns its recipe."""
-    recipe = write_rollout_recipe(tmp_path / "recipe.yaml", inputs, engine=OWN_SERVER, **AHEAD)
+def dead_end(tmp_path: Path, inputs: Path, **sections: Any) -> Path:
+    """A run whose server died after it sampled five steps, with no restart allowed; returns its recipe."""
+    recipe = write_rollout_recipe(
+        tmp_path / "recipe.yaml", inputs, engine=OWN_SERVER, **{**AHEAD, **sections}
+    )
     run_dir = tmp_path / "run"
     with prefopt("train", str(recipe), "engine.max_restarts=0", log=tmp_path / "log") as command:
-        command.wait_until(lambda: len(steps(run_dir)) >= 3, "step 3")
+        command.wait_until(lambda: len(steps(run_dir)) >= 5, "five steps")
         kill_server(command)
         assert command.wait() == 1
         output = command.output
@@ -134,6 +156,10 @@ def dead_end(tmp_path: Path, inputs: Path) -> Path:
     saved = checkpoints(run_dir)
     assert saved and 1 <= saved[-1] < NUM_STEPS
     return recipe
+
+
+def rows_until(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= step]
 
 
 def assert_nothing_is_lost(run_dir: Path) -> None:

@@ -102,7 +102,8 @@ def running(
     assert not left, f"{request.param} left processes behind: {left}"
 
 
-@pytest.fixture(params=ENGINES)
+# One server more; a run pushes whole weights to one in tests/distributed/test_rollouts_vllm.py.
+@pytest.fixture(params=[*ENGINES[:-1], pytest.param(ENGINES[-1], marks=pytest.mark.slow)])
 def running_full(
     request: pytest.FixtureRequest, policies: Policies, tmp_path: Path
 ) -> Iterator[Running]:

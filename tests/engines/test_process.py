@@ -21,6 +21,7 @@ from prefopt.errors import EngineError, ModelError
 from prefopt.recipe.schema import ModelSection
 from tests.engines.policies import Policies
 from tests.engines.processes import HANG_S, is_gone, wait_until
+from tests.recipes.commands import forked
 
 REQUESTS = [Request((5, 6, 7), (0, 1)), Request((8,), (2,))]
 SPEC = SamplingSpec(8)
@@ -129,21 +130,19 @@ def test_a_policy_that_cannot_be_loaded_is_the_childs_own_error(
         make(path=tmp_path / "absent").start()
 
 
+def start_and_die(base: str, directory: str) -> int:
+    engine = ProcessEngine(HFSource(ModelSection(path=base), 0), log_dir=Path(directory))
+    engine.start()
+    Path(directory, "pid").write_text(str(engine.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
 def test_the_child_ends_when_its_parent_is_killed(policies: Policies, tmp_path: Path) -> None:
-    script = f"""
-import os, signal
-from pathlib import Path
-from prefopt.recipe.schema import ModelSection
-from prefopt.engines.process import HFSource, ProcessEngine
-engine = ProcessEngine(HFSource(ModelSection(path={str(policies.base)!r}), 0), log_dir=Path({str(tmp_path)!r}))
-engine.start()
-print(engine.pid, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_S
-    )
-    pid = int(done.stdout)
+    arguments = str(policies.base), str(tmp_path)
+    with forked(start_and_die, *arguments, log=tmp_path / "log", environment=os.environ) as parent:
+        assert parent.wait() == -signal.SIGKILL
+    pid = int((tmp_path / "pid").read_text())
     assert wait_until(lambda: is_gone(pid))
 
 

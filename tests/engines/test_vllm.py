@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
-import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -98,9 +101,11 @@ def test_a_killed_server_is_started_again_and_what_it_owed_is_answered(running: 
     pid = first.pid
     assert pid is not None
     children = psutil.Process(pid).children(recursive=True)
-    threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
     first.restarts_left = 0
-    with pytest.raises(EngineError, match=rf"SIGKILL[\s\S]*no restart is left[\s\S]*{first.log}"):
+    with (
+        killed_after(running, 20, pid),
+        pytest.raises(EngineError, match=rf"SIGKILL[\s\S]*no restart is left[\s\S]*{first.log}"),
+    ):
         running.engine.generate(many, spec)
     assert all(wait_until(lambda c=c: is_gone(c.pid)) for c in children)
     first.restarts_left = 1
@@ -110,10 +115,41 @@ def test_a_killed_server_is_started_again_and_what_it_owed_is_answered(running: 
     assert_logps_are_the_truth(running, SPEC)
 
 
-@local
-def test_a_killed_engine_in_process_is_started_again_with_its_policy(running: Running) -> None:
-    version = running.push(1)
+@contextlib.contextmanager
+def killed_after(running: Running, answers: int, pid: int) -> Iterator[None]:
+    """Kills the server when it has answered so many requests of a call."""
+    client, numbers = host(running).client, itertools.count(1)
+    complete = client.complete
+
+    def counted(*arguments: Any) -> Any:
+        result = complete(*arguments)
+        if next(numbers) == answers:
+            os.kill(pid, signal.SIGKILL)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "complete", counted)
+        yield
+
+
+def kill_core() -> None:
     [core] = [c for c in psutil.Process().children() if "EngineCore" in " ".join(c.cmdline())]
     core.kill()
+
+
+@local
+@pytest.mark.slow  # another start; who starts again, and with what, is the same as for a server
+def test_a_killed_engine_in_process_is_started_again_with_its_policy(running: Running) -> None:
+    version = running.push(1)
+    kill_core()
     assert_logps_are_the_truth(running, SPEC)
     assert running.engine.version == version
+
+
+@local
+def test_a_killed_engine_in_process_without_a_restart_left_is_an_error(running: Running) -> None:
+    """The last test of this engine: it stays dead."""
+    running.engine.restarts_left = 0
+    kill_core()
+    with pytest.raises(EngineError, match=r"subprocess died[\s\S]*No restart is left"):
+        running.engine.generate(requests(), SPEC)

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import math
 import random
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.eval.runs import read_jsonl, write_chat_model, write_jsonl
 from tests.recipes.commands import prefopt, run
 from tests.signals.chat_server import Answer, chat_server
 
-KILLS = 10
 PROMPTS = 150
 """Three chunks of answers, the first two of them killed."""
+MORE = 20
+"""Verdicts stored beyond those at which it is killed: it dies at work, not waiting."""
 
 
-def _verdict(body: dict[str, Any]) -> Answer:
-    """Slow enough to be killed in between, and a function of what it reads; some answers hold no verdict."""
-    text = body["messages"][0]["content"]
-    letter = "ABC?"[sum(map(ord, text)) % 4]
-    return Answer(f"[[{letter}]]", delay_s=0.02)
+class Judge:
+    """A verdict is a function of what it reads; some answers hold none.
+
+    An evaluation that is to be killed gets none from some number of stored ones on: it cannot end before, however
+    long the killer is kept waiting.
+    """
+
+    def __init__(self) -> None:
+        self.stored: Callable[[], int] = lambda: 0
+        self._life, self._limit = 0, math.inf
+        self._changed = threading.Condition()
+
+    def new_life(self, limit: float) -> None:
+        with self._changed:
+            self._life, self._limit = self._life + 1, limit
+            self._changed.notify_all()
+
+    def __call__(self, body: dict[str, Any]) -> Answer:
+        with self._changed:
+            life = self._life
+            if self.stored() >= self._limit:
+                self._changed.wait_for(lambda: life != self._life)
+        text = body["messages"][0]["content"]
+        return Answer(f"[[{'ABC?'[sum(map(ord, text)) % 4]}]]", delay_s=0.01)
 
 
 def _stored(output: Path, name: str) -> int:
@@ -29,14 +54,19 @@ def _stored(output: Path, name: str) -> int:
     return file.read_bytes().count(b"\n") - 1 if file.is_file() else 0
 
 
-def test_an_evaluation_killed_ten_times_ends_with_the_same_results(tmp_path: Path) -> None:
+# Ten kills find no other kind of moment than three do: answers, the baseline's, verdicts.
+@pytest.mark.parametrize("judging", [1, pytest.param(7, marks=pytest.mark.slow)])
+def test_an_evaluation_killed_at_random_moments_ends_with_the_same_results(
+    tmp_path: Path, judging: int
+) -> None:
     policy = write_chat_model(tmp_path / "policy")
     baseline = write_chat_model(tmp_path / "baseline", seed=1)
     rows = [
         {"prompt": f"Tell me about {n * 37 % 101}, {n}.", "key": f"k{n}"} for n in range(PROMPTS)
     ]
     data = write_jsonl(tmp_path / "prompts.jsonl", rows)
-    with chat_server(_verdict) as server:
+    judge = Judge()
+    with chat_server(judge) as server:
         command = [
             *("eval", str(policy), "--tasks", "win_rate", "--baseline", str(baseline)),
             *(
@@ -52,7 +82,9 @@ def test_an_evaluation_killed_ten_times_ends_with_the_same_results(tmp_path: Pat
         assert code == 0, said
         environment = {"PREFOPT_CACHE": str(tmp_path / "cache-of-killed")}
         questions = _stored(calm, "judgments")
-        for number, (name, count) in enumerate(_moments(questions)):
+        judge.stored = lambda: _stored(killed, "judgments")
+        for number, (name, count) in enumerate(_moments(questions, judging)):
+            judge.new_life(count + MORE if name == "judgments" else 0)
             arguments = [*command, "--output", str(killed)]
             with prefopt(*arguments, log=tmp_path / f"{number}.log", **environment) as started:
                 started.wait_until(
@@ -61,6 +93,7 @@ def test_an_evaluation_killed_ten_times_ends_with_the_same_results(tmp_path: Pat
                 time.sleep(random.uniform(0, 0.02))
                 started.send(9)
                 assert started.wait() == -9, started.output
+        judge.new_life(math.inf)
         code, said = run(*command, "--output", str(killed), log=tmp_path / "end.log", **environment)
         assert code == 0, said
     for name in ("results.json", "win_rate/examples.jsonl"):
@@ -69,13 +102,11 @@ def test_an_evaluation_killed_ten_times_ends_with_the_same_results(tmp_path: Pat
     assert len(stored) == len(set(stored))
 
 
-def _moments(questions: int) -> list[tuple[str, int]]:
-    """Stores and sizes at which to kill: at three chunks of answers, the others while the judge is asked."""
+def _moments(questions: int, judging: int) -> list[tuple[str, int]]:
+    """Stores and sizes at which to kill: at chunks of answers, and ``judging`` times while the judge is asked."""
     rng = random.Random(0)
-    judging = sorted(rng.randrange(1, questions * 4 // 5) for _ in range(KILLS - 3))
-    return [
-        ("generations", 1),
-        ("generations", PROMPTS // 2),
-        ("baseline", 1),
-        *(("judgments", count) for count in judging),
-    ]
+    counts = sorted(rng.sample(range(1, questions - MORE), judging))
+    answers = [("generations", 1), ("baseline", 1)]
+    if judging > 1:
+        answers.insert(1, ("generations", PROMPTS // 2))
+    return [*answers, *(("judgments", count) for count in counts)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import threading
@@ -20,10 +19,8 @@ import yaml
 
 from data_pipelines.manifest import write_record
 from prefopt.cli import main
+from tests import fork_server
 
-# One process imports what a build needs; a build of its own then starts in milliseconds.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["data_pipelines.runner", "data_pipelines.show", "prefopt.cli"])
 PLUGIN = str(Path(__file__).with_name("made_up.py"))
 
 
@@ -54,7 +51,7 @@ def building(path: Path, *arguments: str, dies_at: int | None = None) -> Iterato
         arguments: of the command.
         dies_at: SIGKILL itself at this step of writing files: before one is safe, before or after it has its name.
     """
-    process = _CONTEXT.Process(target=_build, args=(path, arguments, dies_at))
+    process = fork_server.fork(_build, path, arguments, dies_at)
     process.start()
     try:
         yield process

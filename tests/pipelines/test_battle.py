@@ -7,9 +7,7 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
-import time
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ from data_pipelines.battles import parse_ratings
 from data_pipelines.stages.elo import rate_models
 from eval.bradley_terry import fit_newton, player_columns, win_rate
 from tests.pipelines.pipelines import build, counts, made, refused, rows, write_pipeline
+from tests.recipes.commands import prefopt
 from tests.signals.chat_server import Answer, ChatServer, chat_server
 
 PRESETS = Path(data_pipelines.__file__).with_name("presets")
@@ -354,18 +353,10 @@ def test_a_kill_amid_the_battles_costs_no_request_twice(
     """Killed after its third row of eight, in shards of two; then the same files as an undisturbed build's."""
     given = [group(f"slow{n}", ours=f"a {n % 5 + 1}", theirs=f"the {n % 3 + 2}") for n in range(8)]
     path = pipeline(given, {"judge": {"concurrency": 1}}, {"stage": "elo", "anchor": "ours"})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "prefopt.cli", "data", "build", str(path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        while len(judge.requests) < 6:
-            assert process.poll() is None
-            time.sleep(0.002)
-    finally:
-        process.kill()
-        process.wait()
+    with prefopt("data", "build", str(path), log=tmp_path / "log") as command:
+        command.wait_until(lambda: len(judge.requests) >= 6, "the third row")
+        command.send(signal.SIGKILL)
+        command.wait()
     folder = build(path)
     questions = Counter(body["messages"][0]["content"] for body in judge.requests)
     assert len(questions) == 2 * 8

@@ -293,7 +293,10 @@ def test_a_record_edited_by_hand_is_refused(
         shutil.rmtree(path.parent.parent / "pair")
         shutil.rmtree(output(pipeline) / "pair")
     said = refused(capsys, pipeline, code=1)
-    assert f"{path}: was edited by hand" in said and "--from" in said
+    assert (
+        f"{path}: is not a record of a pipeline as written: it was edited by hand" in said
+        and "--from" in said
+    )
 
 
 def test_a_changed_shard_is_refused_when_it_is_read(

@@ -1,14 +1,13 @@
 """`prefopt` commands, in this process, or in one of their own to be killed, interrupted or run out of disk.
 
-For the latter a fork server imports torch and the rest once; a command then starts in milliseconds instead
-of seconds. After the imports everything is as in the installed `prefopt`: `prefopt.cli.main`, its exit code,
-its stderr, its signal handlers. `forked` runs any function so; tests/distributed/launch.py runs scripts.
+The latter are forks of one that has torch and the rest imported (tests/fork_server.py). After the imports
+everything is as in the installed `prefopt`: `prefopt.cli.main`, its exit code, its stderr, its signal handlers.
+`forked` runs any function so; tests/distributed/launch.py runs scripts.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,20 +19,10 @@ from typing import Any
 import pytest
 
 from prefopt.cli import main
+from tests import fork_server
 
 HANG_S = 600.0
 """What only a command that hangs takes, however busy the machine is."""
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "prefopt.cli",
-        "prefopt.recipe.checks",
-        "prefopt.wiring",
-        "transformers.models.llama.modeling_llama",
-        "deepspeed",
-        "openai",
-    ]
-)
 
 
 class Prefopt:
@@ -104,9 +93,7 @@ def forked(
         environment: all of it, as for `subprocess`.
     """
     log.touch()
-    process = _CONTEXT.Process(
-        target=_run, args=(target, arguments, str(log), dict(environment)), daemon=True
-    )
+    process = fork_server.fork(_run, target, arguments, str(log), dict(environment), daemon=True)
     process.start()
     try:
         yield Command(process, log)
@@ -154,8 +141,8 @@ def _run(
 
 def measured(*arguments: str) -> tuple[int, float, float]:
     """``(exit code, seconds of CPU, peak MiB)`` of ``prefopt ARGUMENTS``, in a fork that has its imports done."""
-    here, there = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_measure, args=(arguments, dict(os.environ), there))
+    here, there = fork_server.CONTEXT.Pipe(duplex=False)
+    process = fork_server.fork(_measure, arguments, dict(os.environ), there)
     process.start()
     there.close()
     found = here.recv()

@@ -6,6 +6,7 @@ lost random state would show, checkpoints that fall between two rows of metrics.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -13,13 +14,16 @@ import resource
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate import Accelerator
 
+from prefopt.cli import main
 from prefopt.model.distributed import Interrupts
+from prefopt.training.checkpoint import Checkpoints
 from tests.distributed.launch import write_model, write_pairs, write_recipe
 from tests.recipes.commands import prefopt, run
 
@@ -61,6 +65,19 @@ def recipe_in(directory: Path, inputs: Path) -> Path:
 def command_of(recipe: Path) -> tuple[str, ...]:
     """The arguments of every start, the first and the later ones."""
     return "train", str(recipe), "model.disable_dropout=false"
+
+
+def held_at(last: int, arguments: Sequence[str]) -> int:
+    """`prefopt ARGUMENTS` that waits at the checkpoint of step ``last``: killed late, it still has not ended."""
+    save = Checkpoints.save
+
+    def save_or_wait(self: Checkpoints, step: int, *state: Any, **more: Any) -> Path:
+        if step == last:
+            signal.pause()
+        return save(self, step, *state, **more)
+
+    Checkpoints.save = save_or_wait
+    return main(arguments)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -108,14 +125,14 @@ def test_run_killed_at_random_steps_ends_bit_for_bit_as_the_undisturbed_one(
     }
     delays = random.Random(20)
     for what, reached in moments.items():
-        with prefopt(*command_of(recipe), log=tmp_path / "log") as command:
+        held = functools.partial(held_at, NUM_STEPS)
+        with prefopt(*command_of(recipe), log=tmp_path / "log", entry=held) as command:
             command.wait_until(reached, what)
             if what.endswith("row"):
                 time.sleep(delays.uniform(0, 0.05))
             command.send(signal.SIGKILL)
             assert command.wait() == -signal.SIGKILL, command.output
-    # The last kill may have come after the last checkpoint: SIGKILL as exit code says the run had not ended.
-    assert checkpoints(run_dir)
+    assert NUM_STEPS not in checkpoints(run_dir) != []
     code, output = run(*command_of(recipe), log=tmp_path / "log")
     assert code == 0, output
     assert "resumed from" in output

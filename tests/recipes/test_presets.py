@@ -39,17 +39,23 @@ SIMPO_TABLE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def made_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def made_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with the folders of samples that presets read, as their headers say."""
-    monkeypatch.chdir(tmp_path)
+    directory = tmp_path_factory.mktemp("made")
     for path in PRESETS:
         for source in load_recipe(path).data.train:
             if source.path.startswith("data/"):
                 assert re.search(rf"(in|from) {source.path}\b", path.read_text())
-                folder = tmp_path / source.path
+                folder = directory / source.path
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "00000.jsonl").touch()
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def beside_made_data(made_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made_data)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=NAMES)

@@ -49,8 +49,9 @@ OBJECTIVES = {
     "dpo": {"name": "dpo", "beta": 0.1},
     "simpo": {"name": "simpo", "beta": 2.5, "gamma": 0.5},
 }
-# (set, objective, seed) of the default suite: one run of each objective; `make test-all` runs every one.
-FAST = [("ultrafeedback_1k", "simpo", 0), ("hh_helpful", "dpo", 0)]
+# (set, objective, seed) of the default suite: one run of each objective, on the sets where one run is clear of
+# chance; `make test-all` runs every one.
+FAST = [("hh_harmless", "simpo", 0), ("hh_helpful", "dpo", 0)]
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def test_refused_rows_are_those_counted_in_the_raw_files(
     """Every row read a second time, by plain Python, and measured with the library's own template."""
     pairs = SETS[name]
     run = next((trained(*key) for key in FAST if key[0] == name), None)
-    run = run or trained(name, "simpo", 0, "train.num_epochs=0.01")
+    run = run or trained(name, "simpo", 0, "train.num_epochs=0.01", "data.eval_frac=0.0")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run.policy)
     files = [path for path in (pairs.train, pairs.eval) if path is not None]
     expected = {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from prefopt.storage.reading import sealed
 from tests.recipes.commands import Prefopt
 
 
@@ -55,24 +56,111 @@ def test_checkpoint_of_another_recipe_is_refused_and_the_record_of_the_run_kept(
     assert (used.parents[1] / "run.json").read_text() == record
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl"])
-def test_damaged_checkpoint_is_named_with_the_way_out(
-    command: Prefopt, recipe: Path, used: Path, name: str
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "prefopt.json"]
+)
+def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_is_taken(
+    command: Prefopt, recipe: Path, name: str
 ) -> None:
-    data = (used / name).read_bytes()
-    (used / name).write_bytes(data[: len(data) // 2])
+    """As a bit flips on a disk: the file is as long as it was. The run ends as if nothing had been."""
+    run = recipe.parent / "run"
+    more = ("train.num_epochs=3", "train.keep_checkpoints=9", "train.save_every=1")
+    assert command("train", recipe, *more)[0] == 0
+    final = (run / "final" / "adapter_model.safetensors").read_bytes()
+    bad = run / "checkpoints" / "step-3"
+    data = bytearray((bad / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bad / name).write_bytes(data)
+    (run / "checkpoints" / "step-3.bak").mkdir()  # an editor's, or somebody's copy: none of ours
+    code, said = command("train", recipe, *more)
+    assert code == 0, said
+    assert f"the checkpoint {bad} is damaged ({name if name != 'prefopt.json' else bad}" in said
+    assert "kept as" in said and "Going on from the one before: step-2" in said
+    assert (run / "checkpoints" / "damaged-step-3" / name).read_bytes() == bytes(data)
+    assert (run / "final" / "adapter_model.safetensors").read_bytes() == final
+    assert f"resumed from {run / 'checkpoints' / 'step-2'} (step 2)" in said
+
+
+def test_a_damaged_checkpoint_without_another_is_refused_and_kept(
+    command: Prefopt, recipe: Path, used: Path
+) -> None:
+    """Hours of training are started afresh only if somebody asks for it: by the same command again."""
+    data = (used / "optimizer.bin").read_bytes()
+    (used / "optimizer.bin").write_bytes(data[: len(data) // 2])
+    said = command.refuses("train", recipe, "train.num_epochs=2", f"train.resume={used}", code=1)
+    assert f"it has {len(data) // 2} bytes instead of {len(data)}" in said
+    assert "train.resume = auto takes the newest that is intact" in said
+    said = command.refuses("train", recipe, "train.num_epochs=2", code=1)
+    assert "there is no other one. It is kept as" in said
+    assert (used.parent / "damaged-step-1" / "model.safetensors").is_file()
+    assert command("train", recipe)[0] == 0
+
+
+def test_a_checkpoint_of_an_older_version_is_taken_without_checksums(
+    command: Prefopt, recipe: Path, used: Path
+) -> None:
+    state = json.loads((used / "prefopt.json").read_text())
+    older = {key: value for key, value in state.items() if key not in ("seal", "files")}
+    (used / "prefopt.json").write_text(json.dumps(older))
+    code, said = command("train", recipe, "train.num_epochs=2")
+    assert code == 0 and "without checksums: not verified" in said
+    (used.parent / "step-2").rename(used.parent / "gone")
+    (used / "model.safetensors").write_bytes(b"")
     said = command.refuses("train", recipe, "train.num_epochs=2", code=1)
     assert f"the checkpoint {used} cannot be loaded: " in said
     assert "delete that directory and run the same command" in said
-    shutil.rmtree(used)
-    assert command("train", recipe)[0] == 0
+
+
+def test_metrics_that_are_torn_or_edited_are_mended_and_said(
+    command: Prefopt, recipe: Path, used: Path
+) -> None:
+    metrics = used.parents[1] / "metrics.jsonl"
+    rows = metrics.read_bytes()
+    odd = b'[1]\n{"step": "one"}\n{"step": 1, "a": \n\xff\n'
+    metrics.write_bytes(odd + rows + b'{"step": 2, "lo\0\0\0\0')
+    code, said = command("train", recipe, "train.num_epochs=2")
+    assert code == 0, said
+    assert f"{metrics}: its last 19 bytes were cut off by a kill or a power cut" in said
+    assert "4 lines are no rows and are left out, line 1 (it holds a list, not an object)" in said
+    assert metrics.read_bytes().startswith(rows)
+    assert (used.parents[1] / "metrics.jsonl.damaged").read_bytes() == odd + rows
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2]
+
+
+def test_the_row_of_the_start_is_there_once_after_a_kill_before_any_checkpoint(
+    command: Prefopt, recipe: Path, used: Path
+) -> None:
+    run = used.parents[1]
+    shutil.rmtree(run)
+    held_out = "data.eval_frac=0.25"
+    assert command("train", recipe, held_out)[0] == 0
+    whole = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert whole[0] == 0
+    shutil.rmtree(run / "checkpoints")
+    assert command("train", recipe, held_out)[0] == 0
+    again = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert again == whole
+
+
+def test_a_record_that_is_none_is_named_with_what_to_do(
+    command: Prefopt, recipe: Path, used: Path
+) -> None:
+    run = used.parents[1]
+    evaluate = ("eval", run, "--tasks", "kl", "--output", run / "eval")
+    for text in ("", '{"recipe": {"mod', "[]", '{"recipe": []}'):
+        (run / "run.json").write_text(text)
+        for words in (("train", recipe, "train.num_epochs=2"), evaluate):
+            said = command.refuses(*words, code=1)
+            assert f"{run / 'run.json'}: is not the record of a run as written: it" in said
+            assert "Restore it" in said
 
 
 def test_checkpoint_of_another_number_of_processes_is_refused(
     command: Prefopt, recipe: Path, used: Path
 ) -> None:
     state = json.loads((used / "prefopt.json").read_text())
-    (used / "prefopt.json").write_text(json.dumps({**state, "num_processes": 4}))
+    del state["seal"]
+    (used / "prefopt.json").write_text(json.dumps(sealed({**state, "num_processes": 4})))
     said = command.refuses("train", recipe, "train.num_epochs=2")
     assert f"{used} was written by 4 processes, this run has 1; start it with as many" in said
 

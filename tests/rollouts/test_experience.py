@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +107,67 @@ def test_shards_turn_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [ExperienceLog(tmp_path, "a").get(step) for step in range(3)] == [
         batch(step) for step in range(3)
     ]
+
+
+@pytest.mark.parametrize(
+    "torn", [b"\0" * 500, b'{"id": "p\0\0\0', b'{"id": "a"}\n{"commit": 1, "vers']
+)
+def test_what_a_power_cut_leaves_is_cut_off_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, torn: bytes
+) -> None:
+    ExperienceLog(tmp_path, "a").append(batch(0))
+    (shard,) = tmp_path.iterdir()
+    whole = shard.read_bytes()
+    shard.write_bytes(whole + torn)
+    assert ExperienceLog(tmp_path, "a").get(0) == batch(0)
+    assert f"its last {len(torn)} bytes are of a batch that was cut off" in caplog.text
+    assert shard.read_bytes() == whole
+
+
+def test_an_edited_batch_is_noticed(tmp_path: Path) -> None:
+    """A bit of a token id is still a token id: only the batch's hash tells."""
+    log = ExperienceLog(tmp_path / "rollouts" / "rank-00000", "a")
+    log.append(batch(0))
+    (shard,) = log.directory.iterdir()
+    text = shard.read_text()
+    place = text.index('"logps": "') + 14
+    shard.write_text(text[:place] + ("A" if text[place] != "A" else "B") + text[place + 1 :])
+    with pytest.raises(
+        TrainingError, match=r"shard-00000.*step 1 was edited or damaged.*sampled ag"
+    ):
+        ExperienceLog(log.directory, "a").get(0)
+
+
+def test_a_log_of_a_version_without_hashes_is_read(tmp_path: Path) -> None:
+    log = ExperienceLog(tmp_path, "a")
+    log.append(batch(0))
+    (shard,) = tmp_path.iterdir()
+    *groups, commit = map(json.loads, shard.read_text().splitlines())
+    del commit["xxh3"]
+    shard.write_text("".join(json.dumps(row) + "\n" for row in (*groups, commit)))
+    assert ExperienceLog(tmp_path, "a").get(0) == batch(0)
+
+
+def test_strange_names_in_the_folder_are_not_ours(tmp_path: Path) -> None:
+    log = ExperienceLog(tmp_path / "rollouts" / "rank-00000", "a")
+    log.append(batch(0))
+    for name in ("shard-00000.jsonl.bak", "shard-00000 (copy).jsonl", "shard-0.jsonl"):
+        (log.directory / name).write_text("no json")
+    (tmp_path / "rollouts" / "rank-old").mkdir()
+    (tmp_path / "rollouts" / "rank-00001").write_text("a file")
+    assert ExperienceLog(log.directory, "a").get(0) == batch(0)
+    assert [commit["rank"] for commit, _ in read_log(tmp_path)] == [0]
+
+
+@pytest.mark.parametrize(
+    "commit", ['{"commit": "0"}', '{"commit"', '{"commit": 0, "version": 0, "groups": 2}']
+)
+def test_a_commit_that_is_none_is_named_with_its_line(tmp_path: Path, commit: str) -> None:
+    ExperienceLog(tmp_path, "a").append(batch(0))
+    (shard,) = tmp_path.iterdir()
+    shard.write_text(shard.read_text() + commit + "\n")
+    with pytest.raises(TrainingError, match=rf"{shard.name}: is not .* its line 4: .*move it away"):
+        ExperienceLog(tmp_path, "a")
 
 
 def test_a_changed_file_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Each is a process of its own (tests/recipes/commands.py). Dropout stays on, so t
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import signal
@@ -17,7 +18,7 @@ import pytest
 from prefopt.rollouts.experience import read_log
 from tests.distributed.launch import write_model, write_recipe
 from tests.recipes.commands import prefopt, run
-from tests.recipes.test_interrupted_runs import checkpoints, logged, rows
+from tests.recipes.test_interrupted_runs import checkpoints, held_at, logged, rows
 
 NUM_STEPS = 14
 PLUGIN = """
@@ -129,13 +130,13 @@ def test_killed_runs_end_bit_for_bit_as_undisturbed_ones(
         "a checkpoint": lambda: bool(checkpoints(run_dir)),
         "late rows": lambda: logged(run_dir) >= 3,
     }
+    held = functools.partial(held_at, NUM_STEPS)
     for what, reached in moments.items():
-        with prefopt(*command_of(recipe), log=tmp_path / "log") as command:
+        with prefopt(*command_of(recipe), log=tmp_path / "log", entry=held) as command:
             command.wait_until(reached, what)
             time.sleep(delays.uniform(0, 0.1))
             command.send(signal.SIGKILL)
             assert command.wait() == -signal.SIGKILL, command.output
-    assert checkpoints(run_dir)[-1] < NUM_STEPS
     code, output = run(*command_of(recipe), log=tmp_path / "log")
     assert code == 0, output
     assert "resumed from" in output
@@ -149,7 +150,8 @@ def test_killed_runs_end_bit_for_bit_as_undisturbed_ones(
 def test_logged_rollouts_are_not_sampled_again(tmp_path: Path, inputs: Path) -> None:
     """Killed after checkpoint 4 with later steps in the log: those come from the log, once each."""
     recipe, run_dir = recipe_in(tmp_path, inputs, "online"), tmp_path / "run"
-    with prefopt(*command_of(recipe), log=tmp_path / "log") as command:
+    held = functools.partial(held_at, NUM_STEPS)
+    with prefopt(*command_of(recipe), log=tmp_path / "log", entry=held) as command:
         command.wait_until(lambda: len(sampled(run_dir)) >= 7, "step 7")
         command.send(signal.SIGKILL)
         command.wait()
@@ -161,12 +163,17 @@ def test_logged_rollouts_are_not_sampled_again(tmp_path: Path, inputs: Path) -> 
     assert commits == list(range(NUM_STEPS))
 
 
-def test_changed_settings_do_not_train_on_what_others_sampled(tmp_path: Path, inputs: Path) -> None:
-    recipe, run_dir = recipe_in(tmp_path, inputs, "online"), tmp_path / "run"
-    with prefopt(*command_of(recipe), log=tmp_path / "log") as command:
+def killed_after_a_checkpoint(recipe: Path, run_dir: Path) -> None:
+    held = functools.partial(held_at, NUM_STEPS)
+    with prefopt(*command_of(recipe), log=recipe.parent / "log", entry=held) as command:
         command.wait_until(lambda: bool(checkpoints(run_dir)), "a checkpoint")
         command.send(signal.SIGKILL)
         command.wait()
+
+
+def test_changed_settings_do_not_train_on_what_others_sampled(tmp_path: Path, inputs: Path) -> None:
+    recipe, run_dir = recipe_in(tmp_path, inputs, "online"), tmp_path / "run"
+    killed_after_a_checkpoint(recipe, run_dir)
     kept = len(list(read_log(run_dir)))
     start = checkpoints(run_dir)[-1]
     code, output = run(*command_of(recipe), "train.learning_rate=1e-4", log=tmp_path / "log")
@@ -177,10 +184,7 @@ def test_changed_settings_do_not_train_on_what_others_sampled(tmp_path: Path, in
 
 def test_other_sampling_settings_cannot_resume(tmp_path: Path, inputs: Path) -> None:
     recipe, run_dir = recipe_in(tmp_path, inputs, "online"), tmp_path / "run"
-    with prefopt(*command_of(recipe), log=tmp_path / "log") as command:
-        command.wait_until(lambda: bool(checkpoints(run_dir)), "a checkpoint")
-        command.send(signal.SIGKILL)
-        command.wait()
+    killed_after_a_checkpoint(recipe, run_dir)
     code, output = run(*command_of(recipe), "regime.samples_per_prompt=5", log=tmp_path / "log")
     assert code == 2
     assert "made with other prompts, another train.seed, or other regime settings" in output

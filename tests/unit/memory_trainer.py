@@ -53,6 +53,7 @@ def make_trainer(
     layout: str = "auto",
     sampling: dict[str, Any] | None = None,
     columns: dict[str, Any] | None = None,
+    evaluation: dict[str, Any] | None = None,
     **settings: Any,
 ) -> PreferenceTrainer:
     """A one-process trainer in ``run_dir``, wired by `prefopt.wiring` over groups in memory."""
@@ -67,6 +68,7 @@ def make_trainer(
             },
             "objective": objective,
             "train": {"learning_rate": 1e-3, "global_batch_size": 8, **settings},
+            "eval": evaluation or {},
             "run": {"output_dir": str(run_dir)},
         }
     )

@@ -343,7 +343,7 @@ def test_control_tokens_that_are_meant_stand() -> None:
     rendered = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     ids, response = renderer.render(rendered, "Yes.<|im_end|>", AS_RENDERED)
     assert (ids, response) == renderer.render([user("Hi")], says("Yes."))
-    with pytest.raises(DataError, match="goes on after its end token '<|im_end|>'"):
+    with pytest.raises(DataError, match=r"goes on after its end token '<\|im_end\|>'"):
         renderer.render(rendered, "Yes.<|im_end|>\nNo.<|im_end|>", AS_RENDERED)
 
 
@@ -356,7 +356,7 @@ def test_an_end_of_another_kind_at_the_end_of_a_content_is_refused(end: str) -> 
 
 
 def test_tokens_that_open_and_close_turns_are_control_tokens_though_not_special() -> None:
-    """As `add_tokens` adds them: DeepSeek's <｜User｜> is not marked special; neither is <think>, which is said."""
+    """As DeepSeek's <｜User｜>, which is not marked special; neither is <think>, and that one is said."""
     tokenizer = make_tokenizer(
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[end]{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"

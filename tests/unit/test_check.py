@@ -121,6 +121,25 @@ def test_a_sound_recipe_passes_offline_and_says_what_it_took_on_trust(recipe_fil
         ),
         (["train.max_steps=5", "train.num_epochs=2"], "train.num_epochs = 2.0", "max_steps = 5"),
         (["eval.every=5"], "eval.every = 5", "nothing to evaluate on"),
+        (
+            ["data.eval_frac=0.1", "eval.best={metric: eval/loss/total, mode: min}"],
+            "eval.best.metric = 'eval/loss/total'",
+            "no best to find",
+        ),
+        (
+            ["eval={every: 5, generation: {}, best: {metric: eval/loss/total, mode: min}}"],
+            "eval.best.metric = 'eval/loss/total'",
+            "of held-out rows",
+        ),
+        (
+            [
+                "data.eval_frac=0.1",
+                "eval.every=5",
+                "eval.best={metric: eval/generation/reward, mode: max}",
+            ],
+            "eval.best.metric = 'eval/generation/reward'",
+            "Add eval.generation",
+        ),
         (["train.resume=nowhere"], "train.resume = 'nowhere'", "no such checkpoint"),
         (
             ["data.max_prompt_tokens=2048"],
@@ -149,7 +168,9 @@ def test_a_sound_recipe_passes_offline_and_says_what_it_took_on_trust(recipe_fil
         ([*LORA, "model.dtype=bfloat16", "train.precision=fp16"], "train.precision", "float32"),
         ([*LORA, "peft.lora_dropout=0.05"], "peft.lora_dropout = 0.05", "disable_dropout is true"),
         (["peft={type: lorra}"], "peft.type = 'lorra'", "did you mean 'lora'?"),
-        (["peft={rank: 8}"], "peft.rank = 8", "unknown key of peft's LoraConfig; did you mean"),
+        (["peft={rnk: 8}"], "peft.rnk = 8", "unknown key of peft's LoraConfig; did you mean"),
+        (["peft={rank: 8}"], "peft.rank = 8", "here it is peft.r"),
+        (["peft={r: 8, load_in_4bit: true}"], "peft.load_in_4bit", "model.quantization: 4bit"),
         (["peft={lora_alfa: 8}"], "peft.lora_alfa = 8", "did you mean 'lora_alpha'?"),
         (["peft={r: eight}"], "peft.r = 'eight'", "must be a whole number"),
         (["peft={r: 0}"], "peft.r = 0", "must be >= 1"),

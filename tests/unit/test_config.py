@@ -10,8 +10,9 @@ import pytest
 
 from data_pipelines.pipeline import PipelineSettings
 from prefopt.errors import ConfigError
-from prefopt.recipe.explain import RENAMED
 from prefopt.recipe.load import draft_recipe, load_recipe
+from prefopt.recipe.other_tools import ABSENT, AUTOMATIC, OBJECTIVES, RENAMED
+from prefopt.recipe.registry import objective_names
 from prefopt.recipe.schema import Recipe
 from prefopt.recipe.walk import sections
 
@@ -239,19 +240,33 @@ def test_missing_keys_are_listed_with_their_documentation(tmp_path: Path) -> Non
         ("train.lerning_rate=1", "train.lerning_rate: unknown key; did you mean 'learning_rate'?"),
         ("model.learning_rate=1e-6", "did you mean train.learning_rate?"),
         ("learning_rate=1e-6", "did you mean train.learning_rate?"),
-        ("train.beta=0.1", "unknown key"),
+        ("train.beta=0.1", "it is a key of the objective: objective.beta"),
+        ("beta=0.1", "it is a key of the objective: objective.beta"),
+        ("label_smoothing=0.1", "objective.label_smoothing"),
+        ("train.batch_size=8", "here it is train.global_batch_size"),
+        ("model.load_in_4bit=true", "write model.quantization: 4bit"),
+        ("train.early_stopping_patience=3", "here it is eval.best.patience"),
+        ("load_best_model_at_end=true", "set eval.best"),
+        ("data.packing=true", "automatic: rows are packed without padding"),
+        ("train.neftune_noise_alpha=5", "not there: embeddings get no noise"),
+        ("data.streaming=true", "automatic: rows are read one by one"),
+        ("train.deepspeed=ds.json", "accelerate launch --config_file"),
+        ("objective.loss_type=ipo", "here it is objective.name"),
         ("perf.r=8", "did you mean 'peft'?"),
         ("data.train.0.wieght=2", "did you mean 'weight'?"),
         ("data.train.0.columns.chosn=c", "did you mean 'chosen'?"),
         ("train.per_device_train_batch_size=2", "here it is train.micro_batch_size"),
         (
             "train.gradient_accumulation_steps=2",
-            "derived from train.global_batch_size; leave it out",
+            "automatic: it is derived from train.global_batch_size. Leave it out",
         ),
         ("objective.gamma_beta_ratio=0.5", "objective.gamma = gamma_beta_ratio * beta"),
         ("objective.bta=1", "did you mean 'beta'?"),
         ("objective.name=simop", "did you mean 'simpo'?"),
+        ("stage=dpo", "'reward_model'; write objective: {name: dpo}."),
         ("objective.name=3", "objective.name = 3: unknown"),
+        ("objective.name=sigmoid", "is dpo (TRL names the function of the loss). Known: a_lol"),
+        ("objective.name=KTO", "not there: it is for answers that are good or bad each by itself"),
     ],
 )
 def test_unknown_keys_lead_to_the_right_one(recipe_file: Path, override: str, message: str) -> None:
@@ -264,17 +279,33 @@ def test_an_objective_without_a_name_lists_the_names(recipe_file: Path) -> None:
     assert "simpo" in found
 
 
-def test_renamed_keys_point_at_keys_that_exist() -> None:
+# Their hint names a whole section, or none.
+_WITHOUT_A_DOT = ("lease_s", "reward_funcs")
+
+
+def test_hints_for_keys_of_other_tools_name_what_exists() -> None:
     both = (*sections(Recipe), *sections(PipelineSettings))
     known = {f"{name}.{key}".lstrip(".") for name, s in both for key in s.model_fields}
     known = {key.replace(".N.", ".0.") for key in known}
+    last = {key.split(".")[-1] for key in known}
     outside = ("objective.", "peft.")  # hyper-parameters and peft's own keys
-    for old, hint in RENAMED.items():
-        words = [word.strip(",.;:").split("=")[0] for word in hint.split()]
-        keys = [word for word in words if "." in word and not word.startswith(outside)]
-        assert keys or any(word.startswith(outside) for word in words), old
-        assert set(keys) <= known, old
-        assert old not in {key.split(".")[-1] for key in known}, f"{old} exists"
+    for old, text in (*RENAMED.items(), *AUTOMATIC.items(), *ABSENT.items()):
+        words = [word.strip(",.;:()").split("=")[0] for word in text.split()]
+        keys = [
+            w for w in words if "." in w and not w.startswith((*outside, "accelerate_configs/"))
+        ]
+        assert set(keys) <= known | {"columns.margin"}, old
+        assert old not in last, f"{old} exists"
+        if old in RENAMED and old not in _WITHOUT_A_DOT:
+            assert keys or any(word.startswith(outside) for word in words), old
+
+
+def test_hints_for_objectives_of_other_tools_name_what_exists() -> None:
+    """The first word of ``is x`` is an objective of ours or a stage; no hint hides a name that is known."""
+    for old, text in OBJECTIVES.items():
+        assert old not in objective_names()
+        if text.startswith("is ") and not text.startswith("is stage:"):
+            assert text.split()[1].strip(",") in objective_names(), old
 
 
 # --- everything at once --------------------------------------------------------------------------

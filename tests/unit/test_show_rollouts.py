@@ -162,4 +162,4 @@ def test_a_damaged_log_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -
     shard = run / DIRECTORY / "rank-00000" / "shard-00000.jsonl"
     shard.write_text("no json\n" + shard.read_text())
     assert main(["show", str(run), "--rollouts"]) == 1
-    assert f"{run / DIRECTORY}: cannot be read" in capsys.readouterr().err
+    assert f"{shard}:1: it is cut or edited" in capsys.readouterr().err

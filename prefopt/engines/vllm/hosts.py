@@ -18,8 +18,14 @@ from prefopt.engines.child import (
     wait_briefly,
 )
 from prefopt.engines.vllm.client import ServerClient
-from prefopt.engines.vllm.settings import command_line, engine_environment, require_vllm
+from prefopt.engines.vllm.settings import (
+    command_line,
+    engine_environment,
+    require_vllm,
+    starting_text,
+)
 from prefopt.errors import EngineError
+from prefopt.report.progress import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +147,12 @@ class StartedHost:
         """None once the server is healthy, its exit code if it ended."""
         assert self._process is not None
         deadline = time.monotonic() + self.startup_timeout_s
+        what = starting_text(self.arguments)
+        with waiting(what, detail=lambda: f"; its log: {self.log}"):
+            return self._wait_until(deadline)
+
+    def _wait_until(self, deadline: float) -> int | None:
+        assert self._process is not None
         while (code := self._process.poll()) is None:
             if self.client.is_healthy():
                 return None
@@ -169,6 +181,10 @@ class FoundHost:
         pass
 
     def wait_until_ready(self) -> None:
+        with waiting(f"vLLM: waiting for the server at {self.client.url}"):
+            self._wait()
+
+    def _wait(self) -> None:
         deadline = time.monotonic() + self.startup_timeout_s
         attempt = 0
         while not self.client.is_healthy():

@@ -19,9 +19,15 @@ from prefopt.engines.checks import check_requests, check_sequences
 from prefopt.engines.child import Watchdog, is_launcher_variable
 from prefopt.engines.start import Started, Task, engine
 from prefopt.engines.vllm.served import served_model, started
-from prefopt.engines.vllm.settings import engine_arguments, engine_environment, require_vllm
+from prefopt.engines.vllm.settings import (
+    engine_arguments,
+    engine_environment,
+    require_vllm,
+    starting_text,
+)
 from prefopt.errors import EngineError
 from prefopt.recipe.schema import VllmSection
+from prefopt.report.progress import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +153,8 @@ class VllmEngine:
         require_vllm("vllm")
         before = set(multiprocessing.active_children())
         try:
-            self._llm = self._waited(self._make, self.startup_timeout_s, "to start")
+            with waiting(starting_text(self.arguments)):
+                self._llm = self._waited(self._make, self.startup_timeout_s, "to start")
         finally:
             self._children = [c for c in multiprocessing.active_children() if c not in before]
             if self._llm is None:

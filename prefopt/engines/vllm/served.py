@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,6 @@ from prefopt.engines.base import Engine, PolicyFiles
 from prefopt.engines.start import InTraining, Started, Task
 from prefopt.engines.vllm.settings import ServedModel
 from prefopt.errors import ConfigError, EngineError, ModelError
-from prefopt.model.adapters import ADAPTER_CONFIG
 from prefopt.model.logps import unwrap_causal_lm
 from prefopt.model.source import (
     LOAD_ERRORS,
@@ -24,6 +22,8 @@ from prefopt.model.source import (
     resolve_source,
 )
 from prefopt.recipe.schema import VllmKeys
+from prefopt.storage.checksums import check_weights
+from prefopt.storage.model_files import read_adapter_config
 
 
 def served_model(section: VllmKeys, task: Task) -> ServedModel:
@@ -35,6 +35,8 @@ def served_model(section: VllmKeys, task: Task) -> ServedModel:
         rank = _rank_in_training(section.name, task.training)
         dtype = str(unwrap_causal_lm(task.training.policy.model).dtype).removeprefix("torch.")
     else:
+        for directory in (source.directory, *source.adapters):  # vLLM looks at no checksum
+            check_weights(directory)
         config = _saved_config(task, source)
         rank = _saved_rank(section.name, task, source)
         own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
@@ -109,7 +111,7 @@ def _saved_rank(name: str, task: Task, source: Source) -> int | None:
             f"engine.name = {name}: {path!r} is an adapter on an adapter, and vLLM puts one on a full model. Run "
             f"`prefopt merge {path} --output MERGED` and evaluate MERGED, or set engine.name=hf"
         )
-    settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings = read_adapter_config(adapter)
     kind, odd = _oddities(settings)
     if kind != "lora" or odd:
         raise ConfigError(

@@ -110,6 +110,11 @@ def engine_arguments(section: VllmKeys, model: ServedModel, *, cuda: bool) -> di
     return {**arguments, **section.options}
 
 
+def starting_text(arguments: Mapping[str, Any]) -> str:
+    """What one waits for while vLLM starts, which says nothing itself."""
+    return f"vLLM: starting with {arguments['model']} (loads the weights; compiles, unless enforce_eager)"
+
+
 def command_line(arguments: Mapping[str, Any]) -> list[str]:
     """The arguments as flags of ``vllm.entrypoints.openai.api_server``."""
     flags: list[str] = []

@@ -37,3 +37,26 @@ def the_trainer_can_generate(recipe: Recipe, _: Surroundings) -> Iterator[Findin
             "eval.generation.max_new_tokens",
             f"leaves no room for a prompt in data.max_length_tokens = {recipe.data.max_length_tokens}",
         )
+
+
+@rule("eval", "data")
+def the_best_step_can_be_told(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
+    section = recipe.eval
+    if section.best is None or not section.best.metric.startswith("eval/"):
+        return
+    if section.every is None:
+        yield Finding(
+            "eval.best.metric",
+            "is measured only before the first step and after the last, so there is no best to find. Set "
+            "eval.every",
+        )
+    if section.best.metric.startswith("eval/generation/"):
+        if section.generation is None:
+            yield Finding(
+                "eval.best.metric", "is of answers, and none are given. Add eval.generation"
+            )
+    elif not (recipe.data.eval or recipe.data.eval_frac):
+        yield Finding(
+            "eval.best.metric",
+            "is of held-out rows, and there are none. Give data.eval or data.eval_frac",
+        )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prefopt.errors import ModelError
 from prefopt.recipe.checks.rules import Finding, Surroundings, named_sources, rule
 from prefopt.recipe.schema import ModelReference, Recipe, SourceSection
+from prefopt.storage import model_files as storage
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# What training tools call the directories of a run: no hub repository is called so.
+_OF_A_RUN = re.compile(r"final|best|last|(step|checkpoint|epoch)-\d+")
 _DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".csv", ".gz"}
 
 
@@ -35,8 +38,8 @@ def is_local_data(source: SourceSection) -> bool:
 def read_adapter_config(directory: Path) -> dict[str, Any] | None:
     """The adapter_config.json of a directory, None if it has none or it is not JSON."""
     try:
-        return json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return storage.read_adapter_config(directory)
+    except ModelError:
         return None
 
 
@@ -70,7 +73,9 @@ def model_directories_are_models(recipe: Recipe, _: Surroundings) -> Iterator[Fi
             "model.revision", f"would be ignored: {model.path} is a local directory. Leave it out"
         )
     tokenizer = model.tokenizer
-    if tokenizer and is_local(tokenizer) and not Path(tokenizer).expanduser().is_dir():
+    if tokenizer and not is_local(tokenizer):
+        yield from mistaken_for_hub("model.tokenizer", tokenizer)
+    elif tokenizer and not Path(tokenizer).expanduser().is_dir():
         yield Finding("model.tokenizer", _missing("directory", tokenizer))
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
         yield Finding(
@@ -113,6 +118,7 @@ def output_directory_is_writable(recipe: Recipe, _: Surroundings) -> Iterator[Fi
 
 def _model_findings(key: str, path: str) -> Iterator[Finding]:
     if not is_local(path):
+        yield from mistaken_for_hub(key, path)
         return
     directory = Path(path).expanduser()
     if not directory.is_dir():
@@ -134,6 +140,20 @@ def _model_findings(key: str, path: str) -> Iterator[Finding]:
                 f"is an adapter whose base {base} is not on this machine; correct "
                 "base_model_name_or_path in its adapter_config.json",
             )
+
+
+def mistaken_for_hub(key: str, path: str) -> Iterator[Finding]:
+    """A path that could be a hub id and is meant to be local: it is not asked for on the hub in vain."""
+    head, _, last = path.rpartition("/")
+    beside = [each.name for each in Path(head).iterdir()] if head and Path(head).is_dir() else []
+    near = difflib.get_close_matches(last, beside, n=1)
+    if near or _OF_A_RUN.fullmatch(last):
+        hint = f"did you mean {head}/{near[0]}? " if near else ""
+        yield Finding(
+            key,
+            f"looks like a local directory, and there is none (looked in {Path.cwd()}). {hint}A local path "
+            "may begin with ./, a hub id is owner/name",
+        )
 
 
 def _matches(path: str) -> bool:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import ConfigError, suggest
-from prefopt.recipe.checks.files import is_local, read_adapter_config
+from prefopt.recipe.checks.files import is_local, mistaken_for_hub, read_adapter_config
 from prefopt.recipe.checks.rules import Finding, Surroundings, rule, was_set
+from prefopt.recipe.other_tools import PEFT, hint_for
 from prefopt.recipe.schema import PeftSection, Recipe
 
 # Fields of a peft config that the loading code fills in.
@@ -73,6 +74,7 @@ def adapter_fits_base(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     yield from _ignored_beside_adapter(recipe.peft)
     adapter = recipe.peft.adapter
     if not is_local(adapter):
+        yield from mistaken_for_hub("peft.adapter", adapter)
         return
     directory = Path(adapter).expanduser()
     config = read_adapter_config(directory)
@@ -144,6 +146,9 @@ def _key_problem(key: str, value: Any, fields: set[str], hints: Any, owner: str)
     if key in SET_BY_CODE:
         return "is set by prefopt; leave it out"
     if key not in fields:
+        brought = PEFT.get(key) or hint_for("peft", key)
+        if brought is not None:
+            return f"unknown key of peft's {owner}; {brought}"
         near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'? " if near else ""
         return f"unknown key of peft's {owner}; {hint}Known: {', '.join(sorted(fields))}."

@@ -1,0 +1,201 @@
+"""What `prefopt check` sees of local inputs: the first rows of files, the chat template, the adapter's targets.
+
+No weights are read; torch is imported only where a target is not found by the names in the weights' index.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from prefopt.data.formats import Reading, canonical, prompt_reading, prompt_row, resolve
+from prefopt.data.readers import RawRow
+from prefopt.data.rows import column
+from prefopt.data.sources import first_rows, open_source
+from prefopt.errors import DataError, PrefoptError, suggest
+from prefopt.recipe.checks.files import is_local, is_local_data, read_adapter_config
+from prefopt.recipe.checks.rules import PROBE_PROMPTS, named_sources
+from prefopt.recipe.schema import Recipe, SourceSection
+from prefopt.signals.combine import prompt_fields
+
+NUM_ROWS = 8
+"""Rows looked at of each source: what is wrong with a column map is wrong with the first."""
+
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+
+
+def look(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Problems of a checked recipe with what is on this machine, each with its key; and what was not looked at."""
+    problems, chats, notes = [], [], []
+    for key, source in named_sources(recipe):
+        if not is_local_data(source):
+            continue
+        try:
+            reading = _read_first(recipe, key, source)
+        except PrefoptError as error:
+            problems.append(f"{key}: {error}")
+            continue
+        except ModuleNotFoundError as error:
+            notes.append(f"not checked, because {error.name} is not installed: the rows of {key}")
+            continue
+        if reading.format != "text":
+            chats.append(key)
+    problems += [*_missing_template(recipe, chats), *_missing_targets(recipe)]
+    return problems, notes
+
+
+def _read_first(recipe: Recipe, key: str, source: SourceSection) -> Reading:
+    """Reads the first rows as the run will. Raises: DataError, ConfigError for what they lack."""
+    rows = list(first_rows(open_source(source), min(source.max_rows or NUM_ROWS, NUM_ROWS)))
+    if not rows:
+        raise DataError(f"{source.path} holds no rows")
+    return _prompts(recipe, key, source, rows) or _responses(recipe, source, rows)
+
+
+def _prompts(recipe: Recipe, key: str, source: SourceSection, rows: list[RawRow]) -> Reading | None:
+    """Of a source of prompts: their reading, and that what the signals read is there."""
+    of_probe = key.startswith(PROBE_PROMPTS)
+    regime = recipe.rollouts
+    as_prompts = regime is not None and not recipe.data.prompts and key.startswith("data.train")
+    if not (of_probe or key.startswith("data.prompts") or as_prompts):
+        return None
+    reading = prompt_reading(source, rows[0])
+    fields = [] if of_probe else prompt_fields(recipe)
+    for row in rows:
+        prompt_row(row, reading)
+        for name in (*fields, *_id_column(source)):
+            column(row, name)
+    return None if regime is not None and as_prompts and regime.offline_pairs else reading
+
+
+def _responses(recipe: Recipe, source: SourceSection, rows: list[RawRow]) -> Reading:
+    """Of a source of pairs, SFT rows or samples."""
+    objective = recipe.objective
+    if objective is None or not objective.reads_samples:
+        readings = (resolve(source, rows[0], pairs=recipe.stage != "sft"),)
+    else:
+        from prefopt.data.samples import SampleNeeds, resolve_samples  # imports transformers
+
+        needs = SampleNeeds.of(objective.needs, recipe.data)
+        readings = resolve_samples(source, rows[0], needs)
+    for row in rows:
+        for reading in readings:
+            canonical(row, reading)
+        for name in _id_column(source):
+            column(row, name)
+    return readings[0]
+
+
+def _id_column(source: SourceSection) -> tuple[str, ...]:
+    return () if source.columns.id is None else (source.columns.id,)
+
+
+def _missing_template(recipe: Recipe, chats: list[str]) -> Iterator[str]:
+    model = recipe.model
+    home = _home(model.tokenizer or model.path, lambda at: (at / "tokenizer_config.json").is_file())
+    if not chats or model.chat_template is not None or home is None:
+        return
+    config = _json(home / "tokenizer_config.json")
+    if config.get("chat_template") or any((home / name).exists() for name in _TEMPLATE_FILES):
+        return
+    yield (
+        f"model.chat_template: {', '.join(chats)} holds chat messages, and the tokenizer in {home} has no chat "
+        "template to render them with. Set it to a Jinja file, or format: text if the rows are plain strings"
+    )
+
+
+def _missing_targets(recipe: Recipe) -> Iterator[str]:
+    """Modules that the adapter is to be put on and that the model does not have."""
+    home = _home(recipe.model.path, lambda at: (at / "config.json").is_file())
+    if recipe.peft is None or home is None:
+        return
+    for key in ("target_modules", "modules_to_save"):
+        wanted = recipe.peft.options.get(key)
+        if wanted is None or wanted == "all-linear":
+            continue
+        if _not_found(wanted, _names_in_weights(home)):
+            names = _names_of_modules(home, recipe.model.trust_remote_code)
+            for target in _not_found(wanted, names) if names else ():
+                yield f"peft.{key}: {_explained(wanted, target, names)}"
+
+
+def _not_found(wanted: Any, names: set[str]) -> list[str]:
+    """As peft matches: a text is a regular expression of whole names, an item of a list the end of one."""
+    if isinstance(wanted, str):
+        try:
+            found = any(re.fullmatch(wanted, name) for name in names)
+        except re.error:
+            found = False
+        return [] if found else [wanted]
+    ends = [name for name in wanted if isinstance(name, str)]
+    return [end for end in ends if not any(n == end or n.endswith(f".{end}") for n in names)]
+
+
+def _explained(wanted: Any, target: str, names: set[str]) -> str:
+    last = {name.rpartition(".")[2] for name in names if not name.endswith(tuple("0123456789"))}
+    parts = [part.strip() for part in target.split(",")]
+    if isinstance(wanted, str) and set(parts) <= last:
+        return (
+            f"{target!r} is a text, which peft takes as a regular expression of whole names, and no module is "
+            f"called so. Write a list: [{', '.join(parts)}]"
+        )
+    return f"no module of the model is called {target!r}; {suggest(target, last)}"
+
+
+def _names_in_weights(home: Path) -> set[str]:
+    """Module names by the names of their weights, which an index or a file's header tells at once."""
+    index = home / "model.safetensors.index.json"
+    if index.is_file():
+        tensors = list(_json(index).get("weight_map", {}))
+    else:
+        tensors = [name for file in home.glob("*.safetensors") for name in _header(file)]
+    return {name.rpartition(".")[0] for name in tensors}
+
+
+def _header(file: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return list(tensors.keys())
+    except (OSError, SafetensorError):  # loading says what is wrong with it
+        return []
+
+
+def _names_of_modules(home: Path, trust_remote_code: bool) -> set[str]:
+    """Every module of the model, built without memory; none where it cannot be built so."""
+    try:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(home, trust_remote_code=trust_remote_code)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError):
+        return set()
+    return {name for name, _ in model.named_modules() if name}
+
+
+def _home(path: str, holds: Callable[[Path], bool]) -> Path | None:
+    """The directory of a local model; of an adapter without these files, that of its base; None on the hub."""
+    for _ in range(8):  # an adapter on an adapter; a circle is for loading to tell
+        if not is_local(path):
+            return None
+        directory = Path(path).expanduser()
+        if holds(directory):
+            return directory
+        path = str((read_adapter_config(directory) or {}).get("base_model_name_or_path") or "")
+        if not path:
+            return None
+    return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

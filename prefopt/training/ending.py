@@ -1,0 +1,44 @@
+"""What a run needs at its end, looked at before its first step: nobody wants to learn of it after the last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from prefopt.errors import ModelError, PrefoptError
+from prefopt.model.distributed import told_by_main
+from prefopt.model.load import LoadedPolicy
+from prefopt.model.rehearsal import rehearse_saving
+from prefopt.recipe.schema import Recipe
+from prefopt.training.room import check_room, keeps_masters, needed_room
+
+
+def check_ending(
+    recipe: Recipe, policy: LoadedPolicy, tokenizer: Any, accelerator: Accelerator
+) -> None:
+    """Returns if the result can be saved, and there is room for it. A collective.
+
+    Raises: ModelError for what cannot be saved or a place that cannot hold it, on every process.
+    """
+    found: PrefoptError | None = None
+    if accelerator.is_main_process:
+        try:
+            _check(recipe, policy, tokenizer, keeps_masters(accelerator))
+        except PrefoptError as error:
+            found = error
+    (problem,) = told_by_main(accelerator, None if found is None else str(found))
+    if found is not None:
+        raise found
+    if problem is not None:
+        raise ModelError(problem)
+
+
+def _check(recipe: Recipe, policy: LoadedPolicy, tokenizer: Any, masters: bool) -> None:
+    run_dir, train = Path(recipe.run.output_dir), recipe.train
+    rehearse_saving(policy.model, tokenizer, run_dir)
+    needed = needed_room(
+        policy.model, train.optimizer, keeps_masters=masters, is_peft=policy.is_peft
+    )
+    check_room(run_dir, needed, train.keep_checkpoints)

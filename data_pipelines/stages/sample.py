@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 
 from data_pipelines.base import Dropped, Needs, Place, Result, StageSettings
 from data_pipelines.registry import stage
@@ -22,6 +22,7 @@ from prefopt.recipe.schema import (
     ModelSection,
     NonNegativeFloat,
 )
+from prefopt.recipe.section import without_newer
 from prefopt.recipe.yaml_file import Document, KeyPath
 from prefopt.storage.packed import pack_ids
 
@@ -89,6 +90,10 @@ class Sample(StageSettings):
     drop_unended: bool = False
     """Leave out responses that were cut by `max_new_tokens`; a prompt with none left is dropped."""
 
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_newer(dump(self), {"control_tokens": ()})
+
     def problems(self, reads: RowKind | None, document: Document, path: KeyPath) -> list[str]:
         def at(key: str) -> str:
             return document.origin((*path, *key.split("."))) + f"sample.{key}"
@@ -151,6 +156,8 @@ class Sample(StageSettings):
             logger.warning("stage %r: %s", place.id, problem)
         device = str(default_device())
         generator = Generator(policy, self.engine, device=device, log_dir=place.log_dir)
+        controls = generator.renderer.controls
+        controls.require_known(self.control_tokens, f"stage {place.id!r}: ")
         generator.start(self.max_prompt_tokens + self.max_new_tokens)
         context = generator.context
         if context is not None and context <= self.max_new_tokens:

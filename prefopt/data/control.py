@@ -6,7 +6,7 @@ A text that spells one out would close a turn, or open one, in the middle of wha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.data.options import KeptControls
 from prefopt.data.rows import Message, Refused
 from prefopt.data.template import ANSWER, QUESTION, ChatTemplate
+from prefopt.errors import ConfigError, suggest
 
 _ROLES = ("bos", "eos", "pad", "unk")
 
@@ -38,6 +39,16 @@ class ControlTokens:
                 if found not in kept:
                     return found
         return None
+
+    def require_known(self, kept: Sequence[str], where: str) -> None:
+        """Raises ConfigError for a name that is no control token here, and so would keep nothing."""
+        known = {"all", *self._texts.values()}
+        for name in kept:
+            if name not in known:
+                raise ConfigError(
+                    f"{where}control_tokens: {name!r} is no control token of the tokenizer; "
+                    f"{suggest(name, known)}"
+                )
 
     def without_lead(self, text: str) -> str:
         """``text`` without a BOS at its start, which the renderer puts there once, whoever wrote it."""

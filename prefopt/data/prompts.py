@@ -92,6 +92,8 @@ class _Reader:
 
     def rows(self) -> Iterator[Prompt | dict[str, Any]]:
         """Each row as a prompt, or as the line that says why it is refused."""
+        kept = self.section.control_tokens
+        self.renderer.controls.require_known(kept, f"data.prompts: {self.section.path}: ")
         source = open_source(self.section)
         first = next(first_rows(source, 1), None)
         if first is None:

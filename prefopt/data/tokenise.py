@@ -80,6 +80,8 @@ def tokenise_source(
         template = None if needs.condition is None else needs.condition.template
         reader = SampleReader(scaling, template)
         job = _Job(section, source, resolve_samples(section, first, needs), limits, reader)
+    kept = section.control_tokens
+    Renderer(tokenizer).controls.require_known(kept, f"data: {section.path}: ")
     _mention_format(job, tokenizer)
     unread = unread_columns(first, job.readings)
     if unread:

@@ -71,7 +71,7 @@ class ColumnMap(Section):
         # Left out at their defaults, so that the settings of runs before these keys hash as they did.
         newer = {"margin": None, "turns": "last", "ignored": ()}
         newer |= {name: name for name in ("tools", "documents", "chat_template_kwargs")}
-        return {k: v for k, v in dump(self).items() if k not in newer or v != newer[k]}
+        return without_newer(dump(self), newer)
 
 
 class SourceSection(Section):
@@ -114,7 +114,7 @@ class SourceSection(Section):
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # As in `ColumnMap`: runs from before these keys keep their hash.
         newer = {"template_omits": "nothing", "control_tokens": ()}
-        return {k: v for k, v in dump(self).items() if k not in newer or v != newer[k]}
+        return without_newer(dump(self), newer)
 
 
 class ConditionSection(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -35,6 +36,17 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+
+def without_newer(values: dict[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` of a dump without keys at their defaults in ``newer``, so that settings from before these keys hash
+    as they did. A list is equal to a tuple here: JSON knows no other."""
+    plain = {key: list(each) if isinstance(each, tuple) else each for key, each in newer.items()}
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in plain or (list(value) if isinstance(value, tuple) else value) != plain[key]
+    }
 
 
 @dataclass(frozen=True)

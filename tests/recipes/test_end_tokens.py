@@ -70,7 +70,7 @@ def test_an_adapter_takes_its_end_along_into_the_merged_model(
 ) -> None:
     assert main([*recipe, "peft={type: lora, r: 4}", "train.max_steps=1"]) == 0
     assert ends(tmp_path / "run" / "final") == [EOS, END]
-    assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    assert main(["merge", str(tmp_path / "run"), "--output", str(tmp_path / "merged")]) == 0
     assert ends(tmp_path / "merged") == [EOS, END]
 
 

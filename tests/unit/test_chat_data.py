@@ -347,6 +347,11 @@ def test_control_tokens_that_are_meant_stand() -> None:
         renderer.render(rendered, "Yes.<|im_end|>\nNo.<|im_end|>", AS_RENDERED)
 
 
+def test_a_name_that_is_no_control_token_is_an_error(texts: Callable[..., list[str]]) -> None:
+    with pytest.raises(ConfigError, match=r"control_tokens: '<\|imend\|>'.*mean '<\|im_end\|>'"):
+        texts([pair("Hi", says("Yes."))], CHATML, control_tokens=("<|imend|>",))
+
+
 @pytest.mark.parametrize("end", ["</s>", "<|im_start|>"])
 def test_an_end_of_another_kind_at_the_end_of_a_content_is_refused(end: str) -> None:
     """Where the turn's own end stands there already, it is folded into one; no other is."""

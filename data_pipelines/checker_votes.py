@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from prefopt.signals.checkers import Vote
+from prefopt.storage.json_text import half_surrogate
 
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n?(.*?)```", re.DOTALL | re.IGNORECASE)
 _BANNED = ("download", "requests")
@@ -52,7 +53,9 @@ def read_proposal(text: str) -> Proposal | str:
         return "no_json"
     try:
         found = json.loads(body.strip(), strict=False)
-    except ValueError:
+    except (ValueError, RecursionError):  # a model's answer may be anything
+        return "broken_json"
+    if half_surrogate(found) is not None:
         return "broken_json"
     if not isinstance(found, dict) or not isinstance(found.get("func"), str):
         return "no_func"

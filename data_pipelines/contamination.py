@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt
 
-from data_pipelines.near_duplicates import ngrams, words
 from data_pipelines.sketch import hash64
-from prefopt.errors import ConfigError, suggest
+from data_pipelines.words import ngrams, num_words, words
+from prefopt.data.rows import Refused, Reject
+from prefopt.errors import ConfigError, DataError, suggest
 from prefopt.recipe.schema import PathText, Section, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
 
@@ -46,7 +47,8 @@ class Decontamination(Section):
     """Names of `prefopt eval` tasks, or `{task, options}`, or `{path, column}`."""
     ngram_words: PositiveInt = 13
     """A prompt that shares a run of this many words with an example is dropped; examples that are shorter count
-    where a prompt is the same words and no more. 13 is GPT-3's (arXiv:2005.14165, appendix C)."""
+    where a prompt is the same words and no more. Two characters of a script without spaces count as one word.
+    13 is GPT-3's (arXiv:2005.14165, appendix C)."""
 
     @property
     def sets(self) -> list[EvalSet]:
@@ -95,7 +97,7 @@ class Contamination:
         """The name of an evaluation that asks this prompt, too."""
         tokens = words(text)
         whole = self._short.get(hash64(" ".join(tokens)))
-        if whole is not None or len(tokens) < self.size:
+        if whole is not None or num_words(tokens) < self.size:
             return whole
         runs = map(hash64, ngrams(tokens, self.size))
         return next((self._runs[run] for run in runs if run in self._runs), None)
@@ -108,7 +110,7 @@ class Contamination:
             num_prompts += 1
             digest.update(f"{text}\0".encode())
             tokens = words(text)
-            if len(tokens) < self.size:
+            if num_words(tokens) < self.size:
                 if tokens:
                     self._short.setdefault(hash64(" ".join(tokens)), each.name)
                 continue
@@ -142,9 +144,10 @@ def eval_prompts(each: EvalSet) -> Iterator[str]:
         {"path": each.path, "split": each.split, "columns": {"prompt": each.column}}
     )
     for row in source_rows([section], pairs=False):
-        prompt = getattr(row.found, "prompt", None)
-        if prompt is not None:
-            yield _text(prompt)
+        if not isinstance(row.found, Refused):
+            yield _text(row.found.prompt)
+        elif row.found.reason is Reject.BROKEN_TEXT:  # what cannot be read would not be looked for
+            raise DataError(f"{row.raw.where}: {row.found.detail}. Mend or remove the row")
 
 
 def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:

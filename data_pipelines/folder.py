@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ class StageFolder:
         return self.root / self.id
 
     @property
+    def parts(self) -> Path:
+        """Where the shards of a stage that is to give Parquet lie until all are made."""
+        return self.root / ".parts" / self.id
+
+    @property
     def records(self) -> Path:
         return self.root / _RECORDS / self.id
 
@@ -133,6 +139,7 @@ class StageFolder:
     def set_aside(self) -> list[Path]:
         """Moves all that was made under ``replaced/``: nothing is lost. Returns where it went."""
         moved = []
+        shutil.rmtree(self.parts, ignore_errors=True)
         for path in (self.records, self.shards):  # without a record, shards are nobody's
             if path.exists():
                 moved.append(_aside(self.root, path))
@@ -159,7 +166,9 @@ def dropped_line(dropped: Dropped, id_: str | None) -> str:
     """A dropped row as its line in the list says it."""
     line = {"id": id_, "reason": dropped.reason}
     line |= {"detail": dropped.detail} if dropped.detail is not None else {}
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    text = json.dumps(line, ensure_ascii=False) + "\n"
+    # half of a surrogate pair, escaped as JSON has it: a reason must not stop the list of reasons
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_manifest(root: Path, name: str, stages: Sequence[tuple[str, Mapping[str, Any]]]) -> Path:

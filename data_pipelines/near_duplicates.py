@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +11,11 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from data_pipelines.shards import in_shards
+from data_pipelines.words import ngrams, words
 from prefopt.errors import ConfigError
 from prefopt.recipe.schema import Section
 
 _BATCH = 2_000
-_WORD = re.compile(r"\w+")
 _SEED = 1
 
 
@@ -26,21 +25,10 @@ class NearDuplicates(Section):
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """Similarity from which on two texts are near-duplicates."""
     ngram_words: PositiveInt = 5
-    """Words of an n-gram. A text with fewer is one n-gram."""
+    """Words of an n-gram. A text with fewer is one n-gram. Two characters of a script without spaces, and two
+    symbols, count as one word."""
     num_permutations: Annotated[int, Field(ge=16)] = 128
     """Hashes of a signature: the estimate's standard error is at most 0.5 / √n. 4 bytes each, on disk."""
-
-
-def words(text: str) -> list[str]:
-    """Words in lower case; punctuation and white space do not count."""
-    return _WORD.findall(text.lower())
-
-
-def ngrams(tokens: Sequence[str], size: int) -> list[str]:
-    """The n-grams of a text, as strings; the whole text where it has fewer words than one."""
-    if len(tokens) <= size:
-        return [" ".join(tokens)]
-    return [" ".join(tokens[start : start + size]) for start in range(len(tokens) - size + 1)]
 
 
 def signatures(texts: Iterable[str], settings: NearDuplicates) -> Iterator[np.ndarray[Any, Any]]:

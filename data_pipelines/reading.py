@@ -9,12 +9,13 @@ from typing import Any
 from data_pipelines.rows import OWN_COLUMNS, Row
 from prefopt.data.formats import Reading, canonical, prompt_reading, prompt_row, resolve
 from prefopt.data.readers import RawRow
-from prefopt.data.rows import Refused, column
+from prefopt.data.rows import Refused, column, row_id
 from prefopt.data.rows import Row as Canonical
 from prefopt.data.sources import first_rows, open_source
 from prefopt.errors import DataError
 from prefopt.recipe.schema import SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
+from prefopt.storage.json_text import not_json
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,8 @@ def source_rows(sources: Sequence[SourceSection], *, pairs: bool) -> Iterator[So
                 reading = (
                     resolve(section, raw, pairs=True) if pairs else prompt_reading(section, raw)
                 )
-            name = reading.columns.id
-            id_ = raw.where if name is None else str(column(raw, name))
             found = canonical(raw, reading) if pairs else prompt_row(raw, reading)
-            yield SourceRow(f"{prefix}{id_}", raw, found)
+            yield SourceRow(f"{prefix}{row_id(raw, reading.columns.id)}", raw, found)
         if reading is None:
             raise DataError(f"{section.path}: holds no rows")
 
@@ -68,9 +67,17 @@ def count_source_rows(sources: Sequence[SourceSection]) -> int | None:
 def kept_columns(raw: RawRow, keep: Sequence[str]) -> Row:
     """The columns to keep, under the names they were asked for by (``metadata.answer``).
 
-    Raises: DataError for one that the row lacks, naming those it has.
+    Raises: DataError naming file and line for one that the row lacks, or that no shard can hold.
     """
-    return {name: column(raw, name) for name in keep}
+    kept = {name: column(raw, name) for name in keep}
+    for name, value in kept.items():
+        problem = not_json(value, (name,))
+        if problem is not None:
+            raise DataError(
+                f"{raw.where}: column {problem}, and a pipeline's rows are JSON. Write text, a finite "
+                "number or null there, or leave the column out of keep"
+            )
+    return kept
 
 
 def keep_problems(keep: Sequence[str], document: Document, path: KeyPath) -> list[str]:

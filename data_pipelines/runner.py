@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,9 @@ def _build(pipeline: Pipeline, executor: Executor) -> dict[str, Any]:
             basis = {**basis, "input": digest(done[-1][1]) if done else None}
             write_record(folder.stage_record, basis)
             record = _run(pipeline, stage, folder, basis, shards, executor)
+        shutil.rmtree(
+            folder.parts, ignore_errors=True
+        )  # also those of a run that was cut short here
         done.append((stage.id, record))
         shards = folder.output(record)
         _require_rows(stage, record)
@@ -152,7 +156,9 @@ def _run(
     with Bar(desc=stage.id, unit="row", total=stage.settings.num_rows_in(place)) as bar:
         if stage.spec.works == "map":
             order = _order(pipeline, stage, place, basis["code"])
-            record = run_map(stage.settings, order, folder, executor, bar)
+            record = run_map(
+                stage.settings, order, folder, executor, bar, form=pipeline.settings.format
+            )
         else:
             record = run_whole(stage, place, folder, pipeline.settings, bar)
     record = {"gives": str(stage.gives), "basis": digest(basis), **record}
@@ -170,7 +176,6 @@ def _order(pipeline: Pipeline, stage: BoundStage, place: Place, code: dict[str, 
         code=code,
         gives=stage.gives,
         place=place,
-        format=pipeline.settings.format,
         needs=stage.settings.needs(),
     )
 

@@ -18,7 +18,7 @@ from data_pipelines.folder import dropped_line
 from data_pipelines.manifest import code_hash
 from data_pipelines.registry import get_stage
 from data_pipelines.rows import Row, RowKind, require_columns
-from data_pipelines.shards import Format, ShardFile, read_shard, shard_name, write_shard
+from data_pipelines.shards import ShardFile, read_shard, shard_name, write_shard
 from prefopt.errors import DataError
 from prefopt.recipe.load import import_plugin
 
@@ -36,7 +36,6 @@ class Order:
     """What the driver's code of the stage is; see `stage_code`."""
     gives: RowKind
     place: Place
-    format: Format
     needs: Needs
 
 
@@ -118,7 +117,7 @@ class ShardWorker:
                 "row, a list of rows or Dropped for each of its rows"
             )
         kept, dropped = self._sort(rows, results)
-        name = f"{uuid.uuid4().hex}-{shard_name(job.number, self.order.format)}"
+        name = f"{uuid.uuid4().hex}-{shard_name(job.number)}"
         shard = write_shard(self.order.place.scratch / name, kept)
         tally = Tally(len(rows), len(kept))
         for each, _ in dropped:

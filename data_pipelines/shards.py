@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
+from data_pipelines.parquet_shards import common_schema, parquet_bytes, without_nulls
 from data_pipelines.rows import Row
 from prefopt.errors import DataError
 from prefopt.storage.cache import write_whole
+from prefopt.storage.json_text import not_json
 
-Format = Literal["jsonl", "parquet"]
 _Item = TypeVar("_Item")
 _ENCODE = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False
@@ -31,18 +32,38 @@ class ShardFile:
     sha256: str
 
 
-def shard_name(number: int, form: Format) -> str:
-    return f"{number:05d}.{form}"
+def shard_name(number: int) -> str:
+    """Of a shard as it is made."""
+    return f"{number:05d}.jsonl"
 
 
 def write_shard(path: Path, rows: Sequence[Row]) -> ShardFile:
-    """Writes ``rows`` in the format of the suffix. Equal rows give equal bytes.
+    """Writes ``rows`` as JSON lines, in a folder that is named after its stage. Equal rows give equal bytes.
 
-    Raises: DataError if the disk is full, or a row cannot be a row of that format.
+    Raises: DataError if the disk is full, or naming the row that no JSON can hold.
     """
-    data = _encode(path, rows)
+    return _write(path, len(rows), _lines(path, rows))
+
+
+def write_parquet(parts: Sequence[ShardFile], folder: Path) -> list[ShardFile]:
+    """Shards of JSON lines as Parquet in ``folder``, under the same names and in one schema.
+
+    Raises: DataError if the disk is full, or naming the row that does not go with the others.
+    """
+    schema = common_schema((read_shard(part) for part in parts), folder.name)
+    return [
+        _write(
+            folder / f"{part.path.stem}.parquet",
+            part.rows,
+            parquet_bytes(read_shard(part), schema, folder.name),
+        )
+        for part in parts
+    ]
+
+
+def _write(path: Path, rows: int, data: bytes) -> ShardFile:
     write_whole(path, data)
-    return ShardFile(path, len(rows), hashlib.sha256(data).hexdigest())
+    return ShardFile(path, rows, hashlib.sha256(data).hexdigest())
 
 
 def read_shard(shard: ShardFile) -> list[Row]:
@@ -88,27 +109,17 @@ def in_shards(rows: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
         yield batch
 
 
-def _encode(path: Path, rows: Sequence[Row]) -> bytes:
-    if path.suffix == ".jsonl":
+def _lines(path: Path, rows: Sequence[Row]) -> bytes:
+    lines = []
+    for row in rows:
         try:
-            lines = map(_ENCODE, rows)
-            return "".join(f"{line}\n" for line in lines).encode()
-        except (ValueError, TypeError, UnicodeEncodeError) as error:
+            lines.append(f"{_ENCODE(row)}\n".encode())
+        except (ValueError, TypeError, RecursionError) as error:
+            where = f"stage {path.parent.name!r}, row {row.get('id')!a}"
             raise DataError(
-                f"{path}: a row is not JSON: {error} (NaN, or half a surrogate pair?)"
+                f"{where}: column {not_json(row) or error}, and a shard's rows are JSON"
             ) from error
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.Table.from_pylist(list(rows))
-        sink = io.BytesIO()
-        pyarrow.parquet.write_table(table, sink)
-    except (pyarrow.ArrowException, UnicodeEncodeError) as error:
-        raise DataError(
-            f"{path}: its rows have no common Parquet type ({error}). Columns of mixed types need format: jsonl"
-        ) from error
-    return sink.getvalue()
+    return b"".join(lines)
 
 
 def _decode(path: Path, data: bytes) -> list[Row]:
@@ -116,11 +127,4 @@ def _decode(path: Path, data: bytes) -> list[Row]:
         return [json.loads(line) for line in data.decode("utf-8").split("\n") if line]
     import pyarrow.parquet
 
-    return [_without_nulls(row) for row in pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()]
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value without the keys that Parquet filled in because other rows have them."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+    return [without_nulls(row) for row in pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()]

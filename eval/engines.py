@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.base import Answer, Decoding, Message
-from eval.models import run_condition
+from eval.models import asked, run_condition
 from prefopt.data.options import PLAIN, RenderOptions
-from prefopt.data.render import Renderer, conditioned
+from prefopt.data.render import Renderer
 from prefopt.data.render import Request as ToRender
 from prefopt.data.rows import Refused
 from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
@@ -80,8 +80,13 @@ class Generator:
 
     def prompt_tokens(self, prompt: Prompt, options: RenderOptions = PLAIN) -> int | None:
         """Length of a prompt; None where it cannot be rendered."""
+        ids = self.prompt_ids(prompt, options)
+        return None if ids is None else len(ids)
+
+    def prompt_ids(self, prompt: Prompt, options: RenderOptions = PLAIN) -> tuple[int, ...] | None:
+        """What the policy is asked, a target reward written in; None where it cannot be rendered."""
         ids = self._ids(prompt, options)
-        return None if isinstance(ids, Answer) else len(ids)
+        return None if isinstance(ids, Answer) else ids
 
     def start(self, longest: int) -> None:
         """Starts the engine for prompts + answers of up to ``longest`` tokens, or the model's context.
@@ -157,11 +162,10 @@ class Generator:
         return 10**9 if self.context is None else self.context - num_prompt_tokens
 
     def _ids(self, prompt: Prompt, options: RenderOptions) -> tuple[int, ...] | Answer:
-        content = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-        if self.condition is not None:
-            content = conditioned(content, self.condition.template, self.condition.target)
+        content = asked(prompt, self.condition)
         try:
-            (found,) = self.renderer.render_batch([ToRender(content, (), options=asked(options))])
+            request = ToRender(content, (), options=when_asked(options))
+            (found,) = self.renderer.render_batch([request])
         except ModelError as error:
             raise ModelError(
                 f"{self.policy.path!r} has no chat template, and this task asks in chat messages. Evaluate an "
@@ -180,7 +184,7 @@ class Generator:
         ]
 
 
-def asked(options: RenderOptions) -> RenderOptions:
+def when_asked(options: RenderOptions) -> RenderOptions:
     """Of a prompt that is answered now: what earlier answers thought, templates leave out by design."""
     return replace(options, omits="history") if options.omits == "nothing" else options
 

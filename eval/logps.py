@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.models import Models
+from eval.models import Models, run_condition
 from prefopt.data.render import Renderer
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.frozen import token_logps
@@ -19,7 +19,7 @@ from prefopt.model.layouts import build_logp_model
 from prefopt.model.load import check_vocabulary, load_policy, load_tokenizer
 from prefopt.model.logps import LogpModel
 from prefopt.model.source import resolve_source
-from prefopt.recipe.schema import ModelSection
+from prefopt.recipe.schema import ConditionSection, ModelSection
 from prefopt.types import Group
 
 logger = logging.getLogger("prefopt.eval")
@@ -39,6 +39,8 @@ class Policies:
     """Longest prompt + response of either, in tokens; None without a limit."""
     device: torch.device
     batch_tokens: int
+    condition: ConditionSection | None = None
+    """How MODEL's run wrote rewards into its prompts: what MODEL answers is scored after such a prompt."""
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[LogpModel]:
@@ -99,6 +101,7 @@ def load_policies(models: Models, *, task: str, reference: bool) -> Policies:
         min((length for length in contexts if length is not None), default=None),
         device,
         models.batch_tokens,
+        run_condition(models.policy.path),
     )
 
 

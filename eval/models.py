@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,18 @@ def run_condition(path: str) -> ConditionSection | None:
         return ConditionSection.model_validate((recipe.get("data") or {}).get("condition") or {})
     except ValueError as error:
         raise ModelError(f"{path}: its {RUN_FILE} has another data.condition: {error}") from error
+
+
+def asked(
+    prompt: str | Sequence[Mapping[str, Any]], condition: ConditionSection | None
+) -> str | list[dict[str, Any]]:
+    """A prompt as the policy is asked it: with the target reward of its run, where it was trained with rewards."""
+    from prefopt.data.render import conditioned
+
+    content = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+    return (
+        content if condition is None else conditioned(content, condition.template, condition.target)
+    )
 
 
 def condition_problems(path: str, asked: ConditionSection | None) -> list[str]:

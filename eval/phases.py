@@ -21,7 +21,7 @@ from eval.base import (
 from eval.engines import Generator
 from eval.generate import Samples, generate, overridden
 from eval.judging import Asked, judge_all, judge_sampling, judgments, open_judge, usage
-from eval.models import Models
+from eval.models import Models, run_condition
 from eval.provenance import (
     data_hash,
     describe_decodings,
@@ -251,6 +251,8 @@ class TaskRun:
             "seed": self.settings.seed,
             "judge": self.models.judge.model if self.models.judge else None,
         }
+        if (condition := run_condition(self.models.policy.path)) is not None:
+            basis["condition"] = condition.model_dump()
         with Store(folder / "rows.jsonl", basis) as store:
             missing = [example for example in examples if example.key not in store]
             if missing:

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from eval.base import Example, Message
-from eval.sources import file_rows, keyed, text_key
+from eval.sources import file_rows, keyed, source_at, text_key
 from prefopt.data.formats import canonical, prompt_reading, prompt_row, resolve
 from prefopt.data.readers import RawRow
-from prefopt.data.rows import Refused, Row, has_column
+from prefopt.data.rows import Refused, Row, has_column, shown
 from prefopt.data.rows import column as column_value
 from prefopt.data.sources import first_rows, open_source
 from prefopt.errors import ConfigError, DataError
@@ -54,9 +54,8 @@ def source_section(
 
     Raises: ConfigError for a key that is no column.
     """
-    return SourceSection(
-        path=data, format=format, columns=column_map(task, columns or {}), split=split
-    )
+    read_by = {"format": format, "columns": column_map(task, columns or {}), "split": split}
+    return source_at(f"tasks.{task}.data", path=data, **read_by)
 
 
 def option_sections(
@@ -277,8 +276,8 @@ def _number(row: RawRow, name: str) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{row.where}: column {name!r} = {value!r} is no number") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{row.where}: column {name!r} = {shown(value)} is no number") from error
     return number if math.isfinite(number) else None
 
 

@@ -33,7 +33,9 @@ def score_file(
             f"{name}: reads no published files; run it: prefopt eval MODEL --tasks {name}"
         )
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(
+            f"{path}: {'is a directory' if path.is_dir() else 'no such file'}; give one file"
+        )
     found = task.read(path)
     if model is not None:
         if model not in found:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from eval.base import Example, Row
-from eval.models import Models
+from eval.models import Models, asked
 from eval.preference_data import response_text
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.registry import get_signal
@@ -220,7 +220,7 @@ class LogpScorer:
         requests = []
         for pair in pairs:
             sides = tuple(_message(pair.fields[name]) for name in ("chosen", "rejected"))
-            prompt = pair.prompt if isinstance(pair.prompt, str) else [dict(m) for m in pair.prompt]
+            prompt = asked(pair.prompt, self.policies.condition)
             requests.append(Request(prompt, sides, options=pair.options))
         limits = Limits(self.limit)
         return [check(each, limits) for each in self.policies.renderer.render_batch(requests)]

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.data.readers import RawRow, data_suffix, read_rows
-from prefopt.data.sources import open_source
+from prefopt.data.sources import open_source, sound_rows
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.load import validated
 from prefopt.recipe.schema import SourceSection
 
 
@@ -34,25 +35,37 @@ def benchmark_rows(
         a broken file, naming file and line.
     """
     if path is not None:
-        return list(open_source(SourceSection(path=path)).rows())
+        return _rows(source_at(option, path=path))
     if hub is None:
         raise ConfigError(f"{option} is missing: the path of the file with its examples")
-    section = SourceSection(path=hub, split=split, subset=subset, revision=revision)
+    section = source_at(option, path=hub, split=split, subset=subset, revision=revision)
     try:
-        return list(open_source(section).rows())
+        return _rows(section)
     except (DataError, ConfigError) as error:
         raise ConfigError(
             f"the hub data set {hub} is not to be had ({error}). Give a file: {option}=PATH"
         ) from error
 
 
+def source_at(option: str, **keys: Any) -> SourceSection:
+    """The source that an option names. Raises: ConfigError, naming it, for what is none."""
+    found = validated(SourceSection, keys, place=tuple(option.split(".")))
+    if found.value is None:
+        raise ConfigError(found.problems)
+    return found.value
+
+
+def _rows(section: SourceSection) -> list[RawRow]:
+    return list(sound_rows(open_source(section).rows()))
+
+
 def file_rows(path: Path) -> list[RawRow]:
     """The rows of one local file. Raises: DataError naming file and line."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
     if data_suffix(path) is None:
         raise DataError(f"{path}: must be a .json, .jsonl, .csv (each also .gz) or .parquet file")
-    return list(read_rows(path, path.name))
+    return list(sound_rows(read_rows(path, path.name)))
 
 
 def keyed(

@@ -11,6 +11,10 @@ from typing import Any
 class PrefoptError(Exception):
     """Base of every error this project raises on purpose; the command line prints it without a traceback."""
 
+    def __str__(self) -> str:
+        """The message, which can be written anywhere: it may quote half of a surrogate pair from a file."""
+        return super().__str__().encode("utf-8", "backslashreplace").decode("utf-8")
+
 
 class ConfigError(PrefoptError):
     """One or more problems of a recipe, all reported at once.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -33,14 +34,15 @@ from prefopt.model.load import (
     load_policy,
     load_tokenizer,
 )
-from prefopt.model.logps import LogpModel, unwrap_causal_lm
-from prefopt.model.micro_batches import SplitLimits, longest_row_tokens
+from prefopt.model.logps import LogpModel
+from prefopt.model.micro_batches import longest_row_tokens, split_limits
+from prefopt.model.precision import keeps_masters, refuse_half, with_precision
 from prefopt.model.reward_model import load_reward_model
 from prefopt.model.scores import ScoreModel
 from prefopt.recipe.checks import check
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.registry import BoundObjective, stage_objective
-from prefopt.recipe.schema import DEFAULT_MICRO_BATCH_TOKENS, Recipe, TrainSection
+from prefopt.recipe.schema import Recipe
 from prefopt.reference.base import Reference
 from prefopt.reference.choose import (
     live_reference,
@@ -91,8 +93,9 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     data, objective = load_run_data(recipe, tokenizer), run_objective(recipe)
     if objective.reads_samples and data.train is not None and not recipe.has_rollouts:
         check_labels(recipe.data, objective, data.train)  # before a model is loaded in vain
+    recipe = with_precision(recipe, has_cuda=torch.cuda.is_available())
     accelerator = _accelerator(recipe)
-    policy = load_trained(recipe, tokenizer)
+    policy = load_trained(recipe, tokenizer, masters=not keeps_masters(accelerator))
     check_vocabulary(policy.model, tokenizer)
     add_end_tokens(policy.model, end_token_ids(tokenizer, data.end_ids))
     check_ending(recipe, policy, tokenizer, accelerator)
@@ -119,12 +122,18 @@ def run_objective(recipe: Recipe) -> BoundObjective:
     return stage_objective(recipe.stage, **margin)
 
 
-def load_trained(recipe: Recipe, tokenizer: Any) -> LoadedPolicy:
-    """What the recipe trains, as it is before the first step: a policy, or a reward model."""
+def load_trained(recipe: Recipe, tokenizer: Any, *, masters: bool = True) -> LoadedPolicy:
+    """What the recipe trains, as it is before the first step: a policy, or a reward model.
+
+    Args:
+        masters: hold it in float32 (`prefopt.model.precision`); False where the launch does.
+    """
     model, peft, seed = recipe.model, recipe.peft, recipe.train.seed
     if recipe.stage == "reward_model":
-        return load_reward_model(model, peft, seed=seed, pad_token_id=tokenizer.pad_token_id)
-    return load_policy(model, peft, seed=seed)
+        return load_reward_model(
+            model, peft, seed=seed, pad_token_id=tokenizer.pad_token_id, masters=masters
+        )
+    return load_policy(model, peft, seed=seed, masters=masters)
 
 
 def _run(
@@ -226,7 +235,7 @@ def _wire_offline(wiring: _Wiring, module: Module) -> _Wired:
     settings, source, held_out = recipe.train, wiring.train_source, wiring.eval_source
     assert source is not None  # the check has seen to it
     longest = longest_row_tokens(source, module.packed)
-    limits = _split_limits(settings, module, longest, accelerator)
+    limits = split_limits(settings, module, longest, accelerator.device)
     draw = None
     if wiring.objective.reads_samples:
         draw = build_draw(recipe.data.sampling, wiring.objective, source)
@@ -266,7 +275,7 @@ def _wire_rollouts(
     needed = most_group_tokens(recipe, wiring.objective, prompts, packed=module.packed)
     sources = [s for s in (wiring.train_source, wiring.eval_source) if s is not None]
     longest = max([needed, *(longest_row_tokens(source, module.packed) for source in sources)])
-    limits = _split_limits(recipe.train, module, longest, accelerator)
+    limits = split_limits(recipe.train, module, longest, accelerator.device)
     check_group_tokens(longest, limits)
     outside = None
     if wiring.objective.needs_reference and recipe.reference_name == "model":
@@ -296,6 +305,7 @@ def _wire_rollouts(
 def _prepared(wiring: _Wiring, module: Module) -> tuple[Any, Any]:
     """The wrapped model and optimizer."""
     settings = wiring.recipe.train
+    refuse_half(module, masters_kept=keeps_masters(wiring.accelerator))
     configure_deepspeed(wiring.accelerator, settings.max_grad_norm)
     optimizer = build_optimizer(module, settings)
     with compiling(wiring.accelerator):
@@ -316,25 +326,9 @@ def save_verified(
     if accelerator.is_main_process:
         assert state is not None
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        save_final(policy.model, tokenizer, directory, state_dict=state)
+        save_final(policy.model, tokenizer, directory, state_dict=policy.to_save(state))
         logger.info("saved and verified %s", directory)
     accelerator.wait_for_everyone()
-
-
-def _split_limits(
-    settings: TrainSection, module: Module, longest: int, accelerator: Accelerator
-) -> SplitLimits:
-    """The recipe's bounds on one forward, or the device's defaults, never below the longest row."""
-    tokens = settings.micro_batch_tokens
-    if tokens is None:
-        tokens = DEFAULT_MICRO_BATCH_TOKENS
-        if accelerator.device.type == "cpu":
-            config = unwrap_causal_lm(module.model).config.get_text_config(decoder=True)
-            # Some 200 MB of activations: enough tokens to fill the cores, and no slower than more
-            # (measured with bench/offline_step.py: 2 pairs a forward against 8).
-            tokens = max(256, 2**20 // (config.num_hidden_layers * config.hidden_size))
-        tokens = max(tokens, longest)
-    return SplitLimits(tokens, settings.micro_batch_size, module.packed)
 
 
 def _longest_wait_s(recipe: Recipe) -> float:
@@ -347,7 +341,8 @@ def _longest_wait_s(recipe: Recipe) -> float:
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
-    precision = "no" if recipe.train.precision == "fp32" else recipe.train.precision
+    precision = recipe.train.precision
+    precision = "no" if precision in ("fp32", "auto") else precision
     try:
         accelerator = Accelerator(
             mixed_precision=precision,

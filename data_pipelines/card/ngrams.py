@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from data_pipelines.card.findings import Check, Section, TableView, grade, judged
 from data_pipelines.card.pairs import PairView
-from data_pipelines.near_duplicates import words
+from data_pipelines.words import words
 
 _SIZES = (1, 2, 3)
 _PRIOR = 1_000.0

@@ -11,7 +11,7 @@ from data_pipelines.rows import prompt_text
 from prefopt.data.formats import Reading, canonical, resolve
 from prefopt.data.options import PLAIN, RenderOptions
 from prefopt.data.readers import RawRow
-from prefopt.data.rows import Refused, Reject, column, has_column, score
+from prefopt.data.rows import Refused, Reject, has_column, row_id, score
 from prefopt.data.sources import first_rows, open_source
 from prefopt.errors import DataError
 from prefopt.recipe.load import load_settings
@@ -117,9 +117,8 @@ def _view(raw: RawRow, reading: Reading) -> PairView | RefusedPair:
     if isinstance(found, Refused):
         return RefusedPair(found.reason, None not in scores and scores[0] == scores[1])
     sides = [each if isinstance(each, str) else str(each["content"]) for each in found.responses]
-    name = reading.columns.id
     return PairView(
-        raw.where if name is None else str(column(raw, name)),
+        row_id(raw, reading.columns.id),
         found.prompt,
         prompt_text({"prompt": found.prompt}),
         sides[0],

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from data_pipelines.card.findings import Check, Section, TableView, grade, judged, share_check
 from data_pipelines.card.pairs import PairView
+from data_pipelines.words import words
 from prefopt.errors import ConfigError
 
 _SIDES = ("chosen", "rejected")
@@ -152,7 +153,7 @@ def repetition_check(sample: Sequence[PairView]) -> tuple[Check, dict[str, float
         for side, text in zip(_SIDES, (pair.chosen, pair.rejected), strict=True):
             # each word by its first place: the signal counts ids
             first: dict[str, int] = {}
-            ids = tuple(first.setdefault(word, len(first)) for word in text.split())
+            ids = tuple(first.setdefault(word, len(first)) for word in words(text))
             counts[side] += repeated_frac(ids, _NGRAM) > _REPEATED_FRAC
     shares = {side: count / max(1, len(sample)) for side, count in counts.items()}
     verdict = grade(shares["chosen"], look=0.02, stop=0.1)

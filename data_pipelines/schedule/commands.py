@@ -18,15 +18,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
-import yaml
-
 from data_pipelines.manifest import changes
 from data_pipelines.schedule.base import Found, Schedule, Task
 from data_pipelines.schedule.walk import Walk
 from prefopt.engines.child import GuardedProcess, describe_exit
 from prefopt.errors import ConfigError, TrainingError
+from prefopt.recipe.yaml_file import read_yaml
+from prefopt.recipe.yaml_values import dump_yaml
 from prefopt.storage.cache import atomic_write
-from prefopt.storage.reading import UnreadableError, as_object, in_words, reading
 
 logger = logging.getLogger("prefopt.data")
 _POLL_S = 0.2
@@ -111,7 +110,7 @@ def _run(start: Start, task: Task) -> Found:
     _refuse_changes(task)
     if not task.settings.is_done(task):
         with atomic_write(task.file) as temporary:
-            text = yaml.safe_dump(task.raw, sort_keys=False, allow_unicode=True)
+            text = dump_yaml(task.raw)
             temporary.write_text(text, encoding="utf-8")
         program, *arguments = task.settings.command(task)
         shown = shlex.join([program, *arguments])
@@ -133,17 +132,20 @@ def _refuse_changes(task: Task) -> None:
     """Raises ConfigError if a step that has begun would now be another one."""
     if not task.file.is_file():
         return
-    advice = "Restore it, or delete it: the step then begins with what the schedule says"
-    with reading(task.file, "what a step began with", advice):
-        try:
-            was = as_object(yaml.safe_load(task.file.read_bytes()))
-        except yaml.YAMLError as error:
-            raise UnreadableError(in_words(error)) from error
+    try:
+        was = read_yaml(task.file)
+    except ConfigError as error:
+        problems = error.problems
+    else:
+        problems = list(was.problems)
+    if problems:
+        advice = "Restore it, or delete it: the step then begins with what the schedule says"
+        raise ConfigError([f"{problem}. {advice}" for problem in problems], source=str(task.file))
     again = task.place.folder if task.place.turns else f"{task.file} and {task.output}"
     problems = [
         f"{task.title} has begun with another {task.file.name}: {change}. Put it back, or take another "
         f"output_dir, or delete {again} and the steps after it to make them again"
-        for change in changes(was, json.loads(json.dumps(task.raw)))
+        for change in changes(was.raw, json.loads(json.dumps(task.raw)))
     ]
     if problems:
         raise ConfigError(problems)

@@ -15,7 +15,7 @@ from data_pipelines.rows import Row, RowKind, prompt_text
 from data_pipelines.stages.pair import is_scored, pair_rows
 from data_pipelines.templates import read_template, template_basis, with_prompt_text
 from prefopt.data.rows import column
-from prefopt.data.sources import open_source
+from prefopt.data.sources import open_source, sound_rows
 from prefopt.errors import DataError
 from prefopt.recipe.schema import Fraction, PathText, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
@@ -93,7 +93,7 @@ class Constrain(StageSettings):
 
     def _queries(self) -> list[str]:
         """Distinct queries of the right length, in file order. Raises: DataError if there are too few."""
-        rows = open_source(SourceSection(path=self.queries)).rows()
+        rows = sound_rows(open_source(SourceSection(path=self.queries)).rows())
         texts = (_query(column(row, self.query)) for row in rows)
         fits = (text for text in texts if self.min_chars <= len(text) <= self.max_chars)
         found = list(dict.fromkeys(fits))

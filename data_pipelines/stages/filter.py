@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt
 from data_pipelines.base import Dropped, Place, Result, RowByRow, StageSettings
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, prompt_text, responses_of
+from prefopt.data.rows import shown
 from prefopt.errors import DataError
 from prefopt.recipe.schema import Fraction, NonNegativeFloat
 from prefopt.recipe.yaml_file import Document, KeyPath
@@ -204,7 +205,7 @@ def number_at(row: Mapping[str, Any], path: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"row {row.get('id')}: column {path!r} = {value!r}: must be a number")
+        raise DataError(f"row {row.get('id')}: column {path!r} = {shown(value)}: must be a number")
     return value
 
 

@@ -11,9 +11,10 @@ from pydantic import Field
 
 from data_pipelines.base import Dropped, Place, StageSettings
 from data_pipelines.external_order import reordered
+from data_pipelines.reading import kept_columns
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, require_columns
-from prefopt.data.sources import LocalFiles, open_source
+from prefopt.data.sources import LocalFiles, open_source, sound_rows
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.schema import PathText, Section, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
@@ -101,8 +102,9 @@ def _open(source: MixSource) -> LocalFiles:
 
 
 def _source_rows(source: MixSource, kind: RowKind) -> Iterator[Row]:
-    for raw in _open(source).rows():
+    for raw in sound_rows(_open(source).rows()):
         require_columns(raw.data, kind, raw.where)
+        kept_columns(raw, tuple(raw.data))  # raises for what no shard can hold
         yield {key: value for key, value in raw.data.items() if value is not None}
 
 

@@ -25,6 +25,7 @@ from data_pipelines.reading import (
 from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, prompt_text
 from data_pipelines.sketch import hash64
+from data_pipelines.words import words
 from prefopt.data.rows import Refused
 from prefopt.recipe.schema import ModelSection, PathText, Section, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
@@ -84,6 +85,10 @@ class Prompts(StageSettings):
     """In an order drawn by the pipeline's seed; otherwise as they come."""
     max_prompts: PositiveInt | None = None
     """Keep the first so many, after shuffling."""
+
+    def code(self) -> tuple[Any, ...]:
+        near = () if self.near_duplicates is None else (NearDuplicates, words)
+        return (*near, *(() if self.decontaminate is None else (Contamination, words)))
 
     def problems(self, reads: RowKind | None, document: Document, path: KeyPath) -> list[str]:
         found = keep_problems(self.keep, document, path)

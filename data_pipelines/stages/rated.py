@@ -20,7 +20,7 @@ from data_pipelines.reading import (
 from data_pipelines.registry import stage
 from data_pipelines.rows import SIDES, Row, RowKind
 from prefopt.data.readers import RawRow
-from prefopt.data.rows import Refused, column
+from prefopt.data.rows import Refused, as_float, column, shown
 from prefopt.errors import DataError
 from prefopt.recipe.schema import Section, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
@@ -184,7 +184,7 @@ def _from_list(raw: RawRow, number: int, item: Any, keys: ResponseList) -> dict[
             f"{raw.where}: {keys.column}.{number} is {type(item).__name__}; with responses.text = {keys.text!r} "
             f"each response must be {'a text' if keys.text is None else 'an object'}"
         )
-    inner = RawRow(f"{raw.where}, {keys.column}", number, item, raw.filled_nulls)
+    inner = RawRow(f"{raw.where}, {keys.column}", number, item, filled_nulls=raw.filled_nulls)
     response = {"text": _text(inner, keys.text)} | _score(inner, keys.score)
     if keys.model is not None:
         response["model"] = str(column(inner, keys.model))
@@ -207,12 +207,9 @@ def _score(raw: RawRow, name: str | None) -> dict[str, float]:
     value = column(raw, name)
     if value is None or value == "":
         return {}
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = as_float(value)
     if not math.isfinite(number):
         raise DataError(
-            f"{raw.where}: column {name!r} = {value!r}: a score must be a finite number"
+            f"{raw.where}: column {name!r} = {shown(value)}: a score must be a finite number"
         )
     return {"score": number}

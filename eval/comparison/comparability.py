@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from eval.comparison.outputs import Output, TaskResult
+from eval.comparison.outputs import Output, TaskResult, measured_by
 from eval.registry import get_task, task_names
 from prefopt.errors import ConfigError
 
@@ -39,7 +39,8 @@ class Mismatch:
 def mismatches(task: str, outputs: Sequence[Output]) -> list[Mismatch]:
     """What makes the results of one task different measurements: to be refused.
 
-    Version, examples, decoding, judge (model, sampling, prompt), the other side of the comparison, options.
+    Version, examples, decoding, judge (model, sampling, prompt), the other side of the comparison, what is
+    measured, options.
     """
     results = {output.name: output.tasks[task] for output in outputs}
     found = [
@@ -47,6 +48,9 @@ def mismatches(task: str, outputs: Sequence[Output]) -> list[Mismatch]:
         for what, read in _DECIDING
         if _differ(values := {name: _shown(read(result)) for name, result in results.items()})
     ]
+    measures = {output.name: _shown(measured_by(output, task)) for output in outputs}
+    if _differ(measures):
+        found.append(Mismatch(task, "what the scores are", measures))
     data = {result.made.get("data_hash") for result in results.values()}
     limits = {output.name: _shown(output.head.get("limit")) for output in outputs}
     # A limit above the number of examples changes nothing; the examples' hash tells.

@@ -149,6 +149,18 @@ def open_examples(output: Output, task: str) -> ExampleFile:
     return ExampleFile(path, value_name, values, offsets)
 
 
+def measured_by(output: Output, task: str) -> str | None:
+    """What a task's scores are, where it has several (``implicit_reward``, ``mean_logp``, …), by its rows.
+
+    An option left at `auto` does not say it: that goes by what the model is.
+    """
+    path = output.path / task_folder(task) / EXAMPLES_FILE
+    if not path.is_file():  # `open_examples` says so
+        return None
+    found = ((row.get("details") or {}).get("by") for _, _, row in _rows(path))
+    return next((str(by) for by in found if by is not None), None)
+
+
 def _rows(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """``(line number, offset in bytes, row)``; a row has its key, values and problem."""
     offset = 0

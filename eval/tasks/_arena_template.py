@@ -8,6 +8,7 @@ from typing import Any
 
 from eval.base import Message, Template
 from prefopt.errors import ConfigError
+from prefopt.recipe.yaml_file import read_yaml
 from prefopt.signals.judge import fill
 
 _NAME = "pairwise, five labels"
@@ -59,14 +60,15 @@ def judge_messages(
 
 
 def _read_config(option: str, path: str) -> Mapping[Any, Any]:
-    import yaml
-
     try:
-        data = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{option} = {path!r}: cannot be read: {error}") from error
-    if not isinstance(data, Mapping):
+        document = read_yaml(Path(path).expanduser())
+    except ConfigError as error:
+        problems = error.problems
+    else:
+        problems = document.problems
+    if problems:
         raise ConfigError(
-            f"{option} = {path!r}: must be a mapping with system_prompt and prompt_template"
+            f"{option} = {path!r}: must be a mapping with system_prompt and prompt_template: {problem}"
+            for problem in problems
         )
-    return data
+    return document.raw

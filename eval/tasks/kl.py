@@ -115,7 +115,7 @@ class Kl:
             for example in examples
         ]
         asks = [
-            Ask(example.prompt, self.preset, each)
+            Ask(example.prompt, self.preset, each, example.options)
             for example, each in zip(examples, seeds, strict=True)
         ]
         answers = opened.generator.answer(asks)
@@ -166,15 +166,12 @@ class Kl:
 
 def _group(opened: _Opened, example: Example, answers: Sequence[Answer]) -> Any:
     """The sampled ids behind the very ids they were sampled after; None if nothing was, or it is too long."""
-    from eval.engines import asked
     from prefopt.types import Group, Response
 
     if not any(answer.ids for answer in answers):
         return None
-    prompt = (
-        example.prompt if isinstance(example.prompt, str) else [dict(m) for m in example.prompt]
-    )
-    ids = opened.policies.renderer.prompt_ids(prompt, asked(example.options))
+    ids = opened.generator.prompt_ids(example.prompt, example.options)
+    assert ids is not None  # it was answered
     longest = len(ids) + max(len(answer.ids or ()) for answer in answers)
     if opened.policies.context is not None and longest > opened.policies.context:
         return None  # the reference's context is shorter than the policy's

@@ -20,6 +20,7 @@ from eval.sources import benchmark_rows, file_rows, require
 from eval.statistics import problem_counts
 from prefopt.data.readers import RawRow, data_suffix
 from prefopt.errors import DataError
+from prefopt.storage.json_text import half_surrogate, parse_json
 
 SECTIONS: dict[str, dict[str, int]] = {
     "Chat": {
@@ -358,7 +359,9 @@ def _whole_object(path: Path) -> dict[str, Any] | None:
     if not path.is_file() or data_suffix(path) != ".json" or path.suffix == ".gz":
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError:
         return None  # JSON lines, or broken: the reader of rows says where
+    if (place := half_surrogate(found)) is not None:
+        raise DataError(f"{path}: {place!r} holds half of a surrogate pair. Mend or remove it")
     return found if isinstance(found, dict) else None

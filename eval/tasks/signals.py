@@ -12,12 +12,12 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from eval.base import Answer, Conversations, Decoding, Example, Judgments, Metric, Row, Summary
 from eval.registry import task
-from eval.sources import keyed, text_key
+from eval.sources import keyed, source_at, text_key
 from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.formats import Reading, prompt_reading, prompt_row
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, column
-from prefopt.data.sources import open_source
+from prefopt.data.sources import open_source, sound_rows
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.entries import Entry
 from prefopt.recipe.load import import_plugin, validated
@@ -88,7 +88,8 @@ def signals(
     if problems or found.value is None:
         raise ConfigError(problems)
     columns = ColumnMap(prompt=prompt, system=system, id=id)
-    source = SourceSection(path=data, split=split, subset=subset, format=format, columns=columns)
+    read_by = {"split": split, "subset": subset, "format": format, "columns": columns}
+    source = source_at("tasks.signals.data", path=data, **read_by)
     decoding = Decoding(max_new_tokens, temperature=temperature, num_samples=samples)
     return Signals(source, found.value.signals, decoding)
 
@@ -105,7 +106,7 @@ class Signals:
         self._signals: WeightedSignals | None = None
 
     def examples(self) -> list[Example]:
-        rows = list(open_source(self.source).rows())
+        rows = list(sound_rows(open_source(self.source).rows()))
         if not rows:
             raise DataError(f"tasks.signals.data = {self.source.path!r}: holds no rows")
         reading = prompt_reading(self.source, rows[0])

@@ -51,7 +51,8 @@ def export_checkpoint(run_dir: Path, checkpoint: Path, output: Path) -> None:
     try:
         seen = read_run(run_dir, ModelError).get("data", {}).get("end_token_ids", ())
         add_end_tokens(policy.model, end_token_ids(tokenizer, seen))
-        save_final(policy.model, tokenizer, output)
+        state = policy.to_save(dict(policy.model.named_parameters()))
+        save_final(policy.model, tokenizer, output, state_dict=state)
     except OSError as error:
         raise TrainingError(f"{output}: cannot be written: {error}") from error
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from prefopt.data.formats import Reading, canonical, prompt_reading, prompt_row,
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import column
 from prefopt.data.sources import first_rows, open_source
-from prefopt.errors import DataError, PrefoptError, suggest
+from prefopt.errors import ConfigError, DataError, PrefoptError, suggest
+from prefopt.recipe.checks import examine
 from prefopt.recipe.checks.files import is_local, is_local_data, read_adapter_config
 from prefopt.recipe.checks.rules import PROBE_PROMPTS, named_sources
 from prefopt.recipe.schema import Recipe, SourceSection
@@ -25,6 +26,20 @@ NUM_ROWS = 8
 """Rows looked at of each source: what is wrong with a column map is wrong with the first."""
 
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+
+
+def examine_and_look(
+    path: str, overrides: Sequence[str] = (), *, num_processes: int | None, assume_cuda: bool
+) -> list[str]:
+    """Notes about a recipe that is sound by the rules and by what is on this machine.
+
+    Raises: ConfigError with every problem that the rules find, or, of a recipe that passes them, its inputs.
+    """
+    recipe, notes = examine(path, overrides, num_processes=num_processes, assume_cuda=assume_cuda)
+    problems, not_seen = look(recipe)
+    if problems:
+        raise ConfigError(problems, source=path)
+    return [*notes, *not_seen]
 
 
 def look(recipe: Recipe) -> tuple[list[str], list[str]]:

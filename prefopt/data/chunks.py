@@ -16,7 +16,7 @@ import numpy as np
 from prefopt.data.formats import Reading, canonical
 from prefopt.data.readers import RawRow
 from prefopt.data.render import Rendered, Renderer, Request
-from prefopt.data.rows import Refused, Reject, Row, column
+from prefopt.data.rows import Refused, Reject, Row, row_id
 from prefopt.data.samples import SampleReader, prompt_key
 
 _IN_FLIGHT = 3
@@ -143,7 +143,7 @@ def _loss_mask(rendered: Rendered) -> np.ndarray:
 
 def _row_id(row: RawRow, reading: Reading) -> str:
     name, side = reading.columns.id, reading.labels.side if reading.labels is not None else ""
-    found = row.where if name is None else str(column(row, name))
+    found = row_id(row, name)
     return f"{found}#{side}" if side else found
 
 

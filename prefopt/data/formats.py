@@ -112,6 +112,8 @@ def prompt_row(row: RawRow, reading: Reading) -> Row | Refused:
     A dialogue that ends with the assistant's turn is a prompt without that turn: what it said is a
     response, and the policy is to give its own.
     """
+    if row.flaw is not None:
+        return Refused(Reject.BROKEN_TEXT, row.flaw)
     columns = reading.columns
     assert columns.prompt is not None  # `prompt_reading` has seen to it
     value = column(row, columns.prompt)
@@ -134,6 +136,8 @@ def canonical(row: RawRow, reading: Reading) -> Row | Refused:
 
     Raises: DataError naming file, row and column where a value is of a kind the format cannot hold.
     """
+    if row.flaw is not None:
+        return Refused(Reject.BROKEN_TEXT, row.flaw)
     columns = reading.columns
     names = [columns.chosen, columns.rejected] if reading.pairs else [columns.chosen]
     values = [column(row, name) for name in names if name is not None]

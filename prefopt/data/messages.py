@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prefopt.data.readers import RawRow
-from prefopt.data.rows import Message
+from prefopt.data.rows import Message, shown
 from prefopt.data.said import CALLS, SPOKEN
 from prefopt.errors import DataError
 
@@ -185,4 +185,4 @@ def _transcript(text: str) -> list[Message]:
 def kind_of(value: Any) -> str:
     if isinstance(value, list):
         return "a list"
-    return "an object" if isinstance(value, dict) else f"{type(value).__name__} {value!r}"
+    return "an object" if isinstance(value, dict) else f"{type(value).__name__} {shown(value)}"

@@ -13,7 +13,7 @@ from prefopt.data.chunks import Limits, check
 from prefopt.data.formats import Reading, canonical, prompt_reading, prompt_row, resolve
 from prefopt.data.readers import RawRow
 from prefopt.data.render import Rendered, Renderer, Request, conditioned
-from prefopt.data.rows import Message, Refused, Reject, Row, column, has_column
+from prefopt.data.rows import Message, Refused, Reject, Row, column, has_column, row_id
 from prefopt.data.sources import first_rows, open_source
 from prefopt.data.tokens import require_rows
 from prefopt.errors import DataError
@@ -166,7 +166,7 @@ class _Reader:
         columns = reading.columns
         own = {columns.prompt, columns.chosen, columns.rejected, columns.system}
         return Prompt(
-            id=raw.where if columns.id is None else str(column(raw, columns.id)),
+            id=row_id(raw, columns.id),
             ids=rendered.prompt_ids,
             # What signals judge by is the prompt itself, without the reward that the policy is asked for.
             content=_content(row.prompt if row.source_prompt is None else row.source_prompt),
@@ -177,9 +177,8 @@ class _Reader:
 
     def _line(self, raw: RawRow, reading: Reading, result: Rendered | Refused) -> dict[str, Any]:
         assert isinstance(result, Refused)
-        name = reading.columns.id
         line: dict[str, Any] = {
-            "id": raw.where if name is None else str(column(raw, name)),
+            "id": row_id(raw, reading.columns.id),
             "file": raw.file,
             "row": raw.number,
             "reason": str(result.reason),

@@ -1,6 +1,7 @@
 """Rows of one local file: JSON, JSON lines, CSV (each also gzipped) and Parquet, as plain dicts.
 
-Every reader streams, names file and line of what it cannot read, and repairs nothing.
+Every reader streams, names file and line of what it cannot read, and repairs nothing. What is wrong with a file
+is an error; what is wrong with the text of a row that was read (``RawRow.flaw``) is for whoever counts rejects.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from prefopt.data.opening import check_kind, open_bytes
 from prefopt.errors import DataError
+from prefopt.storage.json_text import BadJson, half_surrogate, parse_items, parse_json
 
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_ROWS = 512
@@ -31,6 +33,8 @@ class RawRow:
     file: str
     number: int
     data: dict[str, Any]
+    flaw: str | None = None
+    """Why no encoding can write the row's text, with its column; `canonical` and `prompt_row` refuse the row."""
     filled_nulls: bool = False
     """Whether its format gives every object the keys of all others (Parquet): a null may be no key at all."""
 
@@ -48,8 +52,9 @@ def read_rows(path: Path, name: str) -> Iterator[RawRow]:
     suffix = str(data_suffix(path))
     reader = READERS[suffix]
     try:
-        for number, data in reader(path):
-            yield RawRow(name, number, data, suffix == ".parquet")
+        for found in reader(path):
+            filled = suffix == ".parquet"
+            yield RawRow(name, found.number, found.data, found.flaw, filled_nulls=filled)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{path}: the gzip archive is damaged or cut off ({error}); fetch it again"
@@ -70,40 +75,48 @@ def data_suffix(path: str | Path) -> str | None:
 def count_rows(path: Path) -> int | None:
     """Rows of ``path`` for a progress bar: exact for Parquet, lines for JSON lines and CSV, None for JSON."""
     suffix = data_suffix(path)
-    if suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_metadata(path).num_rows
     if suffix == ".json":
         return None
     try:
-        with _open(path) as file:
+        if suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_metadata(path).num_rows
+        with open_bytes(path) as file:
             return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-    except (OSError, EOFError, zlib.error):
+    except (OSError, ValueError, EOFError, zlib.error, DataError):
         return None  # reading the rows will say what is wrong, and where
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+@dataclass(frozen=True)
+class _Found:
+    """One row, before it is known under which name its file goes."""
+
+    number: int
+    data: dict[str, Any]
+    flaw: str | None = None
+
+
+def _read_json(path: Path) -> Iterator[_Found]:
     """A JSON array of objects; a ``.json`` file that holds JSON lines is read as those."""
-    with _open(path) as file:
+    with open_bytes(path) as file:
         head = _first_byte(file)
     if head != b"[":
         yield from _read_jsonl(path)
         return
-    with _open(path) as file:
+    with open_bytes(path) as file:
         text = _decode(file.read().removeprefix(_BOM), path)
+    number = 0
     try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: broken JSON: {error.msg} (column {error.colno})"
-        ) from error
-    for number, item in enumerate(items, 1):
-        yield number, _object(item, f"{path}, row {number}")
+        for number, item in enumerate(parse_items(text), 1):
+            row = _object(item, f"{path}, row {number}")
+            yield _Found(number, row, _flaw(row, None))
+    except BadJson as error:
+        raise DataError(_broken_array(path, number + 1, text, error)) from error
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _open(path) as file:
+def _read_jsonl(path: Path) -> Iterator[_Found]:
+    with open_bytes(path) as file:
         # Binary lines end at \n alone: text mode would also split at a bare \r within a string.
         for number, line in enumerate(file, 1):
             line = line.removeprefix(_BOM) if number == 1 else line
@@ -111,15 +124,16 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             text = _decode(line, path, number)
             try:
-                item = json.loads(text)
-            except json.JSONDecodeError as error:
+                item = parse_json(text)
+            except BadJson as error:
                 raise DataError(_broken_line(path, number, text, error)) from error
-            yield number, _object(item, f"{path}:{number}")
+            row = _object(item, f"{path}:{number}")
+            yield _Found(number, row, _flaw(row, text))
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(path: Path) -> Iterator[_Found]:
     csv.field_size_limit(_CSV_FIELD_BYTES)
-    with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+    with open_bytes(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, strict=True)
         try:
             header = next(reader, [])
@@ -127,7 +141,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for cells in reader:
                 if cells:
                     _check_width(path, reader.line_num, cells, header)
-                    yield reader.line_num, dict(zip(header, cells, strict=True))
+                    yield _Found(reader.line_num, dict(zip(header, cells, strict=True)))
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: broken CSV: {error}") from error
         except UnicodeDecodeError as error:
@@ -137,32 +151,66 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             ) from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(path: Path) -> Iterator[_Found]:
     import pyarrow
     import pyarrow.parquet
 
+    with path.open("rb") as head:
+        check_kind(path, head.read(64))
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=_PARQUET_ROWS)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            yield from enumerate(rows, 1)
+            for number, row in enumerate(
+                arrow_rows(file.iter_batches(batch_size=_PARQUET_ROWS), str(path)), 1
+            ):
+                yield _Found(number, row)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+        raise DataError(_no_parquet(path, error)) from error
+    except OSError as error:  # also what Arrow raises for a page that does not decompress
+        if error.errno is not None:
+            raise
+        raise DataError(_no_parquet(path, error)) from error
 
 
-READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+def arrow_rows(batches: Iterable[Any], name: str) -> Iterator[dict[str, Any]]:
+    """The rows of Arrow batches or tables, as dicts.
+
+    Raises: DataError naming the row that Python cannot hold: text that is not UTF-8, a date beyond year 9999.
+    """
+    before = 0
+    for batch in batches:
+        try:
+            rows = batch.to_pylist()
+        except _NOT_PYTHON:
+            rows = _one_by_one(batch, name, before)
+        yield from rows
+        before += batch.num_rows
+
+
+# Of text, dates and time zones; ArrowException is not among them: it is the file that is damaged.
+_NOT_PYTHON = (ValueError, OverflowError, KeyError)
+
+
+def _one_by_one(batch: Any, name: str, before: int) -> Iterator[dict[str, Any]]:
+    for index in range(batch.num_rows):
+        try:
+            yield batch.slice(index, 1).to_pylist()[0]
+        except _NOT_PYTHON as error:
+            raise DataError(
+                f"{name}, row {before + index + 1}: holds a value that cannot be read ({error}); mend or remove it"
+            ) from error
+
+
+def _no_parquet(path: Path, error: Exception) -> str:
+    return f"{path}: not a readable Parquet file, or one that was cut off: {' '.join(str(error).split())}"
+
+
+READERS: dict[str, Callable[[Path], Iterator[_Found]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
-
-
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    return path.open("rb")
 
 
 def _first_byte(file: IO[bytes]) -> bytes:
@@ -199,12 +247,32 @@ def _json_type(item: Any) -> str:
     return {str: "a string", bool: "a boolean", type(None): "null"}.get(type(item), "a number")
 
 
-def _broken_line(path: Path, number: int, text: str, error: json.JSONDecodeError) -> str:
-    around = text[max(0, error.pos - 20) : error.pos + 20].strip("\n")
+def _flaw(row: dict[str, Any], text: str | None) -> str | None:
+    place = half_surrogate(row, text)
+    return None if place is None else f"column {place!r} holds half of a surrogate pair"
+
+
+def _broken_line(path: Path, number: int, text: str, error: BadJson) -> str:
     hint = ""
     if number == 1 and text.strip() == "{":
         hint = "; a .json file holds an array of objects, or one object a line"
-    return f"{path}:{number}: broken JSON: {error.msg} (column {error.colno}, at {around!r}){hint}"
+    return f"{path}:{number}: broken JSON: {_reason(text, error, 0)}{hint}"
+
+
+def _broken_array(path: Path, number: int, text: str, error: BadJson) -> str:
+    if error.position is None:
+        return f"{path}, row {number}: broken JSON: {error}"
+    line = text.count("\n", 0, error.position) + 1
+    start = text.rfind("\n", 0, error.position) + 1
+    return f"{path}:{line}: broken JSON in row {number}: {_reason(text, error, start)}"
+
+
+def _reason(text: str, error: BadJson, line_start: int) -> str:
+    """What is wrong, with its column and what stands there, where that is known."""
+    if error.position is None:
+        return str(error)
+    around = text[max(line_start, error.position - 20) : error.position + 20].strip("\n")
+    return f"{error} (column {error.position - line_start + 1}, at {around!r})"
 
 
 def _check_header(path: Path, header: list[str]) -> None:

@@ -233,7 +233,7 @@ class Renderer:
             if not isinstance(response, str):
                 texts += strings_in({**response, "content": ""})
         if not all(map(_is_unicode, texts)):
-            return Refused(Reject.NOT_UNICODE, "half a surrogate pair in a text")
+            return Refused(Reject.BROKEN_TEXT, "half a surrogate pair in a text")
         found = self.controls.first_in(texts, request.options.control_tokens)
         return None if found is None else Refused(Reject.CONTROL_TOKEN, f"{found!r} in a text")
 

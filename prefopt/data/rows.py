@@ -13,6 +13,8 @@ from prefopt.data.options import PLAIN, RenderOptions
 from prefopt.data.readers import RawRow
 from prefopt.errors import DataError
 
+_SHOWN = 80
+
 Message: TypeAlias = dict[str, Any]
 """One chat turn: ``role``, ``content`` (a string) and whatever else the chat template reads."""
 
@@ -20,6 +22,8 @@ Message: TypeAlias = dict[str, Any]
 class Reject(enum.StrEnum):
     """Why a row never reaches a loss. Counted, and listed in the rejects file; nothing is ever cut."""
 
+    BROKEN_TEXT = "broken_text"
+    """Some text of the row holds half of a surrogate pair: nothing can encode it, a tokenizer neither."""
     EMPTY_PROMPT = "empty_prompt"
     EMPTY_CHOSEN = "empty_chosen"
     EMPTY_REJECTED = "empty_rejected"
@@ -41,8 +45,6 @@ class Reject(enum.StrEnum):
     """The chat template leaves out part of what the row says: a thought, a tool call, a tool, a system message."""
     CONTROL_TOKEN = "control_token"
     """A text spells out a control token of the tokenizer, which would close or open a turn within it."""
-    NOT_UNICODE = "not_unicode"
-    """A text holds half a surrogate pair, which no tokenizer takes."""
     NO_LOSS = "no_loss"
     """Its messages say that no turn carries loss."""
     PROMPT_TOO_LONG = "prompt_too_long"
@@ -166,13 +168,35 @@ def score(row: RawRow, path: str | None) -> float | None:
     value = None if path is None else column(row, path)
     if value is None or value == "":
         return None
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = math.nan if isinstance(value, bool) else as_float(value)
     if math.isfinite(number):
         return number
-    raise DataError(f"{row.where}: column {path!r} = {value!r}: a score must be a finite number")
+    raise DataError(
+        f"{row.where}: column {path!r} = {shown(value)}: a score must be a finite number"
+    )
+
+
+def as_float(value: Any) -> float:
+    """``value`` as a float; NaN for what is no number, or beyond one."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it: short, and printable on any terminal."""
+    text = (
+        f"a {type(value).__name__} of {len(value):,}"
+        if isinstance(value, dict | list)
+        else ascii(value)
+    )
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def row_id(row: RawRow, path: str | None) -> str:
+    """What names a row: its id column, else where it stands; always the latter where its text is broken."""
+    return row.where if path is None or row.flaw is not None else str(column(row, path))
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:

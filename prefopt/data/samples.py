@@ -13,7 +13,7 @@ from typing import Any
 from prefopt.data.formats import Reading, canonical, require_last_turn, resolve
 from prefopt.data.readers import RawRow
 from prefopt.data.render import conditioned
-from prefopt.data.rows import Labels, Refused, Row, column, has_column, score
+from prefopt.data.rows import Labels, Refused, Row, column, has_column, score, shown
 from prefopt.data.sources import first_rows, open_source
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.registry import Need
@@ -237,7 +237,7 @@ def _ended(raw: RawRow, name: str | None, row: Row) -> bool:
     value = column(raw, name)
     if not isinstance(value, bool):
         raise DataError(
-            f"{raw.where}: column {name!r} = {value!r}: whether a response ended is true or false"
+            f"{raw.where}: column {name!r} = {shown(value)}: whether a response ended is true or false"
         )
     if not value and not isinstance(row.prompt, str):
         raise DataError(

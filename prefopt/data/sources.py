@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from prefopt.data.readers import READERS, RawRow, count_rows, data_suffix, read_rows
+from prefopt.data.readers import (
+    READERS,
+    RawRow,
+    arrow_rows,
+    count_rows,
+    data_suffix,
+    read_rows,
+)
 from prefopt.errors import ConfigError, DataError, suggest
 from prefopt.recipe.schema import SourceSection
 
@@ -24,7 +31,9 @@ class Source(Protocol):
         """Strings that change whenever a row would; part of the cache key."""
         ...
 
-    def rows(self) -> Iterator[RawRow]: ...
+    def rows(self) -> Iterator[RawRow]:
+        """Every row, those with a flaw too: who has no place for rejects takes `sound_rows`."""
+        ...
 
     def num_rows(self) -> int | None:
         """About how many rows there are, for a progress bar."""
@@ -65,8 +74,7 @@ class HubRows:
 
     def rows(self) -> Iterator[RawRow]:
         batches = self.dataset.with_format("arrow").iter(batch_size=_HUB_ROWS)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, data in enumerate(rows, 1):
+        for number, data in enumerate(arrow_rows(batches, self.name), 1):
             yield RawRow(self.name, number, data, filled_nulls=True)
 
     def num_rows(self) -> int | None:
@@ -100,8 +108,18 @@ def is_local(path: str) -> bool:
 
 
 def first_rows(source: Source, max_rows: int | None) -> Iterator[RawRow]:
-    """The first ``max_rows`` rows, or all."""
+    """The first ``max_rows`` rows, or all; `canonical` and `prompt_row` refuse those with a flaw."""
     return islice(source.rows(), max_rows)
+
+
+def sound_rows(rows: Iterable[RawRow]) -> Iterator[RawRow]:
+    """``rows``, for a reader that has no rejects. Raises: DataError naming file and line of one with a flaw."""
+    for row in rows:
+        if row.flaw is not None:
+            raise DataError(
+                f"{row.where}: {row.flaw}, which no file can hold. Mend or remove the row"
+            )
+        yield row
 
 
 def file_sha256(path: Path) -> str:
@@ -126,7 +144,7 @@ def _open_local(path: str) -> LocalFiles:
         raise DataError(f"data: path = {path!r}: {_missing(root)}")
     if data_suffix(root) is None:
         raise DataError(f"data: path = {path!r}: cannot read this kind of file; known: {_known()}")
-    return LocalFiles((root,), (root.name,))
+    return LocalFiles((root,), (_name(Path(root.name)),))
 
 
 def _directory(root: Path) -> list[Path]:
@@ -152,7 +170,12 @@ def _label(paths: list[Path]) -> LocalFiles:
     common = min(parents, key=lambda p: len(p.parts))
     while not all(path.is_relative_to(common) for path in paths):
         common = common.parent
-    return LocalFiles(tuple(paths), tuple(path.relative_to(common).as_posix() for path in paths))
+    return LocalFiles(tuple(paths), tuple(_name(path.relative_to(common)) for path in paths))
+
+
+def _name(path: Path) -> str:
+    """As text that can be written: a file's name need not be UTF-8."""
+    return path.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _missing(path: Path) -> str:

@@ -234,6 +234,7 @@ def _write_store(directory: Path, chunks: Iterable[Chunk], job: _Job) -> None:
 
 
 _HINTS = {
+    Reject.BROKEN_TEXT: "the rows' text was cut within a character; make it again with whole characters",
     Reject.TOO_LONG: "raise data.max_length_tokens",
     Reject.PROMPT_TOO_LONG: "raise data.max_prompt_tokens",
     Reject.PROMPT_NOT_PREFIX: (

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ class HFEngine:
         *,
         share_trainable: bool,
         pad_id: int,
+        half: Mapping[str, torch.dtype] = MappingProxyType({}),
         batch_size: int = 256,
         dtype: torch.dtype | None = None,
         timeout_s: float = 1800.0,
@@ -92,13 +94,16 @@ class HFEngine:
         """An engine on the trainer's policy; the frozen weights are not copied.
 
         Args:
+            half: as `generation_copy`; where nothing is copied, what to compute in if ``dtype`` is left out.
             share_trainable: generate with the weights in training themselves (``sync_every = 1``, synchronous):
                 what `load_policy` is given is then not read, but for its version.
 
         Raises: EngineError for a policy sharded by ZeRO-3 or FSDP.
         """
+        if dtype is None and share_trainable:
+            dtype = next(iter(half.values()), None)
         return cls(
-            generation_copy(policy, share_trainable=share_trainable),
+            generation_copy(policy, share_trainable=share_trainable, half=half),
             pad_id=pad_id,
             batch_size=batch_size,
             dtype=dtype,
@@ -200,7 +205,8 @@ class HFEngine:
         return next(self.model.parameters()).device
 
     def _context_manager(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype is None or self.dtype == unwrap_causal_lm(self.model).dtype:
+        own = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        if self.dtype is None or own == {self.dtype}:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, self.dtype)
 

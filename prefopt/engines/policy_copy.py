@@ -7,7 +7,9 @@ of that may reach `generate`, and nothing that `generate` sets may reach the tra
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,12 +26,18 @@ from prefopt.model.source import resolve_source
 from prefopt.recipe.schema import ModelSection
 
 
-def generation_copy(policy: nn.Module, *, share_trainable: bool) -> Any:
+def generation_copy(
+    policy: nn.Module,
+    *,
+    share_trainable: bool,
+    half: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> Any:
     """A module that generates with the policy's weights, without a second copy of those that are frozen.
 
     Args:
         policy: causal LM or PEFT model, not a wrapper around it.
         share_trainable: share the weights in training too: every optimizer step shows in the copy at once.
+        half: dtypes of the weights in training as they are saved (`LoadedPolicy.half`), and so in a copy.
 
     Raises: EngineError if the parameters are sharded over processes (ZeRO-3, FSDP).
     """
@@ -40,7 +48,11 @@ def generation_copy(policy: nn.Module, *, share_trainable: bool) -> Any:
         if share_trainable or not parameter.requires_grad
     ]
     shared += policy.buffers()
-    result: Any = copy.deepcopy(policy, {id(tensor): tensor for tensor in shared})
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
+    for name, parameter in policy.named_parameters():
+        if name in half and not share_trainable:
+            memo[id(parameter)] = nn.Parameter(parameter.detach().to(half[name], copy=True))
+    result: Any = copy.deepcopy(policy, memo)
     return prepared_for_generation(result)
 
 

@@ -90,8 +90,9 @@ def start_hf(section: HFSection, task: Task) -> Started:
     if training is None:
         loaded = HFEngine.load(task.model, None, seed=0, device=device, **common)
         return Started(loaded, loaded.context)
+    policy = training.policy
     sharing = HFEngine.sharing(
-        training.policy.model, share_trainable=training.share_trainable, **common
+        policy.model, share_trainable=training.share_trainable, half=policy.half, **common
     )
     return Started(sharing, sharing.context)
 

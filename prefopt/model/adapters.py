@@ -145,6 +145,8 @@ def save_full(
         with _generation_settings_aside(model):
             model.save_pretrained(directory, state_dict=state)
         write_generation_config(model, directory)
+        if state_dict is not None:
+            _record_dtype(directory, model, state_dict)
     finally:
         if use_cache is not None:
             model.config.use_cache = use_cache
@@ -173,6 +175,20 @@ def _generation_settings_aside(model: Any) -> Iterator[None]:
     finally:
         if kept is not None:
             model.generation_config = kept
+
+
+def _record_dtype(directory: Path, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """In config.json the dtype of what was written; transformers writes that of the model in memory."""
+    dtypes = (state[name].dtype for name, _ in model.named_parameters() if name in state)
+    saved = str(next(dtypes, model.dtype)).removeprefix("torch.")
+    if saved == str(model.dtype).removeprefix("torch."):
+        return
+    own = model.config.dtype
+    try:
+        model.config.dtype = saved
+        model.config.save_pretrained(directory)
+    finally:
+        model.config.dtype = own
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -88,9 +88,14 @@ def configure_deepspeed(accelerator: Accelerator, max_norm: float | None) -> Non
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
-    assert accelerator.state.deepspeed_plugin is not None
+    plugin = accelerator.state.deepspeed_plugin
+    assert plugin is not None
     accelerator.gradient_accumulation_steps = 1
-    accelerator.state.deepspeed_plugin.deepspeed_config |= {
+    if accelerator.mixed_precision != "no" and plugin.zero_stage >= 2:
+        # By default the gradients of a window's micro-batches add up in the weights' dtype. (Stage 1 would take
+        # another optimizer, whose checkpoints DeepSpeed's own converter does not read.)
+        plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": 1,  # unused by us; DeepSpeed insists on a number
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_norm or 0.0,

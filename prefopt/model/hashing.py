@@ -82,7 +82,7 @@ def weights_hash(
 def model_hash(directory: Path, *, cache_dir: str | Path | None = None) -> str:
     """Hash of a full model's directory: the weight files that would be loaded, configuration, custom code."""
     config = read_model_config(directory)
-    files = _weight_files(directory, "model.safetensors", "pytorch_model.bin")
+    files = weight_files(directory, "model.safetensors", "pytorch_model.bin")
     if "auto_map" in config:
         files += sorted(directory.glob("*.py"))
     kept = {key: value for key, value in config.items() if key not in _CONFIG_IGNORED}
@@ -92,7 +92,7 @@ def model_hash(directory: Path, *, cache_dir: str | Path | None = None) -> str:
 def adapter_hash(directory: Path, *, cache_dir: str | Path | None = None) -> str:
     """Hash of an adapter's directory: its tensors and what its configuration does with them."""
     config = read_adapter_config(directory)
-    files = _weight_files(directory, "adapter_model.safetensors", "adapter_model.bin")
+    files = weight_files(directory, "adapter_model.safetensors", "adapter_model.bin")
     return _digest({"config": _normal(config), "files": _file_hashes(files, cache_dir)})
 
 
@@ -159,7 +159,7 @@ def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weight_files(directory: Path, *names: str) -> list[Path]:
+def weight_files(directory: Path, *names: str) -> list[Path]:
     """The files `from_pretrained` would load: the first of ``names`` there is, or the shards of its index."""
     for name in names:
         if (directory / name).is_file():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prefopt.errors import ModelError
 from prefopt.model.collate import joined
 from prefopt.model.logps import LogpModel, unwrap_causal_lm
+from prefopt.model.precision import mixed_dtypes
 from prefopt.model.scores import ScoreModel
 from prefopt.types import Group, Response
 
@@ -35,7 +36,7 @@ _LOG_RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16:
 
 def log_ratio_tolerance(model: nn.Module, precision: str) -> float:
     """Largest mean |log-ratio| (nats a token) that rounding explains when policy equals reference."""
-    if precision != "fp32":
+    if precision in ("bf16", "fp16"):
         return _LOG_RATIO_TOLERANCE[torch.bfloat16 if precision == "bf16" else torch.float16]
     dtypes = {parameter.dtype for parameter in model.parameters()}
     return max(_LOG_RATIO_TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
@@ -104,7 +105,7 @@ def _disagreement(
     was_training = model.training
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), mixed_dtypes(model):
             return differ(model, packed)
     except (ModelError, TypeError, NotImplementedError, IndexError, AttributeError) as error:
         # TypeError: a decoder that takes no extra keywords or position ids. AttributeError: another head.

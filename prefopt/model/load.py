@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -19,6 +18,8 @@ from prefopt.data.options import template_with
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapters import load_saved_adapter, merged_into_base
 from prefopt.model.hashing import fresh_adapter_hash, weights_hash
+from prefopt.model.precision import half_parameters, narrowed, widen
+from prefopt.model.quantization import check_quantization, quantization_options
 from prefopt.model.source import (
     LOAD_ERRORS,
     Source,
@@ -47,6 +48,18 @@ class LoadedPolicy:
     description: str
     """Which weights these are, in words, adapter included."""
     is_peft: bool
+    half: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """What trains of weights in half precision, with the dtype it came in and is saved in."""
+
+    @property
+    def saved_dtype(self) -> str:
+        """Of the weights on disk, e.g. ``bfloat16``: what an engine that reads them serves."""
+        first, parameter = next(iter(_base(self.model).named_parameters()))
+        return str(self.half.get(first, parameter.dtype)).removeprefix("torch.")
+
+    def to_save(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``state``, in the dtypes it came in."""
+        return narrowed(state, self.half)
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,12 @@ def load_tokenizer(model: ModelSection) -> Any:
 
 
 def load_policy(
-    model: ModelSection, peft: PeftSection | None, *, seed: int, trainable: bool = True
+    model: ModelSection,
+    peft: PeftSection | None,
+    *,
+    seed: int,
+    trainable: bool = True,
+    masters: bool = False,
 ) -> LoadedPolicy:
     """The policy of a recipe: the base, with a new adapter, a saved one, or none.
 
@@ -123,19 +141,23 @@ def load_policy(
     Args:
         seed: of the new adapter's initial values. The global random state is left as it was.
         trainable: False freezes everything (a reference).
+        masters: hold what trains in float32, whatever it is saved in.
 
     Raises: ModelError for weights that are missing, damaged, for another base or not loadable here;
         ConfigError for a ``peft`` section that its type does not take.
     """
     plan = _plan(model, peft, trainable)
     policy, fresh = _assemble(plan, model, seed, trainable)
-    base: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    base = _base(policy)
     base.config.use_cache = False
     if model.disable_dropout:
         disable_dropout(policy)
     if not trainable:
         policy.requires_grad_(False)
         policy.eval()
+    half = half_parameters(policy)
+    if masters:
+        widen(policy)
     dtype = str(base.dtype).removeprefix("torch.")
     key = weights_hash(
         plan.source.directory,
@@ -146,7 +168,17 @@ def load_policy(
         in_memory=fresh,
     )
     text = plan.describe(model.quantization or dtype, changed=fresh is not None)
-    return LoadedPolicy(policy, key, text, isinstance(policy, PeftModel))
+    if half and masters:
+        text += f", trained in float32 and saved in {_names(half)}"
+    return LoadedPolicy(policy, key, text, isinstance(policy, PeftModel), half)
+
+
+def _base(policy: Any) -> Any:
+    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+
+
+def _names(half: Mapping[str, torch.dtype]) -> str:
+    return " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in half.values()}))
 
 
 def load_base(
@@ -170,7 +202,7 @@ def load_base(
     if source.name != str(source.directory):
         options["revision"] = source.revision or "main"
     if model.quantization is not None:
-        options |= _quantization_options(model)
+        options |= quantization_options(model)
     check_weights(source.directory)
     config = load_config(source, trust_remote_code=model.trust_remote_code)
     try:
@@ -213,7 +245,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel | PeftModel) -> None:
 
     Raises: ModelError if the architecture does not support it.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base(model)
     try:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
@@ -247,7 +279,7 @@ def _plan(model: ModelSection, peft: PeftSection | None, trainable: bool) -> _Pl
         if source.adapters[-1:] == (start,):  # model.path is that very adapter
             merged = source.adapters[:-1]
     plan = _Plan(source, merged, start, new)
-    _refuse_quantization(plan, model, trainable)
+    check_quantization(model, trains_base=trainable and new is None and start is None)
     _refuse_merge(plan, model)
     return plan
 
@@ -336,40 +368,6 @@ def seeded(seed: int) -> Iterator[None]:
 
 def _is_dropout(name: str, value: Any) -> bool:
     return isinstance(value, float) and value > 0 and ("dropout" in name or name.endswith("pdrop"))
-
-
-def _refuse_quantization(plan: _Plan, model: ModelSection, trainable: bool) -> None:
-    if model.quantization is None:
-        return
-    setting = f"model.quantization = {model.quantization}"
-    if trainable and plan.new is None and plan.start is None:
-        raise ModelError(
-            f"{setting}: quantised weights are frozen; add a peft section to train an adapter"
-        )
-    if not torch.cuda.is_available():
-        raise ModelError(
-            f"{setting}: needs a CUDA GPU (bitsandbytes), and none is visible. Leave it out"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f"{setting}: needs bitsandbytes. pip install 'prefopt[quantization]'")
-
-
-def _quantization_options(model: ModelSection) -> dict[str, Any]:
-    """bitsandbytes settings as the QLoRA paper has them: nf4, double quantisation."""
-    from transformers import BitsAndBytesConfig
-
-    compute = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype)
-    config = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if model.quantization == "8bit"
-        else BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-        )
-    )
-    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
 def _tokenizer_home(path: str, revision: str | None) -> str:

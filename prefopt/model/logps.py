@@ -1,8 +1,7 @@
 """Token log-probs of responses, without ever holding full logits.
 
 `LogpModel` runs the decoder over a `TokenLayout`, then the LM head over response positions only, a chunk
-of tokens at a time. With a frozen head (LoRA) the backward pass costs nothing: the derivative of a token's
-log-prob with respect to its hidden state, W[y] - Σ_v p_v W[v], is formed while the chunk's logits exist.
+of tokens at a time (`prefopt.model.lm_head`).
 
 Shape letters: N response tokens, D hidden size, V vocabulary, R responses, T longest response.
 """
@@ -10,44 +9,20 @@ Shape letters: N response tokens, D hidden size, V vocabulary, R responses, T lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from prefopt.errors import ModelError
 from prefopt.model.attention import load_kernel
 from prefopt.model.collate import TokenLayout, pack, pad
+from prefopt.model.lm_head import LogitTransform, head_logps
 from prefopt.types import Group
 
 # Logits of one chunk, in elements: small enough for a CPU's caches, large enough to keep a GPU busy.
 _CHUNK_ELEMENTS_CPU = 2**21
 _CHUNK_ELEMENTS_GPU = 2**27
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What an architecture does to the LM head's output: scale, then softcap c·tanh(x/c)."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, config: Any) -> LogitTransform:
-        """Read off a transformers config: Cohere multiplies, Granite divides, Gemma caps."""
-        scale = getattr(config, "logit_scale", None) or 1.0
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
 
 
 def unwrap_causal_lm(model: nn.Module) -> Any:
@@ -137,66 +112,6 @@ class LogpModel(nn.Module):
     def _head(self, hidden: Tensor, targets: Tensor) -> Tensor:
         head = self.causal_lm.get_output_embeddings()
         size = self.chunk_size(hidden.device)
-        if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
-            # Under ZeRO-3, reading head.weight here, in the wrapped module's forward, gathers it and keeps
-            # it to the end of the forward; GatheredParameters around it frees it while it is in use.
-            return _FrozenHeadLogps.apply(
-                hidden, head.weight, head.bias, targets, self.transform, self.temperature, size
-            )
-        parts = zip(hidden.split(size), targets.split(size), strict=True)
-        return torch.cat([self._trainable_chunk(head, h, y) for h, y in parts])
-
-    def _trainable_chunk(self, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-        """A chunk whose logits are recomputed in the backward pass: weights, adapters, anything trains."""
-
-        def compute(h: Tensor, y: Tensor) -> Tensor:
-            logits = self.transform(head(h).float()) / self.temperature
-            return logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1)
-
-        if torch.is_grad_enabled():
-            return checkpoint(compute, hidden, targets, use_reentrant=False)
-        return compute(hidden, targets)
-
-
-class _FrozenHeadLogps(torch.autograd.Function):
-    """log softmax(transform(h Wᵀ + b) / temperature)[y], (N,) fp32, for a head that does not train."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: LogitTransform,
-        temperature: float,
-        size: int,
-    ) -> Tensor:
-        logps, derivatives = [], []
-        for h, y in zip(hidden.split(size), targets.split(size), strict=True):
-            logits = transform(F.linear(h, weight, bias).float())
-            slope = _slope(logits, transform, temperature)
-            logits.div_(temperature) if temperature != 1.0 else None
-            norm = logits.logsumexp(-1, keepdim=True)
-            logps.append(logits.gather(-1, y[:, None])[:, 0] - norm[:, 0])
-            if ctx.needs_input_grad[0]:
-                # d logp / d logits = onehot(y) - softmax; the buffer of the logits is reused for it.
-                grad = logits.sub_(norm).exp_().neg_()
-                grad[torch.arange(len(y), device=y.device), y] += 1.0
-                derivatives.append((grad.mul_(slope).to(weight.dtype) @ weight).to(hidden.dtype))
-        if derivatives:
-            ctx.save_for_backward(torch.cat(derivatives))
-        return torch.cat(logps)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (derivative,) = ctx.saved_tensors
-        return (grad_outputs[0][:, None].to(derivative.dtype) * derivative, *[None] * 6)
-
-
-def _slope(logits: Tensor, transform: LogitTransform, temperature: float) -> Tensor | float:
-    """d transform(x) / dx at the transformed ``logits``, over the temperature: 1 for most architectures."""
-    slope = transform.scale / temperature
-    if transform.softcap is None:
-        return slope
-    return (1 - (logits / transform.softcap) ** 2) * slope  # tanh' = 1 - tanh²
+        return head_logps(
+            head, hidden, targets, self.transform, temperature=self.temperature, size=size
+        )

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from prefopt.data.groups import GroupSource
+from prefopt.model.logps import unwrap_causal_lm
+from prefopt.recipe.schema import DEFAULT_MICRO_BATCH_TOKENS, TrainSection
 
 
 @dataclass(frozen=True)
@@ -55,3 +60,24 @@ def forward_tokens(source: GroupSource, row: int, packed: bool) -> int:
     if packed:
         return prompt + int(responses.sum())
     return (prompt + int(responses.max())) * len(responses)
+
+
+def split_limits(
+    settings: TrainSection, module: Any, longest: int, device: torch.device
+) -> SplitLimits:
+    """The recipe's bounds on one forward, or the device's defaults, never below the longest row.
+
+    Args:
+        module: a `LogpModel` or `ScoreModel`.
+        longest: row in tokens.
+    """
+    tokens = settings.micro_batch_tokens
+    if tokens is None:
+        tokens = DEFAULT_MICRO_BATCH_TOKENS
+        if device.type == "cpu":
+            config = unwrap_causal_lm(module.model).config.get_text_config(decoder=True)
+            # Some 200 MB of activations: enough tokens to fill the cores, and no slower than more
+            # (measured with bench/offline_step.py: 2 pairs a forward against 8).
+            tokens = max(256, 2**20 // (config.num_hidden_layers * config.hidden_size))
+        tokens = max(tokens, longest)
+    return SplitLimits(tokens, settings.micro_batch_size, module.packed)

@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification
 from prefopt.errors import ModelError
 from prefopt.model.hashing import weights_hash
 from prefopt.model.load import LoadedPolicy, add_adapter, disable_dropout, load_base, seeded
+from prefopt.model.precision import half_parameters, widen
 from prefopt.model.source import resolve_source
 from prefopt.recipe.peft_config import peft_config
 from prefopt.recipe.schema import ModelSection, PeftSection
@@ -17,7 +18,12 @@ _HEADS = ("score.", "classifier.", "classification_head.")
 
 
 def load_reward_model(
-    model: ModelSection, peft: PeftSection | None, *, seed: int, pad_token_id: int | None
+    model: ModelSection,
+    peft: PeftSection | None,
+    *,
+    seed: int,
+    pad_token_id: int | None,
+    masters: bool = False,
 ) -> LoadedPolicy:
     """A sequence classifier with one output, which is read at the last token that is not padding.
 
@@ -28,6 +34,7 @@ def load_reward_model(
         peft: the adapter to train, or None for full fine-tuning.
         seed: of the head's and the adapter's initial values; the global random state is left as it was.
         pad_token_id: tells the head where a padded row ends.
+        masters: hold what trains in float32, whatever it is saved in.
 
     Raises: ModelError if it cannot be loaded or lacks weights; ConfigError for a bad ``peft`` section.
     """
@@ -49,9 +56,13 @@ def load_reward_model(
             result = add_adapter(result, peft_config(PeftSection(type=peft.type, **options)))
     if model.disable_dropout:
         disable_dropout(result)
+    half = half_parameters(result)
+    if masters:
+        widen(result)
     return LoadedPolicy(
         model=result,
         weights_hash=weights_hash(source.directory, dtype=dtype),
         description=f"{source.name} ({dtype}), with a head for scores",
         is_peft=isinstance(result, PeftModel),
+        half=half,
     )

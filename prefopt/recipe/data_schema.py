@@ -13,7 +13,7 @@ from pydantic import (
     model_serializer,
 )
 
-from prefopt.recipe.section import NoEffect, PathText, Section
+from prefopt.recipe.section import NoEffect, PathText, Section, without_newer
 
 
 class ColumnMap(Section):

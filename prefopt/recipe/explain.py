@@ -36,12 +36,16 @@ REQUIREMENTS = {
 }
 
 
+_SHOWN = 200
+
+
 def show_value(value: Any) -> str:
     """A value as YAML would have it, for ``key = value``."""
     try:
-        return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else repr(value)
+        text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     except TypeError:
-        return repr(value)
+        text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,8 @@ def _remedy(item: Mapping[str, Any]) -> str:
         return f": [{value}]."
     if kind == "model_type" and isinstance(value, str):
         return ", one a line under it, or {key: value}."
-    if tuple(item["loc"]) == ("stage",) and value in objective_names():
+    is_stage = tuple(item["loc"]) == ("stage",)
+    if is_stage and isinstance(value, str) and value in objective_names():
         return f"; write objective: {{name: {value}}}."
     if kind == "literal_error" and isinstance(value, str):
         near = difflib.get_close_matches(value, _choices(item), n=1, cutoff=0.6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def plugin_problems(document: Document, file: Path) -> list[str]:
     for index, plugin in enumerate(plugins if isinstance(plugins, list) else []):
         where = f"{document.origin(('plugins', index))}plugins.{index} = {plugin!r}"
         path = (file.parent / str(plugin)).resolve()
-        if path.suffix != ".py" or not path.is_file():
+        if path.suffix != ".py" or not os.path.isfile(path):
             problems.append(
                 f"{where}: no such Python file; a path is relative to the recipe: {path}"
             )

@@ -100,7 +100,9 @@ class ModelSection(Section):
     template as its defaults, and so into the saved tokenizer: the policy is served as it was trained. One that the
     template does not read is an error."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype the weights are loaded in; `auto` is the dtype they were saved in."""
+    """Dtype the weights are loaded in; `auto` is the dtype they were saved in. What trains of half-precision
+    weights is kept in float32 and saved in the dtype it was loaded in (DeepSpeed and FSDP keep such masters
+    themselves)."""
     layout: Literal["auto", "packed", "padded"] = "auto"
     """Token layout. `packed`: each prompt once, its responses as branches, no padding. `padded`:
     the plain layout. `auto`: packed where the architecture's attention can take it, else padded,
@@ -168,8 +170,9 @@ class TrainSection(Section):
     """Weight decay, decoupled under adamw and L2 under rmsprop; norms and biases are exempt."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Clip the global gradient norm to this; `null` does not clip."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Mixed precision of the forward. Weights keep `model.dtype`."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What the forward computes in. `auto`: in the dtype of the weights as loaded, bf16 for bfloat16 weights,
+    fp16 for float16, fp32 for float32. `fp32`: without autocast."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shuffle: bool = True

@@ -15,14 +15,31 @@ from pydantic import (
     GetCoreSchemaHandler,
     ValidationError,
 )
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 FlipProbability = Annotated[float, Field(ge=0, lt=0.5)]
 """Share of pairs whose label is taken to be wrong."""
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+"""Bytes that the usual file systems take."""
+
+
+def _path(text: str) -> str:
+    """``text`` with its ~ written out. Raises: for what no file system can look up."""
+    found = os.path.expanduser(text)
+    if not found:
+        raise PydanticCustomError("path", "must be a path, and is empty")
+    if found.startswith("~"):
+        raise PydanticCustomError("path", "must be a path: this machine has no user of that name")
+    longest = max(len(os.fsencode(part)) for part in found.split("/"))
+    if longest > _LONGEST_NAME or len(os.fsencode(found)) > _LONGEST_PATH:
+        raise PydanticCustomError("path", "must be a path: no file has a name that long")
+    return found
+
+
 # A hub id has no ~, so one type serves for what may be either.
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+PathText = Annotated[str, AfterValidator(_path)]
 
 
 class Section(BaseModel):
@@ -39,8 +56,8 @@ class Section(BaseModel):
 
 
 def without_newer(values: dict[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` of a dump without keys at their defaults in ``newer``, so that settings from before these keys hash
-    as they did. A list is equal to a tuple here: JSON knows no other."""
+    """``values`` of a dump without keys at their defaults in ``newer``: settings from before these keys hash as they
+    did. A list is equal to a tuple here, since JSON knows no other."""
     plain = {key: list(each) if isinstance(each, tuple) else each for key, each in newer.items()}
     return {
         key: value

@@ -1,21 +1,21 @@
 """YAML reading that remembers where each key was written, so that an error can say so.
 
-Duplicate keys are refused, ``1e-6`` is a float, and ``section.key=value`` overrides are applied here.
+``section.key=value`` overrides are applied here; what a value is, in a file or after an equals sign, is decided in
+`prefopt.recipe.yaml_values`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from prefopt.errors import ConfigError
+from prefopt.recipe.yaml_values import KeyPath, is_text, one_line, parse_yaml
 
-KeyPath = tuple[str | int, ...]
+_SHOWN = 200
+_MOST_DIGITS = 10
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,6 @@ class Document:
         return ""
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader whose floats follow YAML 1.2: PyYAML reads ``1e-6`` as a string."""
-
-
-# PyYAML takes the first resolver that matches, and its integer resolver comes before this one: plain
-# integers stay integers.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
-    list("-+0123456789."),
-)
-
-
 def read_yaml(path: Path) -> Document:
     """Returns the mapping of a YAML file with the line of every key; duplicate keys become problems.
 
@@ -56,23 +43,31 @@ def read_yaml(path: Path) -> Document:
     """
     source = str(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(
-                "a recipe is a mapping of sections (model:, data:, train:, …)", source=source
-            )
-        raw = yaml.load(text, Loader=_Loader)
+        found = parse_yaml(_text(path))
+    except ConfigError as error:
+        raise ConfigError(error.problems, source=source) from error
+    if not isinstance(found.raw, dict):
+        raise ConfigError(
+            "a recipe is a mapping of sections (model:, data:, train:, …)", source=source
+        )
+    return Document(found.raw, found.origins, tuple(found.problems))
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
     except FileNotFoundError as error:
-        raise ConfigError("no such file; give the path of a YAML recipe", source=source) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}", source=source) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {_one_line(error)}", source=source) from error
-    origins: dict[KeyPath, str] = {}
-    duplicates: list[str] = []
-    _collect_origins(node, (), origins, duplicates)
-    return Document(raw, origins, tuple(duplicates))
+        raise ConfigError("no such file; give the path of a YAML recipe") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ConfigError(f"cannot be read: {error}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"line {line}: cannot be read: not UTF-8 ({error.reason} 0x{data[error.start]:02x}); convert the "
+            "file, e.g. with iconv -f LATIN1 -t UTF-8"
+        ) from error
 
 
 def apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
@@ -86,16 +81,20 @@ def apply_overrides(document: Document, overrides: Iterable[str]) -> Document:
     problems = list(document.problems)
     for item in overrides:
         key, equals, value = item.partition("=")
-        if not equals or not all(key.split(".")):
+        if not equals or not all(key.split(".")) or not is_text(key):
             problems.append(
-                f"override {item!r}: must be section.key=value, e.g. train.learning_rate=8e-7"
+                f"override {_shown(item)}: must be section.key=value, e.g. train.learning_rate=8e-7"
             )
             continue
         try:
-            path = _assign(raw, key.split("."), yaml.load(value, Loader=_Loader))
-        except (LookupError, TypeError, yaml.YAMLError) as error:
-            problems.append(f"override {item!r}: {_one_line(error)}")
+            found = parse_yaml(value)
+            path = _assign(raw, key.split("."), found.raw)
+        except ConfigError as error:
+            problems += [f"override {_shown(item)}: {problem}" for problem in error.problems]
+        except (LookupError, TypeError) as error:
+            problems.append(f"override {_shown(item)}: {one_line(error)}")
         else:
+            problems += [f"override {_shown(item)}: {problem}" for problem in found.problems]
             origins = {at: where for at, where in origins.items() if at[: len(path)] != path}
             origins[path] = "override"
     return Document(raw, origins, tuple(problems))
@@ -124,7 +123,7 @@ def _assign(target: Any, parts: list[str], value: Any) -> KeyPath:
 
 
 def _list_index(part: str, items: list[Any], where: str) -> int:
-    if not part.isdigit():
+    if not (part.isascii() and part.isdigit() and len(part) < _MOST_DIGITS):
         raise LookupError(f"{where} is a list; address an item by its number, e.g. {where}.0")
     if int(part) >= len(items):
         raise LookupError(f"{where} has {len(items)} item(s), numbered from 0")
@@ -137,26 +136,5 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
-def _collect_origins(
-    node: yaml.Node, path: KeyPath, origins: dict[KeyPath, str], duplicates: list[str]
-) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in seen:
-                where = ".".join(map(str, (*path, key)))
-                duplicates.append(
-                    f"{where}: given twice, on lines {seen[key]} and {line}; keep one"
-                )
-            seen[key] = line
-            origins[(*path, key)] = f"line {line}"
-            _collect_origins(value_node, (*path, key), origins, duplicates)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            origins[(*path, index)] = f"line {item.start_mark.line + 1}"
-            _collect_origins(item, (*path, index), origins, duplicates)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _shown(item: str) -> str:
+    return repr(item) if len(item) <= _SHOWN else f"{item[:_SHOWN]!r}…"

@@ -70,7 +70,7 @@ class LiveReference:
         self.sync_every_pushes = sync_every_pushes
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         # One set of weights; under `behavior` one for each version that samples may still come from.
-        self._held: dict[int, list[Tensor]] = {0: self._snapshot()}
+        self._held: dict[int, list[Tensor]] = {0: self._initial()}
         self._num_pushes = 0
 
     def logps(self, batches: Sequence[Sequence[Group]], version: int | None = None) -> list[Tensor]:
@@ -78,7 +78,8 @@ class LiveReference:
         key = 0
         if self.kind == "behavior":
             key = max(self._held) if version is None else version
-            self._held = {v: w for v, w in self._held.items() if v >= key}
+            if version is not None:  # an evaluation says nothing of what is still to come
+                self._held = {v: w for v, w in self._held.items() if v >= key}
         with self._holding(self._held[key]):
             return _computed(self.model, batches, self._layout, self._device)
 
@@ -94,7 +95,7 @@ class LiveReference:
     def after_step(self) -> None:
         if self.kind == "ema":
             for held, now in zip(self._held[0], map(_local, self._trainable), strict=True):
-                held.lerp_(now, self.ema_rate)
+                held.lerp_(now.to(held.dtype), self.ema_rate)
 
     def state(self) -> dict[str, Tensor]:
         if self.kind == "initial":
@@ -119,6 +120,15 @@ class LiveReference:
 
     def _snapshot(self) -> list[Tensor]:
         return [_local(p).detach().clone() for p in self._trainable]
+
+    def _initial(self) -> list[Tensor]:
+        if self.kind != "ema":
+            return self._snapshot()
+        # A hundredth of a step rounds to nothing in half precision: bfloat16 went an eighth of the way.
+        return [
+            tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            for tensor in self._snapshot()
+        ]
 
     @contextlib.contextmanager
     def _holding(self, weights: list[Tensor]) -> Iterator[None]:

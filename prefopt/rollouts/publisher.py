@@ -64,6 +64,7 @@ class PolicyPublisher:
         if self.accelerator.is_main_process:
             assert state is not None
             state = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+            state = self.policy.to_save(state)
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._save(path, state)

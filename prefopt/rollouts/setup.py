@@ -251,9 +251,9 @@ def _offline(
 def _gap_limit(recipe: Recipe, section: EngineSection, policy: LoadedPolicy) -> float:
     if section.max_logp_gap is not None:
         return section.max_logp_gap
-    own = {str(p.dtype).removeprefix("torch.") for p in policy.model.parameters()}
-    dtypes = own | ({section.dtype} - {"auto"})
-    exact = dtypes == {"float32"} and recipe.train.precision == "fp32"
+    own = {p.dtype for p in policy.model.parameters()} | {*policy.half.values()}
+    dtypes = {str(dtype).removeprefix("torch.") for dtype in own} | ({section.dtype} - {"auto"})
+    exact = dtypes == {"float32"} and recipe.train.precision in ("fp32", "auto")
     return _GAP_FP32 if exact else _GAP_LOWER
 
 

@@ -27,6 +27,7 @@ import httpx2
 
 from prefopt.errors import SignalError
 from prefopt.signals.chat_replies import Messages, Reply, ReplyCache, parse_reply, reply_key
+from prefopt.storage.json_text import half_surrogate
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -276,6 +277,10 @@ class _Attempts(httpx2.AsyncClient):
             if asked.reply is None:
                 asked.problem = "an answer that is no chat completion"
                 raise httpx2.DecodingError(asked.problem)
+            if (
+                half_surrogate(asked.reply.text) is not None
+            ):  # asking again at temperature 0 gives it again
+                raise ChatRefused("the answer holds half of a surrogate pair, which is no text")
             return
         asked.problem = f"HTTP {status}: {self._endpoint.redact(response.text)[:300].strip()}"
         if status in _RETRIED or status >= 500:
@@ -326,7 +331,7 @@ def retry_after_s(header: str | None) -> float:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError, TypeError):  # no date, or one that no clock has
         return 0.0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.storage.cache import atomic_write
+from prefopt.storage.json_text import parse_json
 
 Messages = Sequence[Mapping[str, Any]]
 _KEY_VERSION = 1
@@ -41,11 +43,11 @@ class ReplyCache:
     def get(self, key: str) -> Reply | None:
         """The reply, or None: one that cannot be read, or is empty, is asked for again and replaced."""
         try:
-            reply = Reply(**json.loads(self._path(key).read_text(encoding="utf-8")))
+            reply = Reply(**parse_json(self._path(key).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
         # Empty is also what some gateways send for a failure of theirs, with status 200.
-        return replace(reply, cached=True) if reply.text else None
+        return replace(reply, cached=True) if _is_reply(reply) and reply.text else None
 
     def put(self, key: str, reply: Reply) -> None:
         """Raises: OSError if it cannot be written."""
@@ -59,18 +61,50 @@ class ReplyCache:
 def parse_reply(content: bytes) -> Reply | None:
     """The reply in a chat completion; None if it is none (a proxy's page, say)."""
     try:
-        data = json.loads(content)
+        data = parse_json(content.decode("utf-8-sig"), twice=True)
         choice = data["choices"][0]
+        text = _text(choice["message"].get("content"))
         usage = data.get("usage") or {}
-        return Reply(
-            text=str(choice["message"].get("content") or ""),
-            finish_reason=choice.get("finish_reason"),
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
-            top_logprobs=_first_token(choice.get("logprobs")),
+        prompt_tokens, completion_tokens = (
+            _count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")
         )
+        finish = choice.get("finish_reason")
+        logprobs = choice.get("logprobs")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
+    if text is None:
+        return None
+    reason = finish if isinstance(finish, str) else None
+    return Reply(
+        text, reason, prompt_tokens, completion_tokens, top_logprobs=_first_token(logprobs)
+    )
+
+
+def _text(content: Any) -> str | None:
+    """What a message says: its text, or that of its parts; None for what is neither."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return None
+    texts = [part.get("text") for part in content if part.get("type", "text") == "text"]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+
+
+def _count(value: Any) -> int:
+    """Tokens as a server counts them; 0 where it says nothing that is a number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return int(value) if is_number and math.isfinite(value) and value > 0 else 0
+
+
+def _is_reply(reply: Reply) -> bool:
+    counts = (reply.prompt_tokens, reply.completion_tokens)
+    return (
+        isinstance(reply.text, str)
+        and isinstance(reply.finish_reason, str | None)
+        and all(type(count) is int for count in counts)
+        and isinstance(reply.top_logprobs, dict)
+        and all(isinstance(value, int | float) for value in reply.top_logprobs.values())
+    )
 
 
 def _first_token(logprobs: Any) -> dict[str, float]:
@@ -82,8 +116,9 @@ def _first_token(logprobs: Any) -> dict[str, float]:
     try:
         for top in logprobs["content"][0]["top_logprobs"]:
             token, value = str(top["token"]), float(top["logprob"])
-            found[token] = max(value, found.get(token, value))
-    except (KeyError, IndexError, TypeError, ValueError):
+            if not math.isnan(value):
+                found[token] = max(value, found.get(token, value))
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError):
         return {}
     return found
 

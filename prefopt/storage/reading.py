@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from prefopt.errors import DataError, PrefoptError
+from prefopt.storage import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +73,12 @@ def parse_json(data: bytes | str) -> Any:
     if (b"\0" if isinstance(data, bytes) else "\0") in data:
         raise UnreadableError("it holds NUL bytes, as a power cut leaves them")
     try:
-        return json.loads(data if isinstance(data, str) else data.decode("utf-8"))
+        return json_text.parse_json(data if isinstance(data, str) else data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UnreadableError(f"its byte {error.start} is no UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise UnreadableError(f"it is cut or edited ({error})") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; depth
-        raise UnreadableError(in_words(error)) from error
+    except json_text.BadJson as error:
+        at = "" if error.position is None else f" at character {error.position + 1}"
+        raise UnreadableError(f"it is cut or edited: {error}{at}") from error
 
 
 def as_object(

@@ -240,7 +240,7 @@ def build_probe(
 def _engine(recipe: Recipe, policy: LoadedPolicy, tokenizer: Any) -> HFEngine:
     engine = recipe.sampled_by
     batch_size = engine.batch_size if isinstance(engine, HFSection) else HFSection().batch_size
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.train.precision]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.precision)
     try:
         # It shares every weight: no copy, nothing to push, and a module of its own, so that whatever
         # generating sets (eval mode, ordinary attention, a cache) never reaches the one in training.

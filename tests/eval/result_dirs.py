@@ -92,10 +92,11 @@ def scored(
     scale: float = 100,
     texts: Mapping[str, tuple[str, str]] | None = None,
     head: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
     **made: Any,
 ) -> Path:
     """An output directory with one task whose headline ``accuracy`` is the mean of these values by key."""
-    rows = [Row(key, {"accuracy": value}) for key, value in values.items()]
+    rows = [Row(key, {"accuracy": value}, details or {}) for key, value in values.items()]
     found = [value for value in values.values() if value is not None]
     metric = mean_metric(found, scale) if found else Metric(0.0)
     summary = Summary({"accuracy": metric}, {"n": len(rows)})

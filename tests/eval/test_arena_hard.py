@@ -525,7 +525,7 @@ def test_a_template_file_replaces_ours_and_says_so(
         ),
         ("prompt_template: x", "needs system_prompt"),
         ("- x", "must be a mapping"),
-        ("a: [", "cannot be read"),
+        ("a: [", "line 1: not valid YAML"),
     ],
 )
 def test_a_template_that_cannot_work_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -31,6 +31,13 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         '{"temperature": 1.0}',
     ),
     "baseline": ({"baseline": "published"}, {"baseline": "model 9"}, "published", "model 9"),
+    # `by: auto` took both: the one had a base under its adapter, the other was a full model
+    "measure": (
+        {"details": {"by": "implicit_reward"}},
+        {"details": {"by": "mean_logp"}},
+        "implicit_reward (a)",
+        "mean_logp (b)",
+    ),
     "options": ({"options": {"k": 1}}, {"options": {"k": 5}}, "1 (a)", "5 (b)"),
     "configuration": ({"config_hash": "x"}, {"config_hash": "y"}, "x (a)", "y (b)"),
     "limit": (

@@ -10,6 +10,7 @@ import pytest
 
 from eval.base import Answer
 from eval.registry import make_task
+from prefopt.cli import main
 from prefopt.errors import DataError
 from tests.eval.runs import write_jsonl
 
@@ -69,3 +70,15 @@ def test_repeated_problem_in_the_data_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [row, row])
     with pytest.raises(DataError, match=r"d\.jsonl:2: a second problem"):
         make_task("gsm8k", {"data": str(path)}).examples()
+
+
+def test_half_a_surrogate_pair_in_a_file_to_score_is_named_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "gsm8k.jsonl"
+    row = '{"question": "q%s", "answer": "#### 3", "response": "#### 3"}\n'
+    path.write_text(row % "" + row % " \\ud83d")
+    assert main(["eval", "score", "gsm8k", str(path)]) == 1
+    assert "gsm8k.jsonl:2: column 'question' holds half of" in capsys.readouterr().err
+    assert main(["eval", "score", "gsm8k", str(tmp_path)]) == 1
+    assert f"{tmp_path}: is a directory" in capsys.readouterr().err

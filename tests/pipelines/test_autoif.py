@@ -395,3 +395,8 @@ def test_the_preset_is_a_sound_pipeline_once_it_has_its_files() -> None:
     assert [each.spec.name for each in pipeline.stages] == [
         "prompts", "ask_checkers", "sample", "checkers", "constrain", "sample", "score", "accepted_rejected",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", ["[" * 5000, '{"func": "x\\ud83d", "cases": []}', "9" * 5000])
+def test_an_answer_that_no_file_can_hold_is_broken_json(body: str) -> None:
+    assert read_proposal(f"```json\n{body}\n```") == "broken_json"

@@ -237,3 +237,34 @@ def test_an_unknown_eval_set_suggests_the_nearest(
     assert "no task of `prefopt eval`; did you mean 'gsm8k'?" in said
     said = refused(capsys, prompts(tmp_path, ["a"], decontaminate={"against": [{"column": "x"}]}))
     assert "name a task or a path" in said
+
+
+# --- text as it is -------------------------------------------------------------------------------
+
+
+def test_half_a_surrogate_pair_is_counted_and_a_number_that_is_none_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = prompts(tmp_path, ["a", "b", "c"], keep=["quality"])
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        '{"prompt": "a", "quality": 1}\n{"prompt": "b \\ud83d", "quality": 1}\n{"prompt": "c", "quality": "x"}\n'
+    )
+    folder = build(pipeline)
+    assert [row["prompt"] for row in rows(folder / "prompts")] == ["a", "c"]
+    assert counts(folder, "prompts")["dropped"] == {"broken_text": 1}
+    (line,) = (folder / "manifest" / "prompts" / "dropped.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "prompts.jsonl:2"
+    file.write_text('{"prompt": "a", "quality": 1.0}\n{"prompt": "b", "quality": NaN}\n')
+    said = refused(capsys, pipeline, "--from", "prompts", code=1)
+    assert "prompts.jsonl:2: column quality is nan, and a pipeline's rows are JSON" in said
+
+
+def test_a_benchmark_row_that_cannot_be_read_is_no_row_that_is_not_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two \\udc00"}\n')
+    against = [{"path": str(tmp_path / "test.jsonl")}]
+    pipeline = prompts(tmp_path, ["a"], decontaminate={"against": against})
+    said = refused(capsys, pipeline, code=1)
+    assert "test.jsonl:2: column 'prompt' holds half of a surrogate pair" in said

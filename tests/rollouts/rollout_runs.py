@@ -77,6 +77,8 @@ def make_rollout_trainer(
     signals: Sequence[dict[str, Any]] = ({"name": "low_tokens"},),
     credit: dict[str, Any] | None = None,
     reference: dict[str, Any] | None = None,
+    eval_source: GroupSource | None = None,
+    eval_every: int | None = None,
     **settings: Any,
 ) -> PreferenceTrainer:
     """A one-process trainer fed by rollouts of the HF engine, wired by `prefopt.wiring`."""
@@ -94,6 +96,7 @@ def make_rollout_trainer(
             "signals": list(signals),
             "credit": credit,
             "reference": reference,
+            "eval": {"every": eval_every},
             "train": {
                 "learning_rate": 1e-2,
                 "global_batch_size": 4,
@@ -110,7 +113,7 @@ def make_rollout_trainer(
         return build_trainer(
             recipe,
             pairs,
-            None,
+            eval_source,
             policy,
             Accelerator(cpu=True),
             prompts=prompts,

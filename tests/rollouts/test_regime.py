@@ -227,6 +227,28 @@ def test_references_follow_the_policy_as_they_say(tmp_path: Path, kind: str) -> 
         assert (abs(row["log_ratio/chosen"]) < 1e-4) == follows
 
 
+@pytest.mark.parametrize(
+    "kind", ["behavior", *(pytest.param(k, marks=pytest.mark.slow) for k in ("synced", "ema"))]
+)
+def test_evaluations_between_steps_change_no_reference(tmp_path: Path, kind: str) -> None:
+    """Batches are up to two steps old: an evaluation drops no policy that one of them was sampled by."""
+    held_out = GroupList(random_pairs(6, seed=9))
+    rows = {}
+    for every in (None, 1):
+        trainer = make_rollout_trainer(
+            tmp_path / str(every),
+            PROMPTS,
+            regime={"max_lag": 2},
+            reference={"name": kind},
+            eval_source=held_out,
+            eval_every=every,
+            max_steps=4,
+        )
+        rows[every] = [row for row in train(trainer) if "loss/pairs" in row]
+    assert [row["loss/pairs"] for row in rows[None]] == [row["loss/pairs"] for row in rows[1]]
+    assert max(row["rollout/lag"] for row in rows[1]) == 2
+
+
 def test_an_ema_reference_is_the_moving_average_of_every_steps_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

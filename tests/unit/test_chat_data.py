@@ -386,7 +386,7 @@ def test_half_a_surrogate_pair_is_refused_and_not_a_traceback() -> None:
         Request([user("Hi")], (says("Yes.", reasoning_content="\udc00"),)),
     ):
         (found,) = renderer.render_batch([request])
-        assert isinstance(found, Refused) and found.reason == Reject.NOT_UNICODE
+        assert isinstance(found, Refused) and found.reason == Reject.BROKEN_TEXT
 
 
 # -- what a template may raise -------------------------------------------------------------------------------

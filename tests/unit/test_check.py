@@ -163,8 +163,21 @@ def test_a_sound_recipe_passes_offline_and_says_what_it_took_on_trust(recipe_fil
         ),
         (["data.train=[]"], "data.train", "is missing"),
         (["model.quantization=4bit"], "model.quantization = '4bit'", "nothing to train without"),
-        (["model.dtype=float16"], "model.dtype = 'float16'", "small updates underflow"),
-        ([*LORA, "model.dtype=float16"], "train.precision = 'fp32'", "does not go with"),
+        (
+            ["model.dtype=bfloat16", "train.precision=fp32"],
+            "model.dtype = 'bfloat16'",
+            "most of them round to nothing",
+        ),
+        (
+            ["model.dtype=float16", "train.precision=fp32"],
+            "model.dtype = 'float16'",
+            "most of them round to nothing",
+        ),
+        (
+            [*LORA, "model.dtype=float16", "train.precision=fp32"],
+            "train.precision = 'fp32'",
+            "does not go with",
+        ),
         ([*LORA, "model.dtype=bfloat16", "train.precision=fp16"], "train.precision", "float32"),
         ([*LORA, "peft.lora_dropout=0.05"], "peft.lora_dropout = 0.05", "disable_dropout is true"),
         (["peft={type: lorra}"], "peft.type = 'lorra'", "did you mean 'lora'?"),
@@ -222,11 +235,29 @@ def test_what_would_be_ignored_or_cannot_work_is_refused(
         ["peft={type: ia3}"],
         ["peft={adapter: org/lora}"],
         [*LORA, "model.dtype=float16", "train.precision=fp16"],
+        [*LORA, "model.dtype=float16"],
         [*LORA, "model.quantization=4bit", "model.dtype=bfloat16"],
     ],
 )
 def test_settings_that_go_together_pass(recipe_file: Path, overrides: list[str]) -> None:
     check(recipe_file, overrides, assume_cuda=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_weights_are_fully_trained_only_where_the_launch_keeps_masters(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Known by whoever starts a run: one process and DDP have no masters, DeepSpeed and FSDP do."""
+    overrides = [f"model.dtype={dtype}"]
+    with pytest.raises(ConfigError, match="Or launch with DeepSpeed or FSDP"):
+        check(recipe_file, overrides, num_processes=1, assume_cuda=True)
+    check(recipe_file, [*overrides, *LORA], num_processes=1, assume_cuda=True)
+    for engine in ("DEEPSPEED", "FSDP"):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_USE_{engine}", "true")
+            check(recipe_file, overrides, num_processes=1, assume_cuda=True)
+            with pytest.raises(ConfigError, match="most of them round to nothing"):
+                check(recipe_file, [*overrides, "train.precision=fp32"], num_processes=1)
 
 
 # --- this machine --------------------------------------------------------------------------------
@@ -394,7 +425,7 @@ def test_a_directory_that_is_no_adapter_is_refused(
         (["objective={name: dpo, beta: 2.5}"], "published values are 0.01 to 0.5"),
         (["objective={name: ipo_mean, beta: 0.1}"], "5 nats a token"),
         (["train.learning_rate=1e-5"], "made SimPO repeat itself"),
-        (["model.dtype=bfloat16"], "is lost when rounded into a bfloat16 weight"),
+        (["model.dtype=bfloat16"], "runs under DeepSpeed and FSDP only"),
     ],
 )
 def test_unusual_hyper_parameters_are_noted_not_refused(

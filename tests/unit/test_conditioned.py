@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+import eval.kl_terms
 from eval.checkpoints import _policy, found_checkpoints
 from eval.engines import Generator
-from eval.models import condition_problems, run_condition
+from eval.models import condition_problems, open_models, run_condition
+from eval.registry import make_task
+from eval.scorers import LogpScorer
+from eval.settings import EvalSettings
 from prefopt.cli import main
 from prefopt.data import Renderer, load_prompts
 from prefopt.model.load import load_tokenizer
@@ -20,6 +24,7 @@ from prefopt.recipe.schema import SourceSection as Source
 from prefopt.rollouts.setup import load_run_data
 from prefopt.training.draws import warn_of_target
 from prefopt.training.metrics import read_metrics
+from prefopt.types import Group
 from tests.distributed.launch import write_model, write_recipe, write_samples
 from tests.unit.tiny_tokenizers import make_tokenizer
 
@@ -115,3 +120,33 @@ def test_show_prints_the_reward_in_the_prompt_and_both_labels(
         f"{reward:.2f}" for reward in rewards if f"; scores {reward:g}; advantages " in said
     ]
     assert f" <score {shown}>" in said
+
+
+def test_what_the_policy_answers_is_scored_after_the_prompt_it_was_asked(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KL and pair scores of the run's policy read the target reward that sampling writes into the prompts."""
+    seen: list[Group] = []
+
+    def spied(module: object, name: str) -> None:
+        real = getattr(module, name)
+
+        def spy(first: object, groups: list[Group], *rest: object) -> object:
+            seen.extend(groups)
+            return real(first, groups, *rest)
+
+        monkeypatch.setattr(module, name, spy)
+
+    spied(eval.kl_terms, "kl_terms")
+    spied(LogpScorer, "_values")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "one two", "chosen": " sun", "rejected": " cat"}\n')
+    settings = EvalSettings(model=ModelSection(path=str(run)), device="cpu")
+    for name, more in (("kl", {"max_new_tokens": 4}), ("pair_accuracy", {})):
+        task = make_task(name, {"data": str(pairs), **more})
+        opened = task.open(open_models(settings))
+        (row,) = task.rows(task.examples(), opened)
+        task.close(opened)
+        assert row.problem is None
+    asked = tuple(make_tokenizer()("one two <score 3.00>\n")["input_ids"])
+    assert [tuple(map(int, group.prompt_ids)) for group in seen] == [asked, asked]

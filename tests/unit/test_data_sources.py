@@ -149,7 +149,7 @@ def test_a_damaged_archive_and_a_damaged_parquet_file_are_named(tmp_path: Path) 
     fails(cut, str(cut), "gzip archive is damaged")
     fake = tmp_path / "b.jsonl.gz"
     fake.write_text("plain text")
-    fails(fake, str(fake), "gzip archive is damaged")
+    fails(fake, str(fake), "is named .gz and is no gzip archive")
     parquet = tmp_path / "a.parquet"
     parquet.write_bytes(b"PAR1 nonsense PAR1")
     fails(parquet, str(parquet), "not a readable Parquet file")

@@ -207,7 +207,7 @@ def test_a_head_we_do_not_know_is_found_by_the_probe(monkeypatch: pytest.MonkeyP
     """An architecture that scales its logits in a way the engine does not know must not train."""
     model = tiny_model("gemma2", vocab_size=VOCABULARY)
     monkeypatch.setattr(
-        prefopt.model.logps.LogitTransform, "of", classmethod(lambda cls, config: cls())
+        prefopt.model.lm_head.LogitTransform, "of", classmethod(lambda cls, config: cls())
     )
     with pytest.raises(ModelError, match="differ from the model's own forward"):
         build_logp_model(model)

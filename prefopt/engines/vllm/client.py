@@ -5,18 +5,21 @@ httpx2 and not a client of OpenAI's: it is what huggingface_hub, and so transfor
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 
 from prefopt.engines.base import Completion, SamplingSpec
 from prefopt.engines.vllm.local import sampling_parameters
 from prefopt.errors import EngineError
+from prefopt.storage.json_text import parse_json
 
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request, thousands a step
 
@@ -25,6 +28,10 @@ MAX_CONNECTIONS = 128
 
 _CONNECT_S = 10.0
 _UNAVAILABLE = (502, 503, 504)
+
+
+_COMPLETIONS = "/v1/completions"
+_FINISHED: dict[str, Literal["eos", "length"]] = {"stop": "eos", "length": "length"}
 
 
 class ConnectionLost(Exception):
@@ -62,14 +69,19 @@ class ServerClient:
         """Does it answer ``/health``?"""
         try:
             return self._http.get("/health", timeout=timeout_s).status_code == 200
-        except (httpx2.TransportError, OSError):
+        except (httpx2.RequestError, OSError):
             return False
 
     def model(self, deadline: float) -> ModelCard:
         """The full model it serves. Raises: EngineError, ConnectionLost."""
-        answer = self._request("GET", "/v1/models", None, deadline).json()
-        card = next(card for card in answer["data"] if not card.get("parent"))
-        return ModelCard(card["id"], card.get("root") or card["id"], card.get("max_model_len"))
+        path = "/v1/models"
+        answer = self._object(self._request("GET", path, None, deadline), path)
+        with self._expected(path):
+            card = next(card for card in answer["data"] if not card.get("parent"))
+            name, root, longest = card["id"], card.get("root"), card.get("max_model_len")
+            if not isinstance(name, str) or not isinstance(longest, int | None):
+                raise TypeError(f"id is {name!r}, max_model_len {longest!r}")
+        return ModelCard(name, str(root or name), longest)
 
     def complete(
         self, model: str, prompt_ids: Sequence[int], spec: SamplingSpec, seed: int, deadline: float
@@ -79,24 +91,37 @@ class ServerClient:
             {"model": model, "prompt": list(prompt_ids), **sampling_parameters(spec, seed)},
             deadline,
         )
-        ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
-        if ids is None or logprobs is None:
+        if choice.get("token_ids") is None or choice.get("logprobs") is None:
             raise EngineError(
                 f"{self.url} returns no token ids or log-probs: it is no vLLM server, or an old one (0.11 or "
                 "newer is needed)"
             )
-        reason = "eos" if choice["finish_reason"] == "stop" else "length"
-        return Completion(tuple(ids), tuple(logprobs["token_logprobs"]), reason)
+        with self._expected(_COMPLETIONS):
+            ids = tuple(map(_token_id, choice["token_ids"]))
+            logprobs = tuple(map(_logprob, choice["logprobs"]["token_logprobs"]))
+            if len(ids) != len(logprobs):
+                raise ValueError(f"{len(ids)} token ids and {len(logprobs)} log-probs")
+            reason = _FINISHED[choice["finish_reason"]]
+        return Completion(ids, logprobs, reason)
 
     def score(
         self, model: str, prompt: Sequence[int], response: Sequence[int], deadline: float
     ) -> list[float]:
         """Log-probs of ``response`` at temperature 1. Raises: EngineError, ConnectionLost."""
         body = {"model": model, "prompt": [*prompt, *response], "max_tokens": 1}
-        rows = self._completion({**body, "prompt_logprobs": 0}, deadline)["prompt_logprobs"]
-        return [
-            float(rows[len(prompt) + i][str(token)]["logprob"]) for i, token in enumerate(response)
-        ]
+        choice = self._completion({**body, "prompt_logprobs": 0}, deadline)
+        with self._expected(_COMPLETIONS):
+            rows = choice["prompt_logprobs"]
+            return [
+                _logprob(rows[len(prompt) + i][str(token)]["logprob"])
+                for i, token in enumerate(response)
+            ]
+
+    def post_object(
+        self, path: str, body: dict[str, Any] | None, deadline: float
+    ) -> dict[str, Any]:
+        """The JSON object that answers a POST. Raises: as `post`; EngineError for another answer."""
+        return self._object(self.post(path, body, deadline), path)
 
     def post(self, path: str, body: dict[str, Any] | None, deadline: float) -> httpx2.Response:
         """The answer to a POST. Raises: EngineError with what the server says; ConnectionLost."""
@@ -113,7 +138,30 @@ class ServerClient:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,  # needs no tokenizer
         }
-        return self.post("/v1/completions", {**common, **body}, deadline).json()["choices"][0]
+        answer = self.post_object(_COMPLETIONS, {**common, **body}, deadline)
+        with self._expected(_COMPLETIONS):
+            choice = answer["choices"][0]
+            if not isinstance(choice, dict):
+                raise TypeError(f"a choice that is {type(choice).__name__}")
+        return choice
+
+    def _object(self, response: httpx2.Response, path: str) -> dict[str, Any]:
+        with self._expected(path):
+            found = parse_json(response.content.decode("utf-8"), twice=True)
+            if not isinstance(found, dict):
+                raise TypeError(f"JSON that is {type(found).__name__}")
+        return found
+
+    @contextlib.contextmanager
+    def _expected(self, path: str) -> Iterator[None]:
+        """Turns what an answer of another shape raises into an EngineError that says who gave it."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+            raise EngineError(
+                f"{self.url}{path} answers otherwise than vLLM does ({type(error).__name__}: {str(error)[:200]}). "
+                "Is it a vLLM server, and of a version that is known here?"
+            ) from error
 
     def _request(
         self, method: str, path: str, body: dict[str, Any] | None, deadline: float
@@ -130,6 +178,8 @@ class ServerClient:
             ) from error
         except (httpx2.TransportError, OSError) as error:
             raise ConnectionLost(f"{type(error).__name__}: {error}") from error
+        except httpx2.RequestError as error:  # a body that does not decompress
+            raise EngineError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         except httpx2.InvalidURL as error:
             raise EngineError(f"engine.urls: {self.url!r} is no URL: {error}") from error
         if response.status_code in _UNAVAILABLE:
@@ -139,3 +189,15 @@ class ServerClient:
                 f"{self.url}{path}: HTTP {response.status_code}: {response.text[:600]}"
             )
         return response
+
+
+def _token_id(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31:
+        return value
+    raise ValueError(f"{str(value)[:40]!r} is no token id")
+
+
+def _logprob(value: Any) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    raise ValueError(f"{str(value)[:40]!r} is no log-prob")

@@ -33,7 +33,7 @@ def served_model(section: VllmKeys, task: Task) -> ServedModel:
     if task.training is not None:
         config: Any = unwrap_causal_lm(task.training.policy.model).config
         rank = _rank_in_training(section.name, task.training)
-        dtype = str(unwrap_causal_lm(task.training.policy.model).dtype).removeprefix("torch.")
+        dtype = task.training.policy.saved_dtype
     else:
         for directory in (source.directory, *source.adapters):  # vLLM looks at no checksum
             check_weights(directory)

@@ -294,7 +294,7 @@ class VllmServers:
             if name is None:
                 body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
                 client.post("/collective_rpc", body, deadline)
-                forgotten = client.post("/reset_prefix_cache", None, deadline).json()
+                forgotten = client.post_object("/reset_prefix_cache", None, deadline)
                 if not forgotten.get("success", True):
                     raise EngineError("the server kept prefixes that older weights computed")
             else:

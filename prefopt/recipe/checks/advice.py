@@ -51,12 +51,6 @@ def learning_rate_suits_what_is_trained(recipe: Recipe, _: Surroundings) -> Iter
             "high for full fine-tuning on preferences: published values are 3e-7 to 1e-6, and 1e-5 "
             "made SimPO repeat itself (its authors' README)",
         )
-    if recipe.model.dtype == "bfloat16" and rate < 1e-5:
-        yield note(
-            "model.dtype",
-            f"an update of {rate:g} is lost when rounded into a bfloat16 weight, unless DeepSpeed keeps "
-            "float32 masters. Use float32 with train.precision: bf16 elsewhere",
-        )
 
 
 def _simpo(beta: float, gamma: float) -> Iterator[Finding]:

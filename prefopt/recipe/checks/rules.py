@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,12 @@ class Surroundings:
         import torch
 
         return torch.cuda.is_available()
+
+    @property
+    def keeps_masters(self) -> bool:
+        """Does the launch keep float32 masters of weights in half precision, under mixed precision?"""
+        names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+        return any(os.environ.get(name, "false").lower() == "true" for name in names)
 
 
 Rule = Callable[[Recipe, Surroundings], Iterator[Finding]]

@@ -136,25 +136,50 @@ def batch_divides(recipe: Recipe, surroundings: Surroundings) -> Iterator[Findin
 @rule("model", "train", "peft")
 def dtypes_go_together(recipe: Recipe, surroundings: Surroundings) -> Iterator[Finding]:
     dtype, precision = recipe.model.dtype, recipe.train.precision
-    other = {("float16", "fp32"), ("float16", "bf16"), ("bfloat16", "fp16")}
-    if (dtype, precision) in other:
-        matching = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
-        yield Finding(
-            "train.precision",
-            f"does not go with model.dtype = '{dtype}': activations would be cast back and forth "
-            f"between the two ranges. Use precision: {matching}, or model.dtype: float32",
-        )
-    if dtype == "float16" and recipe.peft is None:
-        yield Finding(
-            "model.dtype",
-            "full fine-tuning cannot update float16 weights: small updates underflow and the loss "
-            "scaler refuses them. Use float32 (with train.precision: fp16) or bfloat16",
-        )
+    if clash := dtype_clash(dtype, precision):
+        yield Finding("train.precision", clash)
+    if dtype in _HALF and recipe.peft is None:
+        launched = (
+            surroundings.num_processes is not None
+        )  # `prefopt check` does not know how it will be
+        if precision == "fp32" or (launched and not surroundings.keeps_masters):
+            yield Finding("model.dtype", half_weights(dtype))
+        elif not launched:
+            text = f"runs under DeepSpeed and FSDP only: {half_weights(dtype)}"
+            yield Finding("model.dtype", text, is_note=True)
     if precision == "fp16" and not surroundings.has_cuda:
         yield Finding(
             "train.precision",
             "needs a CUDA device, and this machine has none. Use bf16 or fp32",
         )
+    elif (dtype, precision) == ("float16", "auto") and not surroundings.has_cuda:
+        yield Finding(
+            "model.dtype",
+            "trains on a CUDA device only, and this machine has none. Leave it out, or use float32",
+        )
+
+
+_HALF = {"float16": "fp16", "bfloat16": "bf16"}
+
+
+def dtype_clash(dtype: str, precision: str) -> str | None:
+    """Why a precision does not go with weights loaded in ``dtype``, and what to do; None if it does."""
+    if (dtype, precision) not in {("float16", "fp32"), ("float16", "bf16"), ("bfloat16", "fp16")}:
+        return None
+    return (
+        f"does not go with model.dtype = '{dtype}': activations would be cast back and forth "
+        f"between the two ranges. Use precision: {_HALF[dtype]} (or leave it out), or model.dtype: float32"
+    )
+
+
+def half_weights(dtype: str) -> str:
+    """Why weights of a half dtype cannot be trained as they are, and both ways out."""
+    return (
+        f"an update is smaller than the distance of two {dtype} numbers, and most of them round to nothing "
+        "(200 AdamW steps at 5e-7 moved 1 % of bfloat16 weights). Leave model.dtype out: the weights then "
+        f"train in float32, compute in {dtype} and are saved as they came. Or launch with DeepSpeed or FSDP and "
+        f"train.precision: {_HALF[dtype]}, which keep float32 masters"
+    )
 
 
 @rule("model", "peft")

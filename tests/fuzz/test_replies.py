@@ -1,0 +1,156 @@
+"""What servers answer: a judge's endpoint and a vLLM server may send any bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from hypothesis import strategies as st
+
+from prefopt.engines.base import SamplingSpec
+from prefopt.engines.vllm.client import ConnectionLost, ServerClient
+from prefopt.errors import EngineError, SignalError
+from prefopt.signals.chat_client import ChatRefused, Endpoint, _Asked, _Attempts, retry_after_s
+from prefopt.signals.chat_replies import Reply, ReplyCache, parse_reply
+from tests.fuzz.mutations import as_json, fuzzed, mutated_bytes, mutated_value, steps
+
+CHATS: list[Any] = [
+    {"id": "1", "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant",
+     "content": "[[A]] é"}}],
+     "usage": {"prompt_tokens": 10, "completion_tokens": 5}},
+    {"choices": [{"message": {"content": [{"type": "text", "text": "yes"}]}, "finish_reason": "length",
+     "logprobs": {"content": [{"token": "y", "logprob": -0.1, "top_logprobs": [
+     {"token": "y", "logprob": -0.1}]}]}}]},
+    {"error": {"message": "no", "code": 429}},
+]  # fmt: skip
+COMPLETION = {"choices": [{"index": 0, "token_ids": [3, 4], "finish_reason": "stop", "text": "", "logprobs": {
+    "token_logprobs": [-0.5, -1.0], "tokens": ["token_id:3", "token_id:4"]}}]}  # fmt: skip
+SCORES = {
+    "choices": [
+        {"prompt_logprobs": [None, {"1": {"logprob": -1.0}}, {"3": {"logprob": -2, "rank": 1}}]}
+    ]
+}
+MODELS = {
+    "data": [
+        {"id": "m", "root": "/m", "max_model_len": 64, "parent": None},
+        {"id": "a", "parent": "m"},
+    ]
+}
+SERVED: list[Any] = [COMPLETION, SCORES, MODELS]
+STATUSES = st.sampled_from([200, 200, 200, 200, 204, 302, 400, 404, 408, 422, 429, 500, 503])
+HEADERS = st.dictionaries(
+    st.sampled_from(["retry-after", "content-type", "content-encoding", "location"]),
+    st.sampled_from(["", "1", "-1", "nan", "inf", "1e400", "9" * 400, "Wed, 21 Oct 2015 07:28:00 GMT",
+                     "Mon, 01 Jan 0001 00:00:00 GMT", "x", "text/html; charset=nothing", "gzip",
+                     "application/json"]),
+    max_size=2,
+)  # fmt: skip
+ENDPOINT = Endpoint("http://127.0.0.1:9/v1", "m", timeout_s=1.0, deadline_s=1.0)
+
+
+def check_chat(folder: Path, content: bytes) -> None:
+    with steps():
+        reply = parse_reply(content)
+    if reply is None:
+        return
+    assert isinstance(reply.text, str) and isinstance(reply.finish_reason, str | None)
+    assert reply.prompt_tokens >= 0 and reply.completion_tokens >= 0
+    assert all(value == value for value in reply.top_logprobs.values())
+    cache = ReplyCache(folder / "cache")
+    cache.put("ab", reply)
+    kept = cache.get("ab")
+    assert kept is None if not reply.text else kept is not None and kept.text == reply.text
+
+
+def check_cached(folder: Path, content: bytes) -> None:
+    path = folder / "cache" / "cd" / "cd.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    with steps():
+        reply = ReplyCache(folder / "cache").get("cd")
+    assert reply is None or (isinstance(reply.text, str) and reply.text)
+
+
+def check_judged(folder: Path, case: tuple[int, dict[str, str], bytes]) -> None:
+    """One attempt of the chat client: an answer, another try, or an end with a sentence."""
+    del folder
+    status, headers, content = case
+    asked = _Asked(end=time.monotonic() - 1)  # no time left to wait in
+
+    async def judge() -> None:
+        try:
+            response = httpx2.Response(status, headers=headers, content=content)
+        except (httpx2.RequestError, ValueError):
+            return  # where the transport reads it: `_Attempts.send` has it
+        await _Attempts._judge(_attempts(), response, asked)
+
+    try:
+        with steps():
+            asyncio.run(judge())
+    except (ChatRefused, SignalError, httpx2.DecodingError, TimeoutError) as error:
+        str(error).encode("utf-8", "backslashreplace")
+    if asked.reply is not None and status == 200:
+        assert isinstance(asked.reply.text, str)
+    assert retry_after_s(headers.get("retry-after")) >= 0
+
+
+def _attempts() -> Any:
+    found = _Attempts.__new__(
+        _Attempts
+    )  # its constructor makes connections, of which there is no need
+    found._endpoint = ENDPOINT
+    return found
+
+
+def check_served(folder: Path, case: tuple[int, dict[str, str], bytes]) -> None:
+    del folder
+    status, headers, content = case
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(status, headers=headers, stream=httpx2.ByteStream(content))
+
+    client = _client()
+    client._http._transport = httpx2.MockTransport(answer)
+    deadline = time.monotonic() + 3600
+    calls = (
+        lambda: client.model(deadline),
+        lambda: client.complete("m", [1, 2], SamplingSpec(max_new_tokens=4), 0, deadline),
+        lambda: client.score("m", [1], [1, 3], deadline),
+        lambda: client.post_object("/reset_prefix_cache", None, deadline),
+        client.is_healthy,
+    )
+    for call in calls:
+        try:
+            with steps():
+                found: Any = call()
+        except (EngineError, ConnectionLost):
+            continue
+        assert isinstance(json.dumps(getattr(found, "logprobs", None), allow_nan=False), str)
+
+
+@functools.cache  # certificates take long to load
+def _client() -> ServerClient:
+    return ServerClient("http://127.0.0.1:9", through_proxy=False)
+
+
+def cases(values: list[Any]) -> st.SearchStrategy[tuple[int, dict[str, str], bytes]]:
+    return st.tuples(STATUSES, HEADERS, bodies(values))
+
+
+def bodies(values: list[Any]) -> st.SearchStrategy[bytes]:
+    return st.one_of(
+        mutated_value(values).map(as_json),
+        mutated_bytes([*map(as_json, values), b"<html>no</html>"]),
+    )
+
+
+KEPT: list[Any] = [vars(Reply("yes", "stop", 3, 4, top_logprobs={"y": -0.1}))]
+test_chats, test_many_chats = fuzzed(bodies(CHATS), check_chat, share=0.3)
+test_cached, test_many_cached = fuzzed(bodies(KEPT), check_cached, share=0.1)
+test_judged, test_many_judged = fuzzed(cases(CHATS), check_judged, share=0.3)
+test_served, test_many_served = fuzzed(cases(SERVED), check_served, share=0.3)

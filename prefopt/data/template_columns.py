@@ -27,8 +27,9 @@ def template_columns(row: RawRow, columns: ColumnMap, rules: RenderOptions) -> R
         (columns.tools, columns.documents, columns.chat_template_kwargs),
         strict=True,
     ):
-        absent = path is None or (path == default and not has_column(row.data, path))
-        value = None if absent else _parsed(row, path, column(row, path))
+        value = None
+        if path is not None and (path != default or has_column(row.data, path)):
+            value = _parsed(row, path, column(row, path))
         found.append(without_nulls(value) if row.filled_nulls else value)
     tools, documents, keywords = found
     return replace(

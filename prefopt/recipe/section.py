@@ -56,8 +56,8 @@ class Section(BaseModel):
 
 
 def without_newer(values: dict[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` of a dump without keys at their defaults in ``newer``: settings from before these keys hash as they
-    did. A list is equal to a tuple here, since JSON knows no other."""
+    """``values`` of a dump without keys at their defaults in ``newer``: settings from before these keys hash as
+    they did. A list is equal to a tuple here, since JSON knows no other."""
     plain = {key: list(each) if isinstance(each, tuple) else each for key, each in newer.items()}
     return {
         key: value

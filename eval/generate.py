@@ -101,6 +101,7 @@ def _answer_chunk(
                 _prompt(example, conversation),
                 decoding(example),
                 (response_seed(seed, task, example.key, number, turn),),
+                example.options,
             )
             for example, number, conversation in open_
         ]

@@ -41,6 +41,8 @@ class RawRow:
     data: dict[str, Any]
     flaw: str | None = None
     """Why no encoding can write the row's text, with its column; `canonical` and `prompt_row` refuse the row."""
+    filled_nulls: bool = False
+    """Whether its format gives every object the keys of all others (Parquet): a null may be no key at all."""
 
     @property
     def where(self) -> str:
@@ -53,10 +55,12 @@ def read_rows(path: Path, name: str) -> Iterator[RawRow]:
     Raises: DataError naming file and line: broken JSON, a row that is no object, not UTF-8, a damaged
         archive, an unreadable file.
     """
-    reader = READERS[str(data_suffix(path))]
+    suffix = str(data_suffix(path))
+    reader = READERS[suffix]
     try:
         for found in reader(path):
-            yield RawRow(name, found.number, found.data, found.flaw)
+            filled = suffix == ".parquet"
+            yield RawRow(name, found.number, found.data, found.flaw, filled_nulls=filled)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{path}: the gzip archive is damaged or cut off ({error}); fetch it again"

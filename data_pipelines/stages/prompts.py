@@ -30,7 +30,7 @@ from prefopt.data.rows import Refused
 from prefopt.errors import DataError
 from prefopt.recipe.schema import ModelSection, PathText, Section, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer

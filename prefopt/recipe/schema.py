@@ -104,7 +104,7 @@ class ModelSection(Section):
     the plain layout. `auto`: packed where the architecture's attention can take it, else padded,
     and says which."""
     disable_dropout: bool = True
-    """Set every dropout to 0, as the papers of this family do."""
+    """Set every dropout to 0, as the papers of this family do, and keep routers from drawing noise."""
     router_aux_loss_coef: NonNegativeFloat | None = None
     """Weight of a mixture of experts' balancing loss in every stage; 0 is none. Default: as the model's
     configuration asks, which is none unless it says `output_router_logits: true`."""
@@ -251,6 +251,9 @@ class RunSection(Section):
     """Name shown by trackers; default: the directory's name."""
     trackers: tuple[str, ...] = Field(default=(), strict=False)
     """Trackers of accelerate to log to: tensorboard, wandb, mlflow, comet_ml, aim, clearml, …"""
+    stuck_after_s: PositiveFloat = 600.0
+    """Of several processes: longest time in which none gets on (a forward, an update; sampling and saving may take
+    longer) before the run ends and names the one that the others wait for. NCCL's own limit is the same."""
 
 
 class Recipe(Section):
@@ -310,6 +313,15 @@ class Recipe(Section):
         if self.rollouts is None or not isinstance(engine, HFSection):
             return False
         return self.rollouts.max_lag > 0 or engine.device is not None or bool(engine.cpus)
+
+    @property
+    def longest_wait_s(self) -> float:
+        """How long processes may wait while one starts an engine or samples; 0 without rollouts."""
+        if self.rollouts is None:
+            return 0.0
+        engine = self.sampled_by
+        jobs = 2 * (self.rollouts.max_lag + 2)  # a push and a batch each
+        return engine.startup_timeout_s + jobs * engine.timeout_s
 
     @property
     def reference_name(self) -> str:

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from prefopt.engines.base import PolicyFiles
 from prefopt.errors import ModelError
 from prefopt.model.adapters import save_adapter, save_final
-from prefopt.model.distributed import gathered_state
+from prefopt.model.distributed import gathered_state, together
 from prefopt.model.load import LoadedPolicy
 from prefopt.model.logps import LogpModel
 from prefopt.storage.checksums import check_weights, write_sums
@@ -66,14 +66,14 @@ class PolicyPublisher:
         named = self._engine.named_parameters()
         names = {name for name, p in named if p.requires_grad or not is_peft}
         state = gathered_state(self.accelerator, self._engine, names)
-        if self.accelerator.is_main_process:
-            assert state is not None
-            state = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
-            state = self.policy.to_save(state)
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._save(path, state)
-        self.accelerator.wait_for_everyone()
+        with together(self.accelerator, f"the push of policy version {version}"):
+            if self.accelerator.is_main_process:
+                assert state is not None
+                state = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+                state = self.policy.to_save(state)
+                with writing(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self._save(path, state)
         return PolicyFiles(version, path, is_peft)
 
     def find(self, version: int) -> PolicyFiles | None:

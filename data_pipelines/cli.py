@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.cli import command_parser, guarded, parse
+from prefopt.process.launch import require_one_process
 
 SUMMARY = "Builds preference data from prompts or rated responses, stage by stage; says what is in a pair set."
 
@@ -80,6 +81,7 @@ def _build(argv: Sequence[str]) -> None:
         help="as executor.workers=N: most shards at once (default: 1)",
     )
     arguments = parse(parser, argv)
+    require_one_process("prefopt data build")
     from data_pipelines.pipeline import load_pipeline
     from data_pipelines.runner import build
     from data_pipelines.show import print_record, print_use
@@ -141,6 +143,7 @@ def _schedule(name: str, argv: Sequence[str]) -> None:
         print(file.keys_page())
         return
     arguments = parse(parser, argv)
+    require_one_process(f"prefopt data {name}")
     from data_pipelines.schedule.commands import check_schedule, done_so_far, run_schedule
     from data_pipelines.schedule.show import commands_page, print_walk, write_record
 

@@ -1,15 +1,11 @@
-"""The folder of a pipeline: where shards, records and dropped rows of each stage lie, and who writes in it."""
+"""The folder of a pipeline: where shards, records and dropped rows of each stage lie."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import logging
 import os
 import shutil
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,51 +14,15 @@ from data_pipelines.base import Dropped
 from data_pipelines.manifest import REPAIR, read_record, write_record
 from data_pipelines.shards import ShardFile, Shards
 from prefopt.errors import DataError
-from prefopt.storage.cache import AGAIN, write_whole, writing
+from prefopt.storage.cache import AGAIN, write_whole
 from prefopt.storage.reading import as_object, reading
-
-logger = logging.getLogger("prefopt.data")
 
 MANIFEST = "manifest.json"
 _RECORDS = "manifest"
 _ASIDE = "replaced"
-_LOCK = ".lock"
 _COUNTS = {"counts": dict, "counts.rows_in": int, "counts.rows_out": int, "counts.dropped": dict}
 _DONE = {"shards": list, **_COUNTS}
 _SHARD = {"file": str, "rows_out": int, "sha256": str}
-
-
-@contextlib.contextmanager
-def only_driver(root: Path) -> Iterator[None]:
-    """Holds the folder of a pipeline for this process, whose end frees it, however it ends.
-
-    Raises: DataError if another process has it, or the folder cannot be made.
-    """
-    path = root / _LOCK
-    advice = (
-        "Make room, or give an output_dir that can be written to, and run the same command again"
-    )
-    with writing(path, advice):
-        root.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-    with file:
-        try:  # not `flock`, which a forked child would hold on to after our death
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            raise DataError(
-                f"{root}: another build is at work here ({file.read().strip() or 'it just began'}). Wait for it "
-                "or stop it, then run the same command again: one command hands out the shards of a folder"
-            ) from error
-        except OSError as error:
-            logger.warning("%s: cannot be locked (%s); start one build here at a time", path, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
 
 
 @dataclass(frozen=True)

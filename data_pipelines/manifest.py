@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import inspect
 import json
 import sys
@@ -14,6 +12,7 @@ from typing import Any
 
 from prefopt.errors import ConfigError
 from prefopt.storage.cache import write_whole
+from prefopt.storage.code import code_hash as source_hash
 from prefopt.storage.reading import Kind, as_object, load_json, reading, sealed, unsealed
 
 
@@ -63,9 +62,7 @@ def changes(was: Any, now: Any, key: str = "") -> list[Change]:
 
 
 def code_hash(thing: Any) -> str:
-    """Hash of the module that defines ``thing``: of what it does, not of its comments, docstrings or layout.
-
-    Imports do not count either: a module that moves changes those of many, and what none of them does.
+    """Hash of what the module that defines ``thing`` does; see `prefopt.storage.code`.
 
     Raises: ConfigError for something defined in no file.
     """
@@ -73,20 +70,7 @@ def code_hash(thing: Any) -> str:
     file = getattr(module, "__file__", None)
     if file is None:
         raise ConfigError(f"{thing!r}: is defined in no file, so what it does cannot be recorded")
-    tree = ast.parse(Path(inspect.getsourcefile(thing) or file).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            kept = [each for each in body if not _does_nothing(each)]
-            node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
-
-
-def _does_nothing(node: ast.AST) -> bool:
-    """An import, or a docstring of a module, a function or an attribute."""
-    value = getattr(node, "value", None)
-    text = isinstance(value, ast.Constant) and isinstance(value.value, str)
-    return isinstance(node, ast.Import | ast.ImportFrom) or (isinstance(node, ast.Expr) and text)
+    return source_hash(Path(inspect.getsourcefile(thing) or file))
 
 
 def _short(value: Any) -> str:

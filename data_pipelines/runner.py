@@ -14,14 +14,15 @@ from typing import Any
 
 from data_pipelines.base import Place
 from data_pipelines.executors import Executor, open_executor
-from data_pipelines.folder import StageFolder, only_driver, write_manifest
+from data_pipelines.folder import StageFolder, write_manifest
 from data_pipelines.manifest import Change, changes, read_record, write_record
 from data_pipelines.pipeline import BoundStage, Pipeline
 from data_pipelines.shard_work import Order, stage_code
 from data_pipelines.shards import Shards
 from data_pipelines.stage_runs import run_map, run_whole
 from prefopt.errors import ConfigError, DataError
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
+from prefopt.storage.holder import held
 from prefopt.storage.reading import digest
 
 logger = logging.getLogger("prefopt.data")
@@ -37,9 +38,10 @@ def build(pipeline: Pipeline, *, start: str | None = None) -> dict[str, Any]:
     Raises: ConfigError if a stage was made of something else, or for a stage there is none of; DataError for
         files that are broken, changed or in use, or a shard that its workers die on; whatever a stage raises.
     """
-    with contextlib.ExitStack() as held:
-        executor = held.enter_context(contextlib.closing(open_executor(pipeline.settings.executor)))
-        held.enter_context(only_driver(pipeline.directory))
+    with (
+        contextlib.closing(open_executor(pipeline.settings.executor)) as executor,
+        held(pipeline.directory, work="build", advice="Another output_dir is free"),
+    ):
         if start is not None:
             _set_aside(pipeline, start)
         return _build(pipeline, executor)

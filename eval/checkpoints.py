@@ -12,6 +12,7 @@ from eval.models import run_condition, run_recipe, run_trust
 from eval.settings import EvalSettings
 from prefopt.errors import ModelError
 from prefopt.recipe.schema import ModelSection
+from prefopt.storage.holder import held
 from prefopt.storage.run_files import CHECKPOINTS, RUN_FILE, complete_checkpoints
 
 logger = logging.getLogger("prefopt.eval")
@@ -31,17 +32,21 @@ def evaluate_checkpoints(settings: EvalSettings, names: Sequence[str], output: P
     from eval.show import print_results
 
     run_dir = Path(settings.model.path).expanduser()
-    for step, checkpoint in found_checkpoints(run_dir).items():
-        folder = output / f"step-{step}"
-        policy = _policy(run_dir, checkpoint, folder / POLICY_FOLDER)
-        logger.info("step %d: %s", step, policy)
-        update = {
-            "model": settings.model.model_copy(
-                update={"path": str(policy), **run_trust(settings.model)}
-            ),
-            "baseline": settings.baseline or start_of(run_dir),
-        }
-        print_results(evaluate(settings.model_copy(update=update), names, folder), as_json=False)
+    found = found_checkpoints(run_dir)
+    with held(output, work="evaluation", advice="Another --output is free"):
+        for step, checkpoint in found.items():
+            folder = output / f"step-{step}"
+            policy = _policy(run_dir, checkpoint, folder / POLICY_FOLDER)
+            logger.info("step %d: %s", step, policy)
+            update = {
+                "model": settings.model.model_copy(
+                    update={"path": str(policy), **run_trust(settings.model)}
+                ),
+                "baseline": settings.baseline or start_of(run_dir),
+            }
+            print_results(
+                evaluate(settings.model_copy(update=update), names, folder), as_json=False
+            )
 
 
 def found_checkpoints(run_dir: Path) -> dict[int, Path]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from prefopt.cli import command_parser, guarded, parse
 from prefopt.errors import ConfigError
+from prefopt.process.launch import require_one_process
 
 SUMMARY = (
     "Evaluates checkpoints the way papers report them; scores published files; compares results."
@@ -51,6 +52,7 @@ def _parser(name: str, summary: str, example: str) -> argparse.ArgumentParser:
 
 def _run(argv: Sequence[str]) -> None:
     arguments = parse(_run_parser(), argv)
+    require_one_process("prefopt eval")
     from eval.settings import load_settings
 
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]

@@ -27,6 +27,7 @@ from eval.responses import answers_from_file
 from eval.settings import EvalSettings
 from prefopt.errors import ConfigError, DataError
 from prefopt.storage.cache import write_whole
+from prefopt.storage.holder import held
 from prefopt.storage.reading import load_json, reading
 
 logger = logging.getLogger("prefopt.eval")
@@ -73,9 +74,15 @@ def evaluate(settings: EvalSettings, names: Sequence[str], output: Path) -> dict
         command goes on from there.
     """
     planned = plan(settings, names)
+    with held(output, work="evaluation", advice="Another --output is free"):
+        return _evaluate(settings, names, planned, output)
+
+
+def _evaluate(
+    settings: EvalSettings, names: Sequence[str], planned: Sequence[Planned], output: Path
+) -> dict[str, Any]:
     models = open_models(settings)
     head = _head(settings, models)
-    output.mkdir(parents=True, exist_ok=True)
     results = _open_results(output / RESULTS_FILE, head)
     run = TaskRun(settings, models, output, head["model"]["hash"], head["baseline"])
     try:

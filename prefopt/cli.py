@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt import __version__
-from prefopt.errors import ConfigError, PrefoptError
+from prefopt.errors import ConfigError
+from prefopt.process.guarded import guarded
+from prefopt.process.launch import check_launched
+from prefopt.process.ranks import joined
 
 if TYPE_CHECKING:
     from prefopt.recipe.schema import Recipe
@@ -65,47 +65,11 @@ def recipe_main(trains: str, argv: Sequence[str] | None = None) -> int:
         description=f"Trains a {trains} recipe. Usually through: accelerate launch --config_file "
         f"accelerate_configs/zero3.yaml recipes/{trains}.py RECIPE.yaml [section.key=value ...]"
     )
+    # `deepspeed` and `torch.distributed.launch` add it to the line, and say the same in LOCAL_RANK.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     _add_recipe(parser)
     arguments = parse(parser, argv)
     return guarded(lambda: _train(arguments, trains))
-
-
-def guarded(command: Callable[[], object]) -> int:
-    """Runs a command; a known error becomes its message and an exit code, Ctrl-C becomes 130."""
-    if not sys.stderr.isatty():
-        # Bars of the libraries, which read this when tqdm is imported; ours are `prefopt.report.progress`.
-        os.environ.setdefault("TQDM_MININTERVAL", "30")
-    try:
-        with _logs_on_stderr():
-            command()
-    except ConfigError as error:
-        # Every rank finds the same; one of each machine says so.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{error}", file=sys.stderr)
-        return 2
-    except PrefoptError as error:
-        rank = os.environ.get("RANK")
-        print(f"[rank {rank}] {error}" if rank else f"{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `prefopt keys | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return 0
-
-
-@contextlib.contextmanager
-def _logs_on_stderr() -> Iterator[None]:
-    """Shows our own log lines, from rank 0 below warnings; other libraries keep their settings."""
-    logger, handler = logging.getLogger("prefopt"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -327,7 +291,7 @@ def _show(arguments: argparse.Namespace) -> None:
     from prefopt.commands.show import show
     from prefopt.recipe.checks import examine
 
-    recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True)
+    recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True, to_train=False)
     show(recipe, arguments.n, color=color)
 
 
@@ -339,13 +303,18 @@ def _refuse_overrides(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace, trains: str | None = None) -> None:
+    with joined():
+        _train_recipe(arguments, trains)
+
+
+def _train_recipe(arguments: argparse.Namespace, trains: str | None) -> None:
     from prefopt.recipe.checks import examine
 
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    recipe, notes = examine(arguments.recipe, arguments.overrides, num_processes=num_processes)
+    launch = check_launched()  # first: what a recipe needs depends on it
+    recipe, notes = examine(arguments.recipe, arguments.overrides, num_processes=launch.world_size)
     if trains is not None:
         _require_script(arguments.recipe, recipe, trains)
-    if os.environ.get("RANK", "0") == "0":
+    if launch.is_main:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
     from prefopt.wiring import train

@@ -40,6 +40,10 @@ class DataError(PrefoptError):
     """A data file that cannot be read as what the recipe says it is; names file and line."""
 
 
+class InUseError(DataError):
+    """A directory that another run, build or evaluation works in; found by every process of a launch alike."""
+
+
 class ModelError(PrefoptError):
     """A model, tokenizer or adapter that cannot be loaded or does not fit the recipe."""
 
@@ -54,6 +58,11 @@ class EngineError(TrainingError):
 
 class SignalError(TrainingError):
     """A signal that cannot score: a model or endpoint that is not there, too many failed groups."""
+
+
+def in_words(error: BaseException) -> str:
+    """The error as another process is told of it: its message, or, for one of a library, its class as well."""
+    return str(error) if isinstance(error, PrefoptError) else f"{type(error).__name__}: {error}"
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,11 @@ from accelerate.utils import set_seed
 
 from prefopt.data import DataBundle, PromptSet
 from prefopt.data.groups import GroupSource
-from prefopt.errors import ConfigError
 from prefopt.model.adapters import save_final
 from prefopt.model.distributed import (
-    check_launch,
     configure_deepspeed,
     gathered_state,
-    process_group_options,
+    together,
 )
 from prefopt.model.end_tokens import add_end_tokens, end_token_ids
 from prefopt.model.extensions import compiling
@@ -39,9 +35,15 @@ from prefopt.model.micro_batches import longest_row_tokens, split_limits
 from prefopt.model.precision import keeps_masters, refuse_half, with_precision
 from prefopt.model.reward_model import load_reward_model
 from prefopt.model.scores import ScoreModel
+from prefopt.process.ended import ended
+from prefopt.process.launch import check_launched
+from prefopt.process.progress import progress
+from prefopt.process.ranks import joined
+from prefopt.process.stopping import Stopped
 from prefopt.recipe.checks import check
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.registry import BoundObjective, stage_objective
+from prefopt.recipe.run_directory import FINAL
 from prefopt.recipe.schema import Recipe
 from prefopt.reference.base import Reference
 from prefopt.reference.choose import (
@@ -58,17 +60,31 @@ from prefopt.rollouts.setup import (
     most_group_tokens,
 )
 from prefopt.rollouts.statistics import say_time_split
-from prefopt.storage.cache import atomic_write
-from prefopt.storage.run_files import METRICS_FILE, RUN_FILE, read_run
+from prefopt.storage.holder import refuse_if_held
+from prefopt.storage.run_files import METRICS_FILE
 from prefopt.training.best import Best
-from prefopt.training.checkpoint import find_checkpoint, oldest_checkpoint, writing
+from prefopt.training.checkpoint import oldest_checkpoint, writing
 from prefopt.training.draws import build_draw, check_labels
 from prefopt.training.ending import check_ending
 from prefopt.training.generation_probe import build_probe
 from prefopt.training.optimizer import build_optimizer
 from prefopt.training.regimes import OfflineRegime
-from prefopt.training.run_record import describe_run, warn_about_changes
-from prefopt.training.trainer import PreferenceTrainer, TrainResult
+from prefopt.training.run_record import (
+    describe_run,
+    start_trackers,
+    with_history,
+    write_record,
+)
+from prefopt.training.start import (
+    IN_USE_ADVICE,
+    Start,
+    check_length,
+    check_weights,
+    find_start,
+    open_accelerator,
+    run_held,
+)
+from prefopt.training.trainer import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -80,38 +96,78 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     """Trains what the recipe says and returns the run directory.
 
     Called on every process of a launch; data is tokenised before any process group starts. An interrupted
-    run saves, says how to go on, and raises KeyboardInterrupt.
+    run saves and raises `Stopped`, a KeyboardInterrupt; `progress.stands` says how to go on.
 
     Raises: ConfigError, DataError, ModelError before training; TrainingError during it.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
-    check(recipe, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    with joined():
+        return _train(recipe)
+
+
+def _train(recipe: Recipe) -> Path:
+    progress.enter("looking at the recipe")
+    progress.stands = "nothing was trained, and there is nothing to save"
+    check(recipe, num_processes=check_launched().world_size)
     run_dir = Path(recipe.run.output_dir)
-    resume_from = find_checkpoint(run_dir, recipe.train.resume)
+    progress.enter("reading the data")
+    refuse_if_held(run_dir, work="run", advice=IN_USE_ADVICE)
     tokenizer = load_tokenizer(recipe.model)
     data, objective = load_run_data(recipe, tokenizer), run_objective(recipe)
     if objective.reads_samples and data.train is not None and not recipe.has_rollouts:
         check_labels(recipe.data, objective, data.train)  # before a model is loaded in vain
     recipe = with_precision(recipe, has_cuda=torch.cuda.is_available())
-    accelerator = _accelerator(recipe)
+    progress.enter("meeting the other processes")
+    accelerator = open_accelerator(recipe)
+    with run_held(accelerator, run_dir), ended(run_dir):
+        start = find_start(accelerator, recipe, data)
+        if start.is_finished:
+            logger.info("%s: the run of these settings is finished; nothing to train", run_dir)
+        else:
+            _train_from(start, recipe, data, tokenizer, accelerator)
+    accelerator.end_training()
+    return run_dir
+
+
+def _train_from(
+    start: Start, recipe: Recipe, data: DataBundle, tokenizer: Any, accelerator: Accelerator
+) -> None:
+    """Trains to the end and saves the result; an interrupt saves, says how to go on, and goes up."""
+    run_dir = Path(recipe.run.output_dir)
+    if start.resume_from is not None:
+        progress.stands = f"{start.resume_from} stands; run the same command to go on"
+    progress.enter("loading the model")
+    start_trackers(accelerator, recipe)
     policy = load_trained(recipe, tokenizer, masters=not keeps_masters(accelerator))
     check_vocabulary(policy.model, tokenizer)
     add_end_tokens(policy.model, end_token_ids(tokenizer, data.end_ids))
     check_ending(recipe, policy, tokenizer, accelerator)
+    check_weights(recipe, start, policy)
+    progress.stuck_after_s = recipe.run.stuck_after_s
+    progress.enter("preparing to train", at_most_s=recipe.longest_wait_s)
     trainer = build_trainer(
         recipe, data.train, data.eval, policy, accelerator,
         prompts=data.prompts, tokenizer=tokenizer,
     )  # fmt: skip
+    record = describe_run(recipe, data, policy, trainer)
     try:
-        result = _run(recipe, trainer, data, policy, resume_from)
+        record = _begin(recipe, trainer, data, record, start)
+        result = trainer.train()
     finally:
         trainer.close()
-    if not result.finished:
-        _say_how_to_go_on(accelerator, run_dir, result, trainer.regime.num_steps)
-    save_verified(trainer.model, policy, tokenizer, run_dir / "final", accelerator)
-    accelerator.end_training()
-    return run_dir
+    if accelerator.is_main_process and recipe.has_rollouts:
+        say_time_split(run_dir / METRICS_FILE)
+    if result.signal is not None:
+        accelerator.end_training()
+        progress.enter("training")
+        raise Stopped(result.signal)
+    progress.stands = "all steps are done and saved; the same command makes final/"
+    progress.enter("saving what was trained", at_most_s=3600.0)
+    save_verified(trainer.model, policy, tokenizer, run_dir / FINAL, accelerator)
+    if accelerator.is_main_process:
+        write_record(run_dir, {**record, "finished": {"step": result.step}})
+    progress.stands = f"finished, in {run_dir / FINAL}"
 
 
 def run_objective(recipe: Recipe) -> BoundObjective:
@@ -136,29 +192,27 @@ def load_trained(recipe: Recipe, tokenizer: Any, *, masters: bool = True) -> Loa
     return load_policy(model, peft, seed=seed, masters=masters)
 
 
-def _run(
+def _begin(
     recipe: Recipe,
     trainer: PreferenceTrainer,
     data: DataBundle,
-    policy: LoadedPolicy,
-    resume_from: Path | None,
-) -> TrainResult:
-    """Restores, records the run, and trains."""
+    record: dict[str, Any],
+    start: Start,
+) -> dict[str, Any]:
+    """Restores, and records the run; returns the record."""
     run_dir, accelerator = Path(recipe.run.output_dir), trainer.accelerator
-    record = describe_run(recipe, data, policy, trainer)
-    if resume_from is not None:
-        if accelerator.is_main_process and (run_dir / RUN_FILE).is_file():
-            warn_about_changes(read_run(run_dir), record)
+    if start.resume_from is not None:
         step_back = recipe.train.resume == "auto"
-        trainer.restore(trainer.checkpoints.intact(resume_from, step_back=step_back))
+        trainer.restore(trainer.checkpoints.intact(start.resume_from, step_back=step_back))
+        check_length(recipe, trainer.regime.step, trainer.regime.num_steps)
+    record = with_history(record, start, trainer.regime.step)
     # Only now: a start that is refused above leaves the record of the run as it was.
     if accelerator.is_main_process:
-        _write_run_files(run_dir, record, data)
+        write_record(run_dir, record)
+        with writing(run_dir):
+            data.write_rejects(run_dir / "rejects.jsonl")
     accelerator.wait_for_everyone()
-    result = trainer.train()
-    if accelerator.is_main_process and recipe.has_rollouts:
-        say_time_split(run_dir / METRICS_FILE)
-    return result
+    return record
 
 
 def build_trainer(
@@ -181,7 +235,7 @@ def build_trainer(
     """
     settings, objective = recipe.train, run_objective(recipe)
     build = build_score_model if objective.reads_scores else build_logp_model
-    module = build(policy.model, recipe.model.layout)
+    module = build(policy.model, recipe.model.layout, recipe.model.router_aux_loss_coef)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(policy.model)
     wiring = _Wiring(recipe, objective, policy, accelerator, train_source, eval_source)
@@ -323,73 +377,9 @@ def save_verified(
     prefix = "model."  # it holds the policy under this name
     names = {name for name, p in module.named_parameters() if p.requires_grad or not policy.is_peft}
     state = gathered_state(accelerator, module, names)
-    if accelerator.is_main_process:
-        assert state is not None
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        save_final(policy.model, tokenizer, directory, state_dict=policy.to_save(state))
-        logger.info("saved and verified %s", directory)
-    accelerator.wait_for_everyone()
-
-
-def _longest_wait_s(recipe: Recipe) -> float:
-    """How long other processes may wait while the main one starts an engine or samples."""
-    if recipe.rollouts is None:
-        return 0.0
-    engine = recipe.sampled_by
-    jobs = 2 * (recipe.rollouts.max_lag + 2)  # a push and a batch each
-    return engine.startup_timeout_s + jobs * engine.timeout_s
-
-
-def _accelerator(recipe: Recipe) -> Accelerator:
-    precision = recipe.train.precision
-    precision = "no" if precision in ("fp32", "auto") else precision
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            log_with=list(recipe.run.trackers) or None,
-            project_dir=recipe.run.output_dir,
-            kwargs_handlers=process_group_options(_longest_wait_s(recipe)),
-        )
-    except ValueError as error:  # e.g. fp16 on a device that has none
-        raise ConfigError(f"train.precision = {recipe.train.precision}: {error}") from error
-    check_launch(accelerator)
-    if recipe.run.trackers:
-        name = recipe.run.name or Path(recipe.run.output_dir).name
-        settings = _flat(recipe.model_dump())
-        accelerator.init_trackers("prefopt", settings, init_kwargs={"wandb": {"name": name}})
-    return accelerator
-
-
-def _write_run_files(run_dir: Path, record: dict[str, Any], data: DataBundle) -> None:
-    """run.json and rejects.jsonl."""
-    with writing(run_dir):
-        with atomic_write(run_dir / RUN_FILE) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        data.write_rejects(run_dir / "rejects.jsonl")
-
-
-def _say_how_to_go_on(
-    accelerator: Accelerator, run_dir: Path, result: TrainResult, num_steps: int
-) -> None:
-    """Ends an interrupted run: every process raises, the main one says what was saved."""
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        logger.warning(
-            "interrupted: saved step %d of %d in %s; run the same command to go on",
-            result.step,
-            num_steps,
-            run_dir / "checkpoints",
-        )
-    raise KeyboardInterrupt
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"train.seed": 42, …}``: what trackers take as a configuration."""
-    result: dict[str, Any] = {}
-    for key, value in section.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            result |= _flat(value, f"{name}.")
-        else:
-            result[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return result
+    with together(accelerator, f"saving {directory}"):
+        if accelerator.is_main_process:
+            assert state is not None
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            save_final(policy.model, tokenizer, directory, state_dict=policy.to_save(state))
+            logger.info("saved and verified %s", directory)

@@ -26,6 +26,7 @@ ROOMS = (
     "errors",
     "types",
     "storage",
+    "process",
     "report",
     "recipe",
     "objectives",

@@ -26,6 +26,7 @@ from prefopt.errors import ConfigError, TrainingError
 from prefopt.recipe.yaml_file import read_yaml
 from prefopt.recipe.yaml_values import dump_yaml
 from prefopt.storage.cache import atomic_write
+from prefopt.storage.holder import held
 
 logger = logging.getLogger("prefopt.data")
 _POLL_S = 0.2
@@ -67,7 +68,8 @@ def run_schedule(schedule: Schedule, start: Start | None = None) -> Walk:
         for a step that failed: the same command goes on there.
     """
     check_schedule(schedule)
-    walk = Walk(schedule, partial(_run, start or run_command)).take()
+    with held(schedule.output_dir, work="schedule", advice="Another output_dir is free"):
+        walk = Walk(schedule, partial(_run, start or run_command)).take()
     if walk.problems:
         raise ConfigError(walk.problems, source=str(schedule.source))
     return walk

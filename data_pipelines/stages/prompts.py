@@ -29,7 +29,7 @@ from data_pipelines.words import words
 from prefopt.data.rows import Refused
 from prefopt.recipe.schema import ModelSection, PathText, Section, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer

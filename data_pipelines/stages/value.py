@@ -19,7 +19,7 @@ from data_pipelines.value_rows import model_problems, require_in_range, reward_o
 from prefopt.errors import DataError
 from prefopt.recipe.schema import ModelSection, NoEffect
 from prefopt.recipe.yaml_file import Document, KeyPath
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 from prefopt.storage.reading import digest
 
 if TYPE_CHECKING:

@@ -17,7 +17,13 @@ from typing import IO, Any
 
 from prefopt.data.opening import check_kind, open_bytes
 from prefopt.errors import DataError
-from prefopt.storage.json_text import BadJson, half_surrogate, parse_items, parse_json
+from prefopt.storage.json_text import (
+    BadJson,
+    half_surrogate,
+    may_hold_halves,
+    parse_items,
+    parse_json,
+)
 
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_ROWS = 512
@@ -106,11 +112,11 @@ def _read_json(path: Path) -> Iterator[_Found]:
         return
     with open_bytes(path) as file:
         text = _decode(file.read().removeprefix(_BOM), path)
-    number = 0
+    number, halves = 0, may_hold_halves(text)
     try:
         for number, item in enumerate(parse_items(text), 1):
             row = _object(item, f"{path}, row {number}")
-            yield _Found(number, row, _flaw(row, None))
+            yield _Found(number, row, _flaw(row) if halves else None)
     except BadJson as error:
         raise DataError(_broken_array(path, number + 1, text, error)) from error
 
@@ -128,7 +134,7 @@ def _read_jsonl(path: Path) -> Iterator[_Found]:
             except BadJson as error:
                 raise DataError(_broken_line(path, number, text, error)) from error
             row = _object(item, f"{path}:{number}")
-            yield _Found(number, row, _flaw(row, text))
+            yield _Found(number, row, _flaw(row) if may_hold_halves(text) else None)
 
 
 def _read_csv(path: Path) -> Iterator[_Found]:
@@ -247,8 +253,8 @@ def _json_type(item: Any) -> str:
     return {str: "a string", bool: "a boolean", type(None): "null"}.get(type(item), "a number")
 
 
-def _flaw(row: dict[str, Any], text: str | None) -> str | None:
-    place = half_surrogate(row, text)
+def _flaw(row: dict[str, Any]) -> str | None:
+    place = half_surrogate(row)
     return None if place is None else f"column {place!r} holds half of a surrogate pair"
 
 

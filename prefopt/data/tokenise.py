@@ -41,7 +41,7 @@ from prefopt.data.tokens import (
 )
 from prefopt.errors import DataError
 from prefopt.recipe.schema import DataSection, SourceSection
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 from prefopt.storage.cache import atomic_directory, cache_root
 
 log = logging.getLogger(__name__)

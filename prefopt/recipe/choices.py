@@ -117,14 +117,14 @@ class HFSection(EngineSection):
     fixed_context: ClassVar[bool] = False
 
     name: Literal["hf"] = "hf"
-    device: Annotated[str | None, NoEffect("rows")] = None
+    device: Annotated[str | None, NoEffect()] = None
     """Torch device of an engine in a process of its own; default: the run's."""
     cpus: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), NoEffect("run")
     ] = ()
     """Cores that an engine in a process of its own is bound to, a thread each; default: the run's. Keep
     training off them (`taskset`): two that share a core take turns."""
-    batch_size: PositiveInt = 256
+    batch_size: Annotated[PositiveInt, NoEffect("run")] = 256
     """Most responses generated at once."""
 
     @property
@@ -139,7 +139,7 @@ class VllmKeys(EngineSection):
 
     max_model_len: PositiveInt | None = None
     """vLLM's context in tokens; default: the longest prompt + `regime.max_new_tokens`."""
-    gpu_memory_utilization: Annotated[Fraction, NoEffect("rows")] = 0.9
+    gpu_memory_utilization: Annotated[Fraction, NoEffect()] = 0.9
     """Share of the GPU's memory vLLM may take; lower it where it shares a GPU with the trainer."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs one vLLM engine is split over."""
@@ -165,9 +165,9 @@ class VllmServerSection(VllmKeys):
     name: Literal["vllm_server"] = "vllm_server"
     urls: Annotated[tuple[str, ...], Field(strict=False), NoEffect()] = ()
     """Servers that run already, e.g. http://node7:8000; started by the run if left out."""
-    num_servers: Annotated[PositiveInt, NoEffect("rows")] = 1
+    num_servers: Annotated[PositiveInt, NoEffect()] = 1
     """Servers to start."""
-    devices: Annotated[tuple[str, ...], Field(strict=False), NoEffect("rows")] = ()
+    devices: Annotated[tuple[str, ...], Field(strict=False), NoEffect()] = ()
     """CUDA_VISIBLE_DEVICES of each server that is started, e.g. ["6", "7"]; default: what the run sees."""
 
     @property
@@ -194,7 +194,7 @@ class ReferenceSection(Section):
 class CachedReferenceSection(ReferenceSection):
     """One whose log-probs of a data set are computed before the first step, and kept."""
 
-    cache_dir: PathText | None = None
+    cache_dir: Annotated[PathText | None, NoEffect("run")] = None
     """Store of reference log-probs, shared by runs, losses and learning rates; default: as
     `data.cache_dir`."""
 

@@ -171,9 +171,9 @@ class DataSection(Section):
     """Which sample rows a step draws."""
     condition: ConditionSection | None = None
     """How a reward is written into a prompt, for `reward_conditioned`."""
-    cache_dir: PathText | None = None
+    cache_dir: Annotated[PathText | None, NoEffect("run")] = None
     """Where tokenised data is cached; default: `$PREFOPT_CACHE` or `~/.cache/prefopt`."""
-    num_workers: PositiveInt = 1
+    num_workers: Annotated[PositiveInt, NoEffect("run")] = 1
     """Processes that tokenise."""
 
     @property

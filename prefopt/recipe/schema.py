@@ -41,7 +41,14 @@ from prefopt.recipe.data_schema import (
 )
 from prefopt.recipe.entries import Entry, bind
 from prefopt.recipe.registry import BoundCredit, BoundObjective, BoundSignal
-from prefopt.recipe.section import Fraction, NoEffect, NonNegativeFloat, PathText, Section
+from prefopt.recipe.section import (
+    Fraction,
+    NoEffect,
+    NonNegativeFloat,
+    PathText,
+    Section,
+    without_newer,
+)
 
 __all__ = [
     "DEFAULT_MICRO_BATCH_TOKENS",
@@ -103,12 +110,15 @@ class ModelSection(Section):
     """Dtype the weights are loaded in; `auto` is the dtype they were saved in. What trains of half-precision
     weights is kept in float32 and saved in the dtype it was loaded in (DeepSpeed and FSDP keep such masters
     themselves)."""
-    layout: Literal["auto", "packed", "padded"] = "auto"
+    layout: Annotated[Literal["auto", "packed", "padded"], NoEffect("run")] = "auto"
     """Token layout. `packed`: each prompt once, its responses as branches, no padding. `padded`:
     the plain layout. `auto`: packed where the architecture's attention can take it, else padded,
     and says which."""
     disable_dropout: bool = True
-    """Set every dropout to 0, as the papers of this family do."""
+    """Set every dropout to 0, as the papers of this family do, and keep routers from drawing noise."""
+    router_aux_loss_coef: NonNegativeFloat | None = None
+    """Weight of a mixture of experts' balancing loss in every stage; 0 is none. Default: as the model's
+    configuration asks, which is none unless it says `output_router_logits: true`."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Only for repositories you trust."""
     quantization: Literal["4bit", "8bit"] | None = None
@@ -116,8 +126,8 @@ class ModelSection(Section):
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Left out where it is empty, so that the settings of runs before this key hash as they did.
-        return {k: v for k, v in dump(self).items() if k != "chat_template_kwargs" or v}
+        # Left out where they are, so that the settings of runs before these keys hash as they did.
+        return without_newer(dump(self), {"router_aux_loss_coef": None, "chat_template_kwargs": {}})
 
 
 class PeftSection(Section):
@@ -145,9 +155,9 @@ class TrainSection(Section):
     """Peak learning rate. Typical: 3e-7 to 1e-6 for full fine-tuning, 5e-6 to 5e-5 for LoRA."""
     global_batch_size: PositiveInt = 128
     """Pairs (rows for SFT) per optimizer step, over all processes and accumulation steps."""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Annotated[PositiveInt | None, NoEffect("run")] = None
     """Most pairs in one forward of one process; default: as many as `micro_batch_tokens` holds."""
-    micro_batch_tokens: PositiveInt | None = None
+    micro_batch_tokens: Annotated[PositiveInt | None, NoEffect("run")] = None
     """Most tokens in one forward of one process (in the layout that runs). Lower it when memory is short.
     Default: 16384; on CPU as few as keep its cores busy (a smaller forward is as fast there, and leaner)."""
     num_epochs: PositiveFloat = 1.0
@@ -173,7 +183,7 @@ class TrainSection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What the forward computes in. `auto`: in the dtype of the weights as loaded, bf16 for bfloat16 weights,
     fp16 for float16, fp32 for float32. `fp32`: without autocast."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, NoEffect("run")] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shuffle: bool = True
     """Draw a new order every epoch. `false` takes the rows as `data.train` has them, epoch after epoch: for a
@@ -183,6 +193,9 @@ class TrainSection(Section):
     resume: Annotated[PathText, NoEffect()] = "auto"
     """`auto`: from the newest complete checkpoint of `run.output_dir`, if any; `never`; or the path of
     a checkpoint."""
+    accept_changes: Annotated[bool, NoEffect()] = False
+    """Go on with other settings than the weights so far were made with. Without it such a start is refused,
+    setting by setting; with it `history` in run.json says what changed, and at which step."""
     save_every: Annotated[PositiveInt | None, NoEffect()] = None
     """Steps between checkpoints; default: one at the end (and on Ctrl-C)."""
     keep_checkpoints: Annotated[PositiveInt, NoEffect()] = 2
@@ -249,6 +262,9 @@ class RunSection(Section):
     """Name shown by trackers; default: the directory's name."""
     trackers: tuple[str, ...] = Field(default=(), strict=False)
     """Trackers of accelerate to log to: tensorboard, wandb, mlflow, comet_ml, aim, clearml, …"""
+    stuck_after_s: PositiveFloat = 600.0
+    """Of several processes: longest time in which none gets on (a forward, an update; sampling and saving may take
+    longer) before the run ends and names the one that the others wait for. NCCL's own limit is the same."""
 
 
 class Recipe(Section):
@@ -308,6 +324,15 @@ class Recipe(Section):
         if self.rollouts is None or not isinstance(engine, HFSection):
             return False
         return self.rollouts.max_lag > 0 or engine.device is not None or bool(engine.cpus)
+
+    @property
+    def longest_wait_s(self) -> float:
+        """How long processes may wait while one starts an engine or samples; 0 without rollouts."""
+        if self.rollouts is None:
+            return 0.0
+        engine = self.sampled_by
+        jobs = 2 * (self.rollouts.max_lag + 2)  # a push and a batch each
+        return engine.startup_timeout_s + jobs * engine.timeout_s
 
     @property
     def reference_name(self) -> str:

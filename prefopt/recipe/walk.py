@@ -138,6 +138,17 @@ def _json_default(field: FieldInfo) -> Any:
     return list(default) if isinstance(default, tuple) else default
 
 
+def default_at(schema: Schema, path: KeyPath, raw: Any, otherwise: Any) -> Any:
+    """The default of a key as a dump has it; ``otherwise`` for one that has none, or that there is none of."""
+    field = field_of(schema, path, raw) if isinstance(path[-1], str) else None
+    if field is None or field.is_required():
+        return otherwise
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, BaseModel):
+        return default.model_dump(mode="json")
+    return list(default) if isinstance(default, tuple) else default
+
+
 def _walk(schema: Schema, path: KeyPath, raw: Any) -> tuple[Schema | None, Any]:
     """The section that holds the last key of ``path``, and the type that names it (None for ``schema`` itself)."""
     section: Schema | None = schema

@@ -266,6 +266,7 @@ def _limits(recipe: Recipe, section: EngineSection, gap: float) -> RolloutLimits
         drop_lag_above=regime.drop_lag_above,
         max_policy_gap=gap if comparable else None,
         timeout_s=section.timeout_s,
+        longest_wait_s=recipe.longest_wait_s,
     )
 
 

@@ -192,7 +192,7 @@ def checkers(
     failed: Literal["left_out", "wrong"] = "left_out",
     timeout_s: PositiveFloat = 5.0,
     memory_mib: PositiveInt = 1024,
-    num_workers: Annotated[PositiveInt, NoEffect("rows")] = 2,
+    num_workers: Annotated[PositiveInt, NoEffect()] = 2,
 ) -> Signal:
     """The share of the row's checker functions that accept the response, in [0, 1].
 

@@ -25,7 +25,7 @@ def implicit_reward(
     beta: PositiveFloat = 1.0,
     per_token: bool = False,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: Annotated[str | None, NoEffect("rows")] = None,
+    device: Annotated[str | None, NoEffect()] = None,
     batch_tokens: PositiveInt = 16384,
     trust_remote_code: bool = False,
 ) -> Signal:

@@ -85,21 +85,21 @@ _Parsed = TypeVar("_Parsed")
 )
 def judge(
     *,
-    base_url: Annotated[str, NoEffect("rows")],
+    base_url: Annotated[str, NoEffect()],
     model: str,
     mode: Literal["pairwise", "pointwise"] = "pairwise",
-    api_key_env: Annotated[str | None, NoEffect("rows")] = None,
+    api_key_env: Annotated[str | None, NoEffect()] = None,
     template: str | None = None,
     temperature: NonNegativeFloat | None = 0.0,
     max_tokens: PositiveInt | None = 1024,
     sampling: dict[str, Any] | None = None,
     max_asks: PositiveInt = 3,
-    concurrency: Annotated[PositiveInt, NoEffect("rows")] = 8,
-    timeout_s: Annotated[PositiveFloat, NoEffect("rows")] = 120.0,
-    deadline_s: Annotated[PositiveFloat, NoEffect("rows")] = 900.0,
-    cache_dir: Annotated[str | None, NoEffect("rows")] = None,
-    usd_per_million_prompt_tokens: Annotated[NonNegativeFloat, NoEffect("rows")] = 0.0,
-    usd_per_million_completion_tokens: Annotated[NonNegativeFloat, NoEffect("rows")] = 0.0,
+    concurrency: Annotated[PositiveInt, NoEffect()] = 8,
+    timeout_s: Annotated[PositiveFloat, NoEffect()] = 120.0,
+    deadline_s: Annotated[PositiveFloat, NoEffect()] = 900.0,
+    cache_dir: Annotated[str | None, NoEffect()] = None,
+    usd_per_million_prompt_tokens: Annotated[NonNegativeFloat, NoEffect()] = 0.0,
+    usd_per_million_completion_tokens: Annotated[NonNegativeFloat, NoEffect()] = 0.0,
 ) -> Signal:
     """What a chat model thinks of the responses; asks nothing before the first score.
 

@@ -63,7 +63,7 @@ def math(
     *,
     answer: str = "answer",
     timeout_s: PositiveFloat = 5.0,
-    num_workers: Annotated[PositiveInt, NoEffect("rows")] = 2,
+    num_workers: Annotated[PositiveInt, NoEffect()] = 2,
 ) -> Signal:
     r"""1.0 if math-verify finds the response's last answer equal to the gold one, else 0.0.
 

@@ -38,7 +38,7 @@ def reward_model(
     separator: str = "",
     keep_tail: bool = False,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: Annotated[str | None, NoEffect("rows")] = None,
+    device: Annotated[str | None, NoEffect()] = None,
     batch_size: PositiveInt = 16,
     max_length_tokens: PositiveInt | None = None,
     trust_remote_code: bool = False,

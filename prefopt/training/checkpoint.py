@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from prefopt.errors import ConfigError, TrainingError
-from prefopt.storage.run_files import STATE_FILE, complete_checkpoints
+from prefopt.model.distributed import together
+from prefopt.storage.run_files import complete_checkpoints
 from prefopt.training.integrity import checkpoint_damage, checkpoint_sums, read_state, write_state
 
 logger = logging.getLogger(__name__)
@@ -69,25 +70,40 @@ class Checkpoints:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         accelerator.wait_for_everyone()
+        what = f"writing the checkpoint of step {step}"
         try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            accelerator.save_state(str(temporary), **self._save_options())
-            if tensors:
-                held = {
-                    name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()
-                }
-                save_file(held, temporary / self._tensor_file)
-            accelerator.wait_for_everyone()
+            with self._all_or_none(what):
+                temporary.mkdir(parents=True, exist_ok=True)
+                accelerator.save_state(str(temporary), **self._save_options())
+                if tensors:
+                    held = {
+                        name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()
+                    }
+                    save_file(held, temporary / self._tensor_file)
             sums = checkpoint_sums(accelerator, temporary)
-            if accelerator.is_main_process:
-                write_state(temporary, {**state, "step": step}, sums)
-                _publish(temporary, final)
+            with together(accelerator, what):
+                if accelerator.is_main_process:
+                    write_state(temporary, {**state, "step": step}, sums)
+                    _publish(temporary, final)
         except WRITE_ERRORS as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise TrainingError(self._failure(step, error)) from error
-        accelerator.wait_for_everyone()
         self._prune()
         return final
+
+    @contextlib.contextmanager
+    def _all_or_none(self, what: str) -> Iterator[None]:
+        """Every process's part is written, or all raise.
+
+        Where weights are sharded a failed process cannot say so in a collective: the others are in one of
+        DeepSpeed's. They learn of it from `prefopt.process.ranks`.
+        """
+        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            yield
+            self.accelerator.wait_for_everyone()
+            return
+        with together(self.accelerator, what):
+            yield
 
     def load(self, path: Path) -> dict[str, Any]:
         """Restores weights, optimizer and random states from ``path``; returns the saved state.
@@ -207,42 +223,6 @@ class Checkpoints:
             f"the checkpoint of step {step} could not be written to {self.root} ({_free_space(self.root)}): "
             f"{error}; {kept}. Free space and run the same command to go on"
         )
-
-
-def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that ``train.resume`` asks for, or None to start afresh.
-
-    Raises: ConfigError if a named one is not complete, or ``never`` meets the checkpoints of another run.
-    """
-    found = _complete(run_dir / "checkpoints")
-    if not found and any((run_dir / "checkpoints").glob("checkpoint-*")):
-        raise ConfigError(
-            f"run.output_dir = {run_dir}: holds checkpoints of an older version, whose SFT and reward models TRL "
-            "trained (checkpoint-N): this one cannot go on from them. Use another run.output_dir"
-        )
-    if resume == "auto":
-        return found[-1] if found else None
-    if resume == "never":
-        if found:
-            raise ConfigError(
-                f"train.resume = never: {run_dir} holds a run with checkpoints up to {found[-1].name}; use "
-                "another run.output_dir, delete it, or go on with train.resume = auto"
-            )
-        return None
-    path = Path(resume).expanduser()
-    if not (path / STATE_FILE).is_file():
-        raise ConfigError(
-            f"train.resume = {resume}: not a complete checkpoint (no {STATE_FILE}); give a "
-            "directory such as runs/x/checkpoints/step-100, or auto"
-        )
-    if found and found[-1].resolve() != path.resolve():
-        # Going on from here would leave two histories under one name, and `auto` would pick the older.
-        raise ConfigError(
-            f"train.resume = {resume}: {run_dir} holds other checkpoints, up to {found[-1].name}, that this "
-            "run would mix with its own. Use train.resume = auto to go on from that one, another "
-            "run.output_dir to branch off, or delete the checkpoints after the one you want"
-        )
-    return path
 
 
 def oldest_checkpoint(root: Path) -> int | None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
+import json
 import platform
 import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+
+from accelerate import Accelerator
 
 from prefopt.data import DataBundle
 from prefopt.model.load import LoadedPolicy
+from prefopt.recipe.run_directory import differences, plugin_code
 from prefopt.recipe.schema import Recipe
 from prefopt.recipe.walk import recorded
+from prefopt.storage.cache import atomic_write
+from prefopt.storage.run_files import RUN_FILE
+from prefopt.training.checkpoint import writing
 from prefopt.training.draws import label_statistics
 from prefopt.training.regimes import OfflineRegime
+from prefopt.training.start import Start
 from prefopt.training.trainer import PreferenceTrainer
-
-logger = logging.getLogger(__name__)
 
 _PACKAGES = (
     "prefopt",
@@ -36,6 +44,7 @@ def describe_run(
     accelerator = trainer.accelerator
     return {
         "recipe": recipe.model_dump(mode="json"),
+        "plugin_code": plugin_code(recipe),
         "objective": {
             "params": dict(trainer.objective.params),
             "source": trainer.objective.spec.source,
@@ -102,14 +111,46 @@ def git_commit() -> str | None:
         return None
 
 
-def warn_about_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Names every setting that differs from the run being continued: it counts from here on."""
-    before, after = (
-        _leaves(recorded(Recipe, each.get("recipe", {}), "run")) for each in (old, new)
-    )
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            logger.warning("resuming with %s = %r (was %r)", key, after.get(key), before.get(key))
+def with_history(record: dict[str, Any], start: Start, step: int) -> dict[str, Any]:
+    """The record with what was otherwise before ``step``, beneath what stood there already."""
+    before = start.before or start.record or {}
+    history = list(before.get("history") or [])
+    changed = [
+        *differences(before.get("recipe", {}), record["recipe"], Recipe),
+        *differences(_facts(before), _facts(record)),
+    ]
+    begun_elsewhere = start.before is None and start.record is not None
+    if before and (changed or begun_elsewhere):
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = {"step": step, "at": now, "changed": [each.as_json() for each in changed]}
+        if start.resume_from is not None and begun_elsewhere:
+            entry["from"] = str(start.resume_from)
+        history.append(entry)
+    return {**record, "history": history} if history else record
+
+
+def write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
+    """Writes run.json, whole or not at all. Raises: TrainingError for a full disk."""
+    with writing(run_dir), atomic_write(run_dir / RUN_FILE) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Opens the trackers that the recipe names, with its settings."""
+    if not recipe.run.trackers:
+        return
+    name = recipe.run.name or Path(recipe.run.output_dir).name
+    settings = {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in _leaves(recipe.model_dump()).items()
+    }
+    accelerator.init_trackers("prefopt", settings, init_kwargs={"wandb": {"name": name}})
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What it says beside the settings."""
+    beside = ("recipe", "history", "finished")
+    return {key: value for key, value in record.items() if key not in beside}
 
 
 def _git(*arguments: str) -> str:

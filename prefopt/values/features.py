@@ -21,7 +21,7 @@ from prefopt.data.rows import Refused, Reject
 from prefopt.data.tokenise import tokenizer_hash
 from prefopt.errors import DataError
 from prefopt.model.load import load_policy, load_tokenizer
-from prefopt.model.logps import unwrap_causal_lm
+from prefopt.model.logps import decoder_of, unwrap_causal_lm
 from prefopt.recipe.schema import ModelSection
 
 BATCH_TOKENS = 16384
@@ -62,7 +62,7 @@ class FrozenReference:
         self.device = torch.device(device)
         self.batch_tokens = batch_tokens
         causal_lm = unwrap_causal_lm(model.to(self.device))
-        self._decoder = causal_lm.get_decoder()
+        self._decoder = decoder_of(causal_lm)
         self.dtype = str(causal_lm.dtype).removeprefix("torch.")
 
     def prompt_ids(

@@ -11,6 +11,7 @@ import runpy
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,46 @@ class Launched:
     """What all of its processes wrote."""
 
 
-def launch(config: Path, script: str, recipe: Path, *overrides: str) -> Launched:
+def launch(
+    config: Path,
+    script: str,
+    recipe: Path,
+    *overrides: str,
+    variables: Mapping[str, str] | None = None,
+    of_rank: Callable[[int], Mapping[str, str]] = lambda rank: {},
+) -> Launched:
     """``accelerate launch recipes/<script>.py`` on processes that are forked with torch already imported.
 
     accelerate reads ``config`` and sets the variables itself; only who starts the processes differs from
     `accelerate_launch`.
+
+    Args:
+        variables: what the person sets; default: what a machine without GPUs needs.
+        of_rank: what differs between the processes, as between machines.
     """
+    with launched(
+        config, script, recipe, *overrides, variables=variables, of_rank=of_rank
+    ) as commands:
+        codes = _codes(commands)
+    return Launched(
+        next((code for code in codes if code), 0), "".join(each.output for each in commands)
+    )
+
+
+@contextlib.contextmanager
+def launched(
+    config: Path,
+    script: str,
+    recipe: Path,
+    *overrides: str,
+    variables: Mapping[str, str] | None = None,
+    of_rank: Callable[[int], Mapping[str, str]] = lambda rank: {},
+) -> Iterator[list[Command]]:
+    """The processes of `launch` while they run."""
     words = [str(ROOT / "recipes" / f"{script}.py"), str(recipe), *overrides]
-    processes, environment = _as_accelerate_sets_it(config, words)
+    processes, environment = _as_accelerate_sets_it(
+        config, words, _variables(config) if variables is None else variables
+    )
     ranks = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     with contextlib.ExitStack() as stack:
         commands = []
@@ -70,14 +103,10 @@ def launch(config: Path, script: str, recipe: Path, *overrides: str) -> Launched
             if processes > 1:
                 ranks |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 environment |= ranks
+            own = {**environment, **of_rank(rank)}
             log = recipe.parent / f"log-{rank}"
-            commands.append(
-                stack.enter_context(forked(_script, *words, log=log, environment=environment))
-            )
-        codes = _codes(commands)
-    return Launched(
-        next((code for code in codes if code), 0), "".join(each.output for each in commands)
-    )
+            commands.append(stack.enter_context(forked(_script, *words, log=log, environment=own)))
+        yield commands
 
 
 def accelerate_launch(config: Path, script: str, recipe: Path, *overrides: str) -> Launched:
@@ -111,7 +140,9 @@ def _variables(config: Path) -> dict[str, str]:
     }
 
 
-def _as_accelerate_sets_it(config: Path, words: list[str]) -> tuple[int, dict[str, str]]:
+def _as_accelerate_sets_it(
+    config: Path, words: list[str], variables: Mapping[str, str]
+) -> tuple[int, dict[str, str]]:
     """Number and variables of the processes that ``accelerate launch`` would start with ``words``."""
     arguments = launch_command_parser().parse_args([*_options(config), *words])
     found: list[tuple[int, dict[str, str]]] = []
@@ -121,11 +152,11 @@ def _as_accelerate_sets_it(config: Path, words: list[str]) -> tuple[int, dict[st
         found.append((int(options.nproc_per_node), {**os.environ, **address}))
 
     def one_process(options: argparse.Namespace) -> None:
-        _, variables = prepare_simple_launcher_cmd_env(options)
-        found.append((1, variables))
+        _, set_there = prepare_simple_launcher_cmd_env(options)
+        found.append((1, set_there))
 
     with (
-        mock.patch.dict(os.environ, _variables(config)),
+        mock.patch.dict(os.environ, variables),
         mock.patch("torch.distributed.run.run", torchrun),
         mock.patch("accelerate.commands.launch.simple_launcher", one_process),
     ):

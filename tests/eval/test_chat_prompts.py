@@ -1,4 +1,4 @@
-"""What rows give to the chat template reaches it in evaluations and pipelines, and what cannot be rendered is said."""
+"""What rows give to the chat template reaches it in evaluations and pipelines; what cannot be rendered is said."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def test_a_killed_driver_takes_its_workers_along_and_the_next_one_repeats_nothin
     with building(path, "--workers", "2") as driver:
         wait_until(lambda: len(processes(log)) == 2, "two workers")
         said = refused(capsys, path, code=1)
-        assert f"another build is at work here (process {driver.pid} on " in said
+        assert f"is in use by another build (process {driver.pid} on " in said
         workers = processes(log)
         driver.kill()
         driver.join()

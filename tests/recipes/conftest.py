@@ -25,8 +25,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, inputs: Path) -> Path:
-    """One step over 8 pairs."""
-    train = {"num_epochs": 1}
+    """One step over 8 pairs, at a rate that more steps do not change."""
+    train = {"num_epochs": 1, "lr_scheduler": "constant", "warmup_frac": 0.0}
     return write_recipe(
         tmp_path / "recipe.yaml", inputs / "model", inputs / "pairs.jsonl", train=train
     )

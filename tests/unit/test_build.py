@@ -172,18 +172,6 @@ def test_finished_run_started_again_trains_nothing(tmp_path: Path, inputs: Path)
         train(recipe, ["train.resume=never"])
 
 
-def test_changed_settings_of_a_resumed_run_are_named(
-    tmp_path: Path, inputs: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    recipe = recipe_at(
-        tmp_path, inputs, train={"num_epochs": None, "save_every": 1, "max_steps": 2}
-    )
-    train(recipe)
-    train(recipe, ["train.learning_rate=5e-4", "train.max_steps=3"])
-    assert "resuming with train.learning_rate = 0.0005 (was 0.001)" in caplog.text
-    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
-
-
 def test_policy_loads_the_same_twice(inputs: Path) -> None:
     """Every process builds its own copy: fresh adapters must agree without a broadcast."""
     recipe = load_recipe_section(inputs)

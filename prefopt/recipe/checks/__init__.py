@@ -16,6 +16,7 @@ from prefopt.recipe.checks import (
     samples,
     settings,
     stages,
+    used_directory,
 )
 from prefopt.recipe.checks.rules import Surroundings, apply_rules
 from prefopt.recipe.load import Draft, draft_recipe
@@ -25,7 +26,9 @@ from prefopt.recipe.yaml_file import Document
 __all__ = ["check", "examine"]
 
 # Importing a module of rules is what registers them; a new module of rules is one name here.
-_RULE_MODULES = (settings, stages, data, samples, evaluation, files, peft, rollouts, advice)
+_RULE_MODULES = (
+    settings, stages, data, samples, evaluation, files, peft, rollouts, used_directory, advice,
+)  # fmt: skip
 
 
 def check(
@@ -55,15 +58,16 @@ def examine(
     *,
     num_processes: int | None = None,
     assume_cuda: bool = False,
+    to_train: bool = True,
 ) -> tuple[Recipe, list[str]]:
-    """As `check`, and returns the validated recipe with the notes."""
+    """As `check`, and returns the validated recipe with the notes. Not ``to_train``: it is only looked at."""
     if isinstance(recipe, Recipe):
         draft = Draft(recipe, Document({}), (), frozenset())
         source = None
     else:
         draft = draft_recipe(recipe, overrides)
         source = str(recipe)
-    problems, notes = apply_rules(draft, Surroundings(num_processes, assume_cuda))
+    problems, notes = apply_rules(draft, Surroundings(num_processes, assume_cuda, to_train))
     problems = [*draft.problems, *problems]
     if problems:
         raise ConfigError(problems, source=source)

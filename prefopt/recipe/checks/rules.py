@@ -9,6 +9,7 @@ from typing import Any
 
 from prefopt.recipe.explain import show_value
 from prefopt.recipe.load import Draft
+from prefopt.recipe.registry import Bound
 from prefopt.recipe.schema import Recipe, Section, SourceSection
 
 PROBE_PROMPTS = "eval.generation.prompts"
@@ -33,6 +34,8 @@ class Surroundings:
 
     num_processes: int | None = None
     assume_cuda: bool = False
+    to_train: bool = True
+    """Is the recipe to be run, and not only looked at?"""
 
     @property
     def has_cuda(self) -> bool:
@@ -117,6 +120,8 @@ def _look_up(value: Any, path: tuple[str | int, ...]) -> Any:
     for part in path:
         if isinstance(value, tuple):
             value = value[int(part)] if int(part) < len(value) else None
+        elif isinstance(value, Bound):
+            value = value.given.get(str(part))
         elif isinstance(value, Mapping):
             value = value.get(part)
         else:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt import __version__
-from prefopt.errors import ConfigError, InUseError, PrefoptError
-from prefopt.launch import check_launched, speaks
+from prefopt.errors import ConfigError
+from prefopt.process.guarded import guarded
+from prefopt.process.launch import check_launched
+from prefopt.process.ranks import joined
 
 if TYPE_CHECKING:
     from prefopt.recipe.schema import Recipe
@@ -71,47 +70,6 @@ def recipe_main(trains: str, argv: Sequence[str] | None = None) -> int:
     _add_recipe(parser)
     arguments = parse(parser, argv)
     return guarded(lambda: _train(arguments, trains))
-
-
-def guarded(command: Callable[[], object]) -> int:
-    """Runs a command; a known error becomes its message and an exit code, Ctrl-C becomes 130."""
-    if not sys.stderr.isatty():
-        # Bars of the libraries, which read this when tqdm is imported; ours are `prefopt.report.progress`.
-        os.environ.setdefault("TQDM_MININTERVAL", "30")
-    try:
-        with _logs_on_stderr():
-            command()
-    except ConfigError as error:
-        if speaks():  # every rank finds the same
-            print(f"{error}", file=sys.stderr)
-        return 2
-    except InUseError as error:
-        if speaks():
-            print(f"{error}", file=sys.stderr)
-        return 1
-    except PrefoptError as error:
-        rank = os.environ.get("RANK")
-        print(f"[rank {rank}] {error}" if rank else f"{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `prefopt keys | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return 0
-
-
-@contextlib.contextmanager
-def _logs_on_stderr() -> Iterator[None]:
-    """Shows our own log lines, from rank 0 below warnings; other libraries keep their settings."""
-    logger, handler = logging.getLogger("prefopt"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -345,6 +303,11 @@ def _refuse_overrides(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace, trains: str | None = None) -> None:
+    with joined():
+        _train_recipe(arguments, trains)
+
+
+def _train_recipe(arguments: argparse.Namespace, trains: str | None) -> None:
     from prefopt.recipe.checks import examine
 
     launch = check_launched()  # first: what a recipe needs depends on it

@@ -60,6 +60,11 @@ class SignalError(TrainingError):
     """A signal that cannot score: a model or endpoint that is not there, too many failed groups."""
 
 
+def in_words(error: BaseException) -> str:
+    """The error as another process is told of it: its message, or, for one of a library, its class as well."""
+    return str(error) if isinstance(error, PrefoptError) else f"{type(error).__name__}: {error}"
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Returns ``did you mean 'x'? Known: …`` for an unknown ``name``, nearest names first."""
     names = sorted(known)

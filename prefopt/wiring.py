@@ -14,12 +14,13 @@ from accelerate.utils import set_seed
 
 from prefopt.data import DataBundle, PromptSet
 from prefopt.data.groups import GroupSource
-from prefopt.launch import check_launched
 from prefopt.model.adapters import save_final
 from prefopt.model.distributed import (
     configure_deepspeed,
     gathered_state,
+    together,
 )
+from prefopt.model.end_tokens import add_end_tokens, end_token_ids
 from prefopt.model.extensions import compiling
 from prefopt.model.layouts import build_logp_model, build_score_model
 from prefopt.model.load import (
@@ -34,6 +35,11 @@ from prefopt.model.micro_batches import longest_row_tokens, split_limits
 from prefopt.model.precision import keeps_masters, refuse_half, with_precision
 from prefopt.model.reward_model import load_reward_model
 from prefopt.model.scores import ScoreModel
+from prefopt.process.ended import ended
+from prefopt.process.launch import check_launched
+from prefopt.process.progress import progress
+from prefopt.process.ranks import joined
+from prefopt.process.stopping import Stopped
 from prefopt.recipe.checks import check
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.registry import BoundObjective, stage_objective
@@ -78,7 +84,7 @@ from prefopt.training.start import (
     open_accelerator,
     run_held,
 )
-from prefopt.training.trainer import PreferenceTrainer, TrainResult
+from prefopt.training.trainer import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -90,23 +96,31 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> Path:
     """Trains what the recipe says and returns the run directory.
 
     Called on every process of a launch; data is tokenised before any process group starts. An interrupted
-    run saves, says how to go on, and raises KeyboardInterrupt.
+    run saves and raises `Stopped`, a KeyboardInterrupt; `progress.stands` says how to go on.
 
     Raises: ConfigError, DataError, ModelError before training; TrainingError during it.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
+    with joined():
+        return _train(recipe)
+
+
+def _train(recipe: Recipe) -> Path:
+    progress.enter("looking at the recipe")
+    progress.stands = "nothing was trained, and there is nothing to save"
     check(recipe, num_processes=check_launched().world_size)
     run_dir = Path(recipe.run.output_dir)
+    progress.enter("reading the data")
     refuse_if_held(run_dir, work="run", advice=IN_USE_ADVICE)
     tokenizer = load_tokenizer(recipe.model)
-    data = load_run_data(recipe, tokenizer)
-    objective = run_objective(recipe)
+    data, objective = load_run_data(recipe, tokenizer), run_objective(recipe)
     if objective.reads_samples and data.train is not None and not recipe.has_rollouts:
         check_labels(recipe.data, objective, data.train)  # before a model is loaded in vain
     recipe = with_precision(recipe, has_cuda=torch.cuda.is_available())
+    progress.enter("meeting the other processes")
     accelerator = open_accelerator(recipe)
-    with run_held(accelerator, run_dir):
+    with run_held(accelerator, run_dir), ended(run_dir):
         start = find_start(accelerator, recipe, data)
         if start.is_finished:
             logger.info("%s: the run of these settings is finished; nothing to train", run_dir)
@@ -121,11 +135,17 @@ def _train_from(
 ) -> None:
     """Trains to the end and saves the result; an interrupt saves, says how to go on, and goes up."""
     run_dir = Path(recipe.run.output_dir)
+    if start.resume_from is not None:
+        progress.stands = f"{start.resume_from} stands; run the same command to go on"
+    progress.enter("loading the model")
     start_trackers(accelerator, recipe)
     policy = load_trained(recipe, tokenizer, masters=not keeps_masters(accelerator))
     check_vocabulary(policy.model, tokenizer)
+    add_end_tokens(policy.model, end_token_ids(tokenizer, data.end_ids))
     check_ending(recipe, policy, tokenizer, accelerator)
     check_weights(recipe, start, policy)
+    progress.stuck_after_s = recipe.run.stuck_after_s
+    progress.enter("preparing to train", at_most_s=recipe.longest_wait_s)
     trainer = build_trainer(
         recipe, data.train, data.eval, policy, accelerator,
         prompts=data.prompts, tokenizer=tokenizer,
@@ -138,11 +158,16 @@ def _train_from(
         trainer.close()
     if accelerator.is_main_process and recipe.has_rollouts:
         say_time_split(run_dir / METRICS_FILE)
-    if not result.finished:
-        _say_how_to_go_on(accelerator, run_dir, result, trainer.regime.num_steps)
+    if result.signal is not None:
+        accelerator.end_training()
+        progress.enter("training")
+        raise Stopped(result.signal)
+    progress.stands = "all steps are done and saved; the same command makes final/"
+    progress.enter("saving what was trained", at_most_s=3600.0)
     save_verified(trainer.model, policy, tokenizer, run_dir / FINAL, accelerator)
     if accelerator.is_main_process:
         write_record(run_dir, {**record, "finished": {"step": result.step}})
+    progress.stands = f"finished, in {run_dir / FINAL}"
 
 
 def run_objective(recipe: Recipe) -> BoundObjective:
@@ -210,7 +235,7 @@ def build_trainer(
     """
     settings, objective = recipe.train, run_objective(recipe)
     build = build_score_model if objective.reads_scores else build_logp_model
-    module = build(policy.model, recipe.model.layout)
+    module = build(policy.model, recipe.model.layout, recipe.model.router_aux_loss_coef)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(policy.model)
     wiring = _Wiring(recipe, objective, policy, accelerator, train_source, eval_source)
@@ -346,31 +371,15 @@ def save_verified(
 ) -> None:
     """Saves the final adapter or model with its tokenizer, then reads it back and compares.
 
-    Raises: TrainingError if it cannot be written, or what is on disk is not what was trained (an empty shard,
-        a missing tensor).
+    Raises: TrainingError if it cannot be written, or what is on disk is not what was trained.
     """
     module = cast(Module, accelerator.unwrap_model(model))
     prefix = "model."  # it holds the policy under this name
     names = {name for name, p in module.named_parameters() if p.requires_grad or not policy.is_peft}
     state = gathered_state(accelerator, module, names)
-    if accelerator.is_main_process:
-        assert state is not None
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        save_final(policy.model, tokenizer, directory, state_dict=policy.to_save(state))
-        logger.info("saved and verified %s", directory)
-    accelerator.wait_for_everyone()
-
-
-def _say_how_to_go_on(
-    accelerator: Accelerator, run_dir: Path, result: TrainResult, num_steps: int
-) -> None:
-    """Ends an interrupted run: every process raises, the main one says what was saved."""
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        logger.warning(
-            "interrupted: saved step %d of %d in %s; run the same command to go on",
-            result.step,
-            num_steps,
-            run_dir / "checkpoints",
-        )
-    raise KeyboardInterrupt
+    with together(accelerator, f"saving {directory}"):
+        if accelerator.is_main_process:
+            assert state is not None
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            save_final(policy.model, tokenizer, directory, state_dict=policy.to_save(state))
+            logger.info("saved and verified %s", directory)

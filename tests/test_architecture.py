@@ -25,8 +25,8 @@ MAX_FUNCTION_LINES = 60
 ROOMS = (
     "errors",
     "types",
-    "launch",
     "storage",
+    "process",
     "report",
     "recipe",
     "objectives",

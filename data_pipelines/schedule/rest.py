@@ -10,7 +10,13 @@ from data_pipelines.pipeline import override_numbers
 from data_pipelines.schedule.base import BestSettings, Loop, LoopSettings, Schedule, Step
 from data_pipelines.schedule.filling import filled, final_policy, put
 from data_pipelines.schedule.kinds import PipelineStep, RecipeStep
-from data_pipelines.schedule.rest_settings import RestSettings, ValidationSection, rest_problems
+from data_pipelines.schedule.rest_settings import (
+    BELOW_EVERY_REWARD,
+    RestSettings,
+    ValidationSection,
+    filters,
+    rest_problems,
+)
 from data_pipelines.schedule.settings import part, sound_settings
 from prefopt.recipe.yaml_file import Document, apply_overrides, read_yaml
 
@@ -112,6 +118,8 @@ class _Rest:
         settings = self.settings
         raw = dict(settings.recipe)
         put(raw, "train", learning_rate="${rate}")
+        if filters(raw):
+            put(raw, "objective", threshold=BELOW_EVERY_REWARD)
         trains = "${first}" if settings.improve.start == "base" else "${previous.train}"
         launch: dict[str, Any] = {"launch": settings.launch, "script": settings.script}
         own = RecipeStep(name="train", recipe=raw, trains=trains, **launch)

@@ -115,10 +115,21 @@ class RestSettings(LaunchSettings):
     improve: ImproveSection
     recipe: dict[str, Any]
     """The training recipe of an improve step, as `prefopt train` takes it: any objective for one response a row.
-    Its data names `${data}`; model, adapter, learning rate and output_dir are the schedule's to set."""
+    `filtered_nll` is the plain NLL here: `improve` filters, and a threshold of its own is refused. Its data
+    names `${data}`; model, adapter, learning rate and output_dir are the schedule's to set."""
     validation: ValidationSection | None = None
     """With it the best policy is kept, and a schedule that brings nothing more ends early. Without, every step is
     taken, and the last improve step's policy is the one that grows (as in the paper)."""
+
+
+BELOW_EVERY_REWARD = -1e30
+"""Of an objective that filters too: `improve` has filtered, and a second threshold would drop what it kept."""
+
+
+def filters(recipe: Mapping[str, Any]) -> bool:
+    """Does the recipe's objective have a threshold on rewards of its own?"""
+    objective = recipe.get("objective")
+    return isinstance(objective, dict) and objective.get("name") == "filtered_nll"
 
 
 def rest_problems(settings: RestSettings, document: Document) -> Iterator[str]:
@@ -186,6 +197,13 @@ def _recipe_problems(recipe: Mapping[str, Any], document: Document) -> Iterator[
                 f"{document.origin(('recipe', section, key))}recipe.{section}.{key}: would be ignored: the "
                 f"schedule sets it, from {instead}; leave it out"
             )
+
+    if filters(recipe) and "threshold" in recipe["objective"]:
+        yield (
+            f"{document.origin(('recipe', 'objective', 'threshold'))}recipe.objective.threshold = "
+            f"{recipe['objective']['threshold']}: would filter a second time, after improve, and drop samples "
+            "that improve keeps wherever rewards can be lower (null, percentile, gamma); leave it out"
+        )
 
 
 def _shown(values: Sequence[float | None]) -> str:

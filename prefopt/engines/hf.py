@@ -31,6 +31,7 @@ from prefopt.engines.sampling import SeededSampler
 from prefopt.errors import EngineError
 from prefopt.model.load import load_policy
 from prefopt.model.logps import unwrap_causal_lm
+from prefopt.model.memory import memory_for_state
 from prefopt.recipe.schema import ModelSection, PeftSection
 
 # Logits of a scored batch are materialised: (rows, length, V) fp32.
@@ -220,7 +221,15 @@ class HFEngine:
             device=self._device,
             deadline=deadline,
         )
-        with torch.inference_mode(), self._context_manager():
+        remedy = (
+            f"{len(rows)} responses of up to {width + spec.max_new_tokens:,} tokens were generated at once: lower "
+            "engine.batch_size, or regime.max_new_tokens"
+        )
+        with (
+            memory_for_state("while generating", remedy),
+            torch.inference_mode(),
+            self._context_manager(),
+        ):
             output = unwrap_causal_lm(self.model).generate(
                 input_ids=ids.to(self._device),
                 attention_mask=mask.to(self._device),

@@ -1,22 +1,25 @@
-"""Saving what was trained, reading it back to prove it, and merging adapters into their base."""
+"""Putting adapters on a model, saving what was trained, reading it back to prove it, and merging."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from prefopt.errors import ModelError, TrainingError
+from prefopt.errors import ConfigError, ModelError, TrainingError
+from prefopt.model.end_tokens import write_end_tokens
+from prefopt.recipe.peft_unfit import unfit
 from prefopt.storage.cache import atomic_directory
 from prefopt.storage.checksums import check_weights, write_sums
 from prefopt.storage.model_files import ADAPTER_CONFIG, BASE_FILE, shard_names
@@ -30,6 +33,44 @@ SAVE_ERRORS = (
 """What transformers, peft and safetensors raise for what they cannot write."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """``model`` under a new adapter. Raises: ConfigError where the two do not fit."""
+    try:
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, LookupError, RuntimeError, ImportError) as error:
+        raise ConfigError(
+            f"peft (type {peft_kind(config)!r}) on {type(model).__name__}: {error}"
+        ) from error
+    assert isinstance(adapted, PeftModel)
+    _check_saved_configuration(config)
+    _check_bias(adapted, config)
+    return adapted
+
+
+def _check_bias(model: PeftModel, config: PeftConfig) -> None:
+    """Raises ConfigError for biases that are to be trained, of modules that have none: peft trains the rest."""
+    asked = getattr(config, "bias", "none")
+    trained = (name for name, p in model.named_parameters() if p.requires_grad)
+    if asked not in ("none", False, None) and not any("bias" in name for name in trained):
+        raise ConfigError(
+            f"peft.bias = {asked!r}: no module that it would train has a bias, so it would change nothing. "
+            "Leave it out"
+        )
+
+
+def _check_saved_configuration(config: PeftConfig) -> None:
+    """Raises ConfigError if what peft writes of a configuration, its targets chosen by now, does not read back."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            config.save_pretrained(directory)
+            PeftConfig.from_pretrained(directory)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise ConfigError(
+                f"peft (type {peft_kind(config)!r}): the adapter could be trained, and not be loaded again: "
+                f"{error}"
+            ) from error
 
 
 def save_final(
@@ -52,6 +93,7 @@ def save_final(
     with staged(Path(directory)) as staging:
         if isinstance(model, PeftModel):
             save_adapter(model, staging, state_dict=state_dict)
+            write_end_tokens(model, staging)
         else:
             save_full(model, staging, state_dict)
         tokenizer.save_pretrained(staging)
@@ -85,6 +127,11 @@ def save_adapter(
     _compare(target, model, expected)
 
 
+def peft_kind(config: PeftConfig) -> str:
+    """The type of an adapter as a recipe writes it."""
+    return str(getattr(config.peft_type, "value", config.peft_type)).lower()
+
+
 def merged_into_base(model: PeftModel) -> PreTrainedModel:
     """The base with the adapter added to its weights; ``model`` is used up.
 
@@ -92,8 +139,8 @@ def merged_into_base(model: PeftModel) -> PreTrainedModel:
     """
     try:
         merged: Any = model.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        kind = str(model.peft_config["default"].peft_type).rsplit(".", 1)[-1].lower()
+    except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        kind = peft_kind(model.peft_config["default"])
         raise ModelError(
             f"this adapter (type {kind!r}) cannot be merged into its base: {error}"
         ) from error
@@ -299,4 +346,9 @@ def load_saved_adapter(base: PreTrainedModel, directory: Path, *, trainable: boo
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(f"cannot load the adapter {directory}: {error}") from error
     check_loaded_adapter(model, directory)
+    config = model.peft_config["default"]
+    for key, why in unfit(peft_kind(config), lambda name: getattr(config, name, None), new=False):
+        raise ModelError(
+            f"the adapter {directory} has {key} = {getattr(config, key, peft_kind(config))!r}: {why}"
+        )
     return model

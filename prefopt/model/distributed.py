@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,14 +16,18 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     KwargsHandler,
     broadcast_object_list,
+    gather_object,
 )
 from torch import Tensor, nn
 
-from prefopt.errors import ConfigError
-from prefopt.launch import alone_on, launched, not_set_up
+from prefopt.errors import ConfigError, TrainingError, in_words
+from prefopt.process.launch import alone_on, launched, not_set_up
+from prefopt.process.stopping import Stopped
 
-# The shortest default of the collectives we meet (NCCL's).
-_COLLECTIVE_TIMEOUT_S = 600.0
+# A collective that times out names nobody. The ranks' own limit (`run.stuck_after_s`) comes before it, and before
+# that whatever may take long: a checkpoint on slow storage, an hour.
+_LONGEST_WAIT_S = 3600.0
+_AFTER_THE_VERDICT_S = 300.0
 
 
 @contextlib.contextmanager
@@ -37,13 +40,13 @@ def sync_gradients(accelerator: Accelerator, model: Any, last: bool) -> Iterator
 
 def clip_gradients(
     accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float | None
-) -> Tensor | float:
+) -> Tensor | float | None:
     """The global gradient norm before clipping to ``max_norm`` (None: do not clip).
 
-    DeepSpeed has clipped and stepped inside backward (its ``gradient_clipping`` is set from the recipe).
+    None where nobody took it: DeepSpeed's plain optimizers (stage 0) take none. DeepSpeed has clipped and stepped
+    inside backward (its ``gradient_clipping`` is set from the recipe).
     """
-    norm = accelerator.clip_grad_norm_(parameters, max_norm if max_norm is not None else torch.inf)
-    return 0.0 if norm is None else norm
+    return accelerator.clip_grad_norm_(parameters, max_norm if max_norm is not None else torch.inf)
 
 
 def process_group_options(longest_wait_s: float = 0.0) -> list[KwargsHandler]:
@@ -59,16 +62,17 @@ def process_group_options(longest_wait_s: float = 0.0) -> list[KwargsHandler]:
     if launched().world_size == 1:
         return []
     options: dict[str, Any] = {} if torch.cuda.is_available() else {"backend": "gloo"}
-    if longest_wait_s > _COLLECTIVE_TIMEOUT_S:
-        options["timeout"] = timedelta(seconds=longest_wait_s)
-    return [InitProcessGroupKwargs(**options)] if options else []
+    longest = max(longest_wait_s, _LONGEST_WAIT_S) + _AFTER_THE_VERDICT_S
+    options["timeout"] = timedelta(seconds=longest)
+    return [InitProcessGroupKwargs(**options)]
 
 
 def check_launch(accelerator: Accelerator) -> None:
     """Raises ConfigError if the processes are not what the launch asked for: their type, or their number.
 
     accelerate 1.15 changes both without a word on CPU: FSDP becomes DDP, ACCELERATE_USE_CPU=true turns DeepSpeed
-    off, and without that variable the processes of DDP are each alone (`prefopt.launch` finds most of it earlier).
+    off, and without that variable the processes of DDP are each alone (`prefopt.process.launch` finds most of it
+    earlier).
     That they exchange anything is not taken from what accelerate says of itself but tried. A collective.
     """
     found, size = accelerator.distributed_type, launched().world_size
@@ -151,42 +155,58 @@ def _full_tensor(tensor: Tensor) -> Tensor:
     return full() if full is not None else tensor
 
 
-_STOPPING = b"\nsaving and stopping after this step; Ctrl-C again stops at once, without saving\n"
+def agreed_signal(accelerator: Accelerator, number: int | None) -> int | None:
+    """The signal that asked any of the processes to end, None where none was asked. A collective."""
+    if accelerator.num_processes == 1:
+        return number
+    return int(max_over_processes(accelerator, float(number or 0))) or None
 
 
-class Interrupts:
-    """Ctrl-C and SIGTERM as a request to save and stop after the current step, agreed by all processes.
+def raise_together(accelerator: Accelerator, error: BaseException | None, what: str) -> None:
+    """Raises on every process if one of them failed at ``what``, so that none waits for it. A collective.
 
-    Says so at once, since a step may take a while. A second Ctrl-C stops without saving. Signal handlers
-    are put back on exit.
+    Raises: the error itself where it arose; elsewhere TrainingError naming the rank, or `Stopped` for that. Both
+        are on all ranks (`is_on_all_ranks`).
     """
+    found = [_told(accelerator, error)]
+    if accelerator.num_processes > 1:
+        found = gather_object(found)
+    failed = [each for each in found if each is not None]
+    if error is None and failed:
+        who, text, number = failed[0]
+        error = (
+            TrainingError(f"{what}: failed on {who}: {text}") if number is None else Stopped(number)
+        )
+    if error is not None:
+        raise marked_on_all_ranks(error)
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self._asked = False
-        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not the main thread: nothing to install
-                self._previous[number] = signal.signal(number, self._ask)
-        return self
+@contextlib.contextmanager
+def together(accelerator: Accelerator, what: str) -> Iterator[None]:
+    """Work of some processes that the others wait for: what one raises, all raise. Ends in a collective."""
+    error: BaseException | None = None
+    try:
+        yield
+    except (Exception, Stopped) as problem:  # whatever it is, the others must not wait
+        error = problem
+    raise_together(accelerator, error, what)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
-    def requested(self) -> bool:
-        """Has any process been asked to stop? A collective where there are several."""
-        if self.accelerator.num_processes == 1:
-            return self._asked
-        flag = torch.tensor([float(self._asked)], device=self.accelerator.device)
-        return sum_over_processes(self.accelerator, flag).item() > 0
+def marked_on_all_ranks(error: BaseException) -> BaseException:
+    """The error, known to be raised by every process at the same point: they can still work together."""
+    error.on_all_ranks = True  # type: ignore[attr-defined]
+    return error
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self._asked and self.accelerator.is_main_process:
-            # Not logging: the signal may have interrupted a write to the stream, which is not re-entrant.
-            os.write(2, _STOPPING)
-        self._asked = True
+
+def is_on_all_ranks(error: BaseException) -> bool:
+    """Has every process raised it at this point?"""
+    return getattr(error, "on_all_ranks", False)
+
+
+def _told(
+    accelerator: Accelerator, error: BaseException | None
+) -> tuple[str, str, int | None] | None:
+    if error is None:
+        return None
+    who = f"rank {accelerator.process_index} ({socket.gethostname()}, process {os.getpid()})"
+    return who, in_words(error), error.number if isinstance(error, Stopped) else None

@@ -191,7 +191,9 @@ def file_hash(path: Path, *, cache_dir: str | Path | None = None) -> str:
         # ctime moves with every write and cannot be set back, as mtime can (rsync, cp -p)
         identity = _digest([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
         memo = cache_root(cache_dir) / "file-hashes" / identity
-        if memo.is_file() and _LFS_BLOB.fullmatch(known := memo.read_text(encoding="utf-8")):
+        if memo.is_file() and _LFS_BLOB.fullmatch(
+            known := memo.read_text("utf-8", errors="replace")
+        ):
             return known
         with real.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -32,10 +32,15 @@ class LogitTransform:
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """Read off a transformers config: Cohere multiplies, Granite divides, Gemma caps."""
-        scale = getattr(config, "logit_scale", None) or 1.0
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        return cls(scale / divisor, getattr(config, "final_logit_softcapping", None))
+        """Read off a transformers config."""
+        # Cohere and Falcon-H1 multiply; Granite, MiniCPM3 and Inkling divide. HyperCLOVA X multiplies by what
+        # Granite divides by.
+        scale = _first(config, "logit_scale", "lm_head_multiplier") or 1.0
+        scaling = _first(config, "logits_scaling", "logits_mup_width_multiplier") or 1.0
+        scale *= scaling if getattr(config, "model_type", None) == "hyperclovax" else 1 / scaling
+        # Gemma's, Griffin's and xLSTM's
+        caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        return cls(scale, _first(config, *caps))
 
     def __call__(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0:
@@ -43,6 +48,11 @@ class LogitTransform:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+
+def _first(config: Any, *names: str) -> Any:
+    """The first of these settings that the configuration has and that is not None."""
+    return next((v for n in names if (v := getattr(config, n, None)) is not None), None)
 
 
 def head_logps(

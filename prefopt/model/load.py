@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from prefopt.data.options import template_with
 from prefopt.errors import ConfigError, ModelError
-from prefopt.model.adapters import load_saved_adapter, merged_into_base
+from prefopt.model.adapters import (
+    add_adapter,
+    load_saved_adapter,
+    merged_into_base,
+    peft_kind,
+)
 from prefopt.model.hashing import fresh_adapter_hash, weights_hash
 from prefopt.model.precision import half_parameters, narrowed, widen
 from prefopt.model.quantization import check_quantization, quantization_options
@@ -90,7 +96,7 @@ class _Plan:
         if self.start is not None:
             parts.append(f"with adapter {self.start}")
         if self.new is not None:
-            kind = str(getattr(self.new.peft_type, "value", self.new.peft_type)).lower()
+            kind = peft_kind(self.new)
             effect = "as initialised" if changed else "which changes nothing yet"
             parts.append(f"with a new {kind} adapter, {effect}")
         return ", ".join(parts)
@@ -117,6 +123,8 @@ def load_tokenizer(model: ModelSection) -> Any:
             tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"model.chat_template = {model.chat_template!r}: {error}") from error
+    if model.chat_template_kwargs:
+        tokenizer.chat_template = template_with(tokenizer.chat_template, model.chat_template_kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -222,19 +230,30 @@ def load_base(
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0: modules (adapters' too), attention attributes, configuration."""
+    """Sets every dropout probability to 0: modules (adapters' too), attention attributes, configuration.
+
+    Routers that draw noise in training (PhiMoE's choice of experts, jitter) stay as in evaluation.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():
+        for name, value in list(vars(module).items()):
             if _is_dropout(
                 name, value
             ):  # LlamaAttention.attention_dropout, …: copied from the config
                 setattr(module, name, 0.0)
+            elif "jitter" in name and value:
+                module.eval()
+                module.train = _stays_in_evaluation  # type: ignore[method-assign]
     config = getattr(model, "config", None)
     for name, value in vars(config).items() if config is not None else ():
         if _is_dropout(name, value):
             setattr(config, name, 0.0)
+
+
+def _stays_in_evaluation(mode: bool = True) -> None:
+    """In place of a module's `train`, which its parents call; knows no module, so that a copy can keep it."""
+    del mode
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel | PeftModel) -> None:
@@ -254,14 +273,23 @@ def enable_gradient_checkpointing(model: PreTrainedModel | PeftModel) -> None:
 
 def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: Any) -> None:
     """Raises ModelError if the tokenizer can produce an id that has no embedding row."""
-    embedding: Any = model.get_input_embeddings()
-    embedding = getattr(embedding, "base_layer", embedding)
+    num_rows = num_embeddings(model)
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= embedding.num_embeddings:
+    if largest >= num_rows:
         raise ModelError(
-            f"the tokenizer's {token!r} has id {largest}, the model has {embedding.num_embeddings} embedding "
+            f"the tokenizer's {token!r} has id {largest}, the model has {num_rows} embedding "
             "rows: they do not belong together. Set model.tokenizer to the one this model was trained with."
         )
+
+
+def num_embeddings(model: PreTrainedModel | PeftModel) -> int:
+    """Rows of the input embedding, under whatever peft has wrapped around it."""
+    embedding: Any = model.get_input_embeddings()
+    while not hasattr(embedding, "num_embeddings"):
+        # `base_layer` under LoRA on it, `original_module` beside rows or a copy of it that are trained
+        inner = getattr(embedding, "base_layer", None)
+        embedding = inner if inner is not None else embedding.original_module
+    return embedding.num_embeddings
 
 
 def _plan(model: ModelSection, peft: PeftSection | None, trainable: bool) -> _Plan:
@@ -340,18 +368,6 @@ def _refuse_merge(plan: _Plan, model: ModelSection) -> None:
             f"which cannot be done while {reason}. Run `prefopt merge {plan.merged[-1]} MERGED` and set "
             "model.path = MERGED"
         )
-
-
-def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """``model`` under a new adapter. Raises: ConfigError where the two do not fit."""
-    try:
-        adapted = get_peft_model(model, config)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise ConfigError(
-            f"peft (type {str(config.peft_type).lower()!r}) on {type(model).__name__}: {error}"
-        ) from error
-    assert isinstance(adapted, PeftModel)
-    return adapted
 
 
 @contextlib.contextmanager

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError
-from prefopt.model.attention import load_kernel
+from prefopt.model.attention import load_kernel, packed_keywords
+from prefopt.model.balance import RouterBalance
 from prefopt.model.collate import TokenLayout, pack, pad
 from prefopt.model.lm_head import LogitTransform, head_logps
 from prefopt.types import Group
@@ -29,6 +31,25 @@ def unwrap_causal_lm(model: nn.Module) -> Any:
     """The transformers model inside any PEFT wrapper (LoRA layers are injected, so they still run)."""
     get_base = getattr(model, "get_base_model", None)
     return get_base() if get_base is not None else model
+
+
+def decoder_of(causal_lm: Any) -> Any:
+    """The part of a transformers causal LM whose last hidden states its head reads.
+
+    Raises: ModelError if there is none that can be told.
+    """
+    found = causal_lm.get_decoder()
+    if found is not causal_lm and found is not causal_lm.get_output_embeddings():
+        return found
+    # `get_decoder` misses a body by another name than the class's own prefix (the text models of Llama 4 and
+    # Mllama), and takes an output layer called "decoder" for one.
+    bodies = [child for child in causal_lm.children() if isinstance(child, PreTrainedModel)]
+    if len(bodies) != 1:
+        raise ModelError(
+            f"{type(causal_lm).__name__}: cannot tell which part gives the hidden states its head reads "
+            f"(get_decoder names none, and {len(bodies)} of its parts are models)"
+        )
+    return bodies[0]
 
 
 class LogpModel(nn.Module):
@@ -55,6 +76,8 @@ class LogpModel(nn.Module):
         super().__init__()
         self.model = model
         self.packed = packed
+        self.balance: RouterBalance | None = None
+        """Set where the routers' balancing loss is trained with; see `forward`."""
         causal_lm = self.causal_lm
         if packed:
             self._kernel, implementation = load_kernel(kernel)
@@ -68,11 +91,20 @@ class LogpModel(nn.Module):
         """The transformers model whose decoder and head run; see `unwrap_causal_lm`."""
         return unwrap_causal_lm(self.model)
 
-    def forward(self, layout: TokenLayout) -> Tensor:
-        """(R, T) fp32 natural-log probabilities of the response tokens with loss, zero elsewhere."""
-        logps = self._head(self.states(layout), layout.targets)
+    def forward(self, layout: TokenLayout) -> Tensor | tuple[Tensor, Tensor]:
+        """(R, T) fp32 natural-log probabilities of the response tokens with loss, zero elsewhere.
+
+        In training with `balance`, beside them that loss of this forward: an output, because wrappers that shard
+        weights gather them for what a forward returns.
+        """
+        output = self._decoded(layout)
+        states = output.last_hidden_state.flatten(0, 1)[layout.predict]
+        logps = self._head(states, layout.targets)
         result = logps.new_zeros(layout.num_rows * layout.width)
-        return result.index_put((layout.slots,), logps).view(layout.num_rows, layout.width)
+        result = result.index_put((layout.slots,), logps).view(layout.num_rows, layout.width)
+        if self.balance is None or not self.training:
+            return result
+        return result, self.balance(output.router_logits, layout)
 
     def layout(self, groups: Sequence[Group]) -> TokenLayout:
         """The layout this model takes."""
@@ -80,7 +112,7 @@ class LogpModel(nn.Module):
 
     def states(self, layout: TokenLayout) -> Tensor:
         """(N, D) hidden states that predict the N response tokens, in the order of ``layout.targets``."""
-        return self._hidden(layout).flatten(0, 1)[layout.predict]
+        return self._decoded(layout).last_hidden_state.flatten(0, 1)[layout.predict]
 
     def logits(self, states: Tensor) -> Tensor:
         """(n, V) fp32 logits over the temperature; for `chunk_size` states at a time, or memory runs out."""
@@ -94,7 +126,7 @@ class LogpModel(nn.Module):
         budget = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS_GPU
         return max(64, budget // vocabulary)
 
-    def _hidden(self, layout: TokenLayout) -> Tensor:
+    def _decoded(self, layout: TokenLayout) -> Any:
         if layout.packed != self.packed:
             names = {True: "packed", False: "padded"}
             raise ModelError(
@@ -102,12 +134,12 @@ class LogpModel(nn.Module):
             )
         extra: dict[str, Any] = {"attention_mask": layout.attention_mask}
         if layout.packed:
-            extra["packed_masks"] = self._kernel.prepare(layout)
-        decoder = self.causal_lm.get_decoder()
-        output = decoder(
+            extra = packed_keywords(self._kernel, layout)
+        if self.balance is not None and self.training:
+            extra["output_router_logits"] = True
+        return decoder_of(self.causal_lm)(
             input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False, **extra
         )
-        return output.last_hidden_state
 
     def _head(self, hidden: Tensor, targets: Tensor) -> Tensor:
         head = self.causal_lm.get_output_embeddings()

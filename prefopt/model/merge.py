@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefopt.errors import ModelError
 from prefopt.model.adapters import merged_into_base, save_full, staged
-from prefopt.model.load import load_policy, load_tokenizer
+from prefopt.model.end_tokens import add_end_tokens, end_token_ids, saved_end_ids
+from prefopt.model.load import load_policy, load_tokenizer, num_embeddings
 from prefopt.model.rehearsal import rehearse_saving
 from prefopt.model.source import load_config, resolve_source
 from prefopt.recipe.schema import ModelSection
@@ -45,8 +46,8 @@ def merge_adapter(source: Path, output: Path, *, trust_remote_code: bool = False
         raise ModelError(f"{output} exists and is not empty: merge into a new directory")
     trusts = trust_remote_code or _run_trusts(source, adapter)
     model, tokenizer, dtype = load_merge_parts(adapter, trust_remote_code=trusts)
-    output.mkdir(parents=True, exist_ok=True)
-    rehearse_saving(model.get_base_model(), tokenizer, output)  # type: ignore[arg-type]
+    base: Any = model.get_base_model()
+    rehearse_saving(base, tokenizer, output.absolute().parent, "--output in")
     ids = _probe_ids(model)
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
@@ -59,6 +60,8 @@ def merge_adapter(source: Path, output: Path, *, trust_remote_code: bool = False
             f"{_MERGE_TOLERANCE:g}). This adapter type cannot be merged exactly: serve it unmerged."
         )
     merged = merged.to(dtype)
+    own = saved_end_ids(resolve_source(str(adapter)).from_the_top)
+    add_end_tokens(merged, end_token_ids(tokenizer, own))
     with staged(output) as staging:
         save_full(merged, staging, None)
         tokenizer.save_pretrained(staging)
@@ -103,6 +106,6 @@ def _adapter_directory(source: Path) -> Path:
     )
 
 
-def _probe_ids(model: nn.Module) -> Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+def _probe_ids(model: PeftModel) -> Tensor:
+    vocabulary = num_embeddings(model)
     return torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -17,8 +17,13 @@ from prefopt.model.adapters import SAVE_ERRORS, write_generation_config
 log = logging.getLogger(__name__)
 
 
-def rehearse_saving(model: PreTrainedModel | PeftModel, tokenizer: Any, directory: Path) -> None:
+def rehearse_saving(
+    model: PreTrainedModel | PeftModel, tokenizer: Any, directory: Path, key: str = "run.output_dir"
+) -> None:
     """Returns if configuration, custom code and tokenizer can be saved under ``directory``; leaves nothing there.
+
+    Args:
+        key: what named the directory.
 
     Raises: TrainingError if ``directory`` cannot be written to; ModelError for what transformers or peft refuse.
     """
@@ -29,8 +34,8 @@ def rehearse_saving(model: PreTrainedModel | PeftModel, tokenizer: Any, director
             _save_tokenizer(tokenizer, Path(place))
     except OSError as error:
         raise TrainingError(
-            f"run.output_dir = {directory}: cannot be written: {error.strerror or error}. What the run trains is "
-            "saved there at its end; make room, or choose another place"
+            f"{key} = {directory}: cannot be written: {error.strerror or error}. The result is saved there at the "
+            "end; make room, or choose another place"
         ) from error
 
 
@@ -43,7 +48,8 @@ def _save_settings(model: PreTrainedModel | PeftModel, place: Path) -> None:
         save(str(place))
         if not isinstance(model, PeftModel):
             if model.is_remote_code():
-                custom_object_save(model, place, config=model.config)
+                config: Any = model.config
+                custom_object_save(model, place, config=config)
             write_generation_config(model, place)
     except OSError:
         raise

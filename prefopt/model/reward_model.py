@@ -6,8 +6,9 @@ from peft import PeftModel, TaskType
 from transformers import AutoModelForSequenceClassification
 
 from prefopt.errors import ModelError
+from prefopt.model.adapters import add_adapter
 from prefopt.model.hashing import weights_hash
-from prefopt.model.load import LoadedPolicy, add_adapter, disable_dropout, load_base, seeded
+from prefopt.model.load import LoadedPolicy, disable_dropout, load_base, seeded
 from prefopt.model.precision import half_parameters, widen
 from prefopt.model.source import resolve_source
 from prefopt.recipe.peft_config import peft_config

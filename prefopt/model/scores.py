@@ -6,14 +6,17 @@ so a model trained here scores the same when anything else loads it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prefopt.model.attention import load_kernel
+from prefopt.model.attention import load_kernel, packed_keywords
+from prefopt.model.balance import RouterBalance
 from prefopt.model.collate import TokenLayout, pack, pad
 from prefopt.model.logps import unwrap_causal_lm
 from prefopt.types import Group, TokenIds
@@ -34,28 +37,42 @@ class ScoreModel(nn.Module):
         super().__init__()
         self.model = model
         self.packed = packed
+        self.balance: RouterBalance | None = None
+        """As `LogpModel.balance`."""
         classifier = unwrap_causal_lm(model)
         self.pad_id: int | None = classifier.config.get_text_config().pad_token_id
         if packed:
             self._kernel, implementation = load_kernel(kernel)
             classifier.set_attn_implementation(implementation)
 
-    def forward(self, layout: TokenLayout) -> Tensor:
-        """(R,) fp32 scores of the responses, in the units of the loss: a difference of 1 is odds of e."""
+    def forward(self, layout: TokenLayout) -> Tensor | tuple[Tensor, Tensor]:
+        """(R,) fp32 scores of the responses, in the units of the loss: a difference of 1 is odds of e.
+
+        In training with `balance`, beside them that loss of this forward, as `LogpModel.forward`.
+        """
         classifier = unwrap_causal_lm(self.model)
-        if not layout.packed:
-            output = classifier(input_ids=layout.input_ids, attention_mask=layout.attention_mask)
-            return output.logits[:, 0].float()
+        balanced = self.balance is not None and self.training
+        more: dict[str, Any] = {"output_router_logits": True} if balanced else {}
         body = getattr(classifier, classifier.base_model_prefix)
-        output = body(
-            input_ids=layout.input_ids,
-            position_ids=layout.position_ids,
-            attention_mask=None,
-            use_cache=False,
-            packed_masks=self._kernel.prepare(layout),
-        )
-        ends = output.last_hidden_state.flatten(0, 1)[layout.predict]
-        return classifier.score(ends)[:, 0].float()
+        if layout.packed:
+            output = body(
+                input_ids=layout.input_ids,
+                position_ids=layout.position_ids,
+                use_cache=False,
+                **packed_keywords(self._kernel, layout),
+                **more,
+            )
+            ends = output.last_hidden_state.flatten(0, 1)[layout.predict]
+            scores = classifier.score(ends)[:, 0].float()
+        else:
+            with _outputs(body) as seen:
+                output = classifier(
+                    input_ids=layout.input_ids, attention_mask=layout.attention_mask, **more
+                )
+            scores, output = output.logits[:, 0].float(), seen[-1]
+        if self.balance is None or not balanced:
+            return scores
+        return scores, self.balance(output.router_logits, layout)
 
     def layout(self, groups: Sequence[Group]) -> TokenLayout:
         """Whole responses, and in ``predict`` (R,) where each is read."""
@@ -77,6 +94,17 @@ class ScoreModel(nn.Module):
         return replace(
             whole, predict=whole.predict[ends], targets=torch.zeros_like(rows), slots=rows, width=1
         )
+
+
+@contextlib.contextmanager
+def _outputs(module: nn.Module) -> Iterator[list[Any]]:
+    """What the module returns inside, where what it is a part of keeps that for itself."""
+    seen: list[Any] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def _num_read(ids: TokenIds, pad_id: int | None) -> int:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from prefopt.data.groups import GroupSource
 from prefopt.model.collate import TokenLayout, pack, pad
+from prefopt.model.memory import memory_for
 from prefopt.model.micro_batches import SplitLimits, split_micro_batches
-from prefopt.report.progress import Bar
+from prefopt.process.progress import progress
+from prefopt.report.bars import Bar
 from prefopt.types import Group
 
 LayoutFn = Callable[[Sequence[Group]], TokenLayout]
@@ -59,9 +61,11 @@ def sweep(
     model.eval()
     hidden = not accelerator.is_main_process
     try:
-        for batch, counts in Bar(batches, desc=what, unit="batch", disable=hidden, leave=False):
+        bar = Bar(batches, desc=what, unit="batch", disable=hidden, leave=False)
+        for number, (batch, counts) in enumerate(bar, start=1):
+            progress.tick(f"{what}, batch {number} of {len(batches)}")
             groups = tuple(source.group(row) for row in batch)
-            with torch.no_grad():
+            with memory_for(f"in the {what} pass", groups, limits), torch.no_grad():
                 logps = model(layout(groups).to(accelerator.device)).float()
             yield groups, logps, counts
     finally:

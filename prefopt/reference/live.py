@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from prefopt.model.memory import memory_for
 from prefopt.model.sweep import LayoutFn
 from prefopt.reference.base import FrozenReference
 from prefopt.types import Group
@@ -154,7 +155,10 @@ def _computed(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        found = [model(layout(groups).to(device)).float() for groups in batches]
+        found = []
+        for groups in batches:
+            with memory_for("in the reference's forward", groups):
+                found.append(model(layout(groups).to(device)).float())
     model.train(was_training)
     return found
 

@@ -215,8 +215,8 @@ def read_batch(rows: list[dict[str, Any]]) -> RolloutBatch:
         step=commit["commit"],
         version=commit["version"],
         groups=tuple(map(_read_group, groups)),
-        timings=commit["timings"],
-        reports=commit["reports"],
+        timings={name: float(seconds) for name, seconds in commit["timings"].items()},
+        reports={name: float(value) for name, value in commit["reports"].items()},
         gap=None if commit["gap"] is None else Gap(*commit["gap"]),
     )
 
@@ -234,7 +234,7 @@ def _read_group(row: dict[str, Any]) -> RolloutGroup:
             for r in responses
         ),
         texts=tuple(r["text"] for r in responses),
-        rewards=None if row["rewards"] is None else tuple(row["rewards"]),
+        rewards=None if row["rewards"] is None else tuple(map(float, row["rewards"])),
         parts={name: tuple(values) for name, values in row["parts"].items()},
         offline_ids=None if row["offline_ids"] is None else unpack_ids(row["offline_ids"]),
         pairs=tuple((chosen, rejected) for chosen, rejected in row["pairs"]),

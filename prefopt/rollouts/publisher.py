@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -12,11 +13,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from prefopt.engines.base import PolicyFiles
+from prefopt.errors import ModelError
 from prefopt.model.adapters import save_adapter, save_final
-from prefopt.model.distributed import gathered_state
+from prefopt.model.distributed import gathered_state, together
 from prefopt.model.load import LoadedPolicy
 from prefopt.model.logps import LogpModel
+from prefopt.storage.checksums import check_weights, write_sums
 from prefopt.training.checkpoint import writing
+
+logger = logging.getLogger(__name__)
 
 DIRECTORY = "policies"
 _NAME = re.compile(r"step-(\d+)-[0-9a-f]+")
@@ -61,23 +66,27 @@ class PolicyPublisher:
         named = self._engine.named_parameters()
         names = {name for name, p in named if p.requires_grad or not is_peft}
         state = gathered_state(self.accelerator, self._engine, names)
-        if self.accelerator.is_main_process:
-            assert state is not None
-            state = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
-            state = self.policy.to_save(state)
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._save(path, state)
-        self.accelerator.wait_for_everyone()
+        with together(self.accelerator, f"the push of policy version {version}"):
+            if self.accelerator.is_main_process:
+                assert state is not None
+                state = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+                state = self.policy.to_save(state)
+                with writing(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self._save(path, state)
         return PolicyFiles(version, path, is_peft)
 
     def find(self, version: int) -> PolicyFiles | None:
-        """A version that an earlier start of this run wrote, the newest if several did."""
+        """A version that an earlier start of this run wrote, the newest intact one if several did."""
         found = [path for path in self._all() if _version(path) == version]
-        if not found:
-            return None
-        newest = max(found, key=lambda path: path.stat().st_mtime)
-        return PolicyFiles(version, newest, self.policy.is_peft)
+        for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+            try:
+                check_weights(path)
+            except ModelError as error:
+                logger.warning("not sampled from: %s", error)
+            else:
+                return PolicyFiles(version, path, self.policy.is_peft)
+        return None
 
     def prune(self, oldest: int) -> None:
         """Deletes versions before ``oldest``: no step to come samples with them."""
@@ -97,6 +106,7 @@ class PolicyPublisher:
         shutil.rmtree(temporary, ignore_errors=True)
         if self.policy.is_peft:
             save_adapter(cast(Any, self.policy.model), temporary, state_dict=state)
+            write_sums(temporary)
         else:
             save_final(self.policy.model, self.tokenizer, temporary, state_dict=state)
         temporary.rename(path)

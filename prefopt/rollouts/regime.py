@@ -20,8 +20,10 @@ from accelerate.utils import gather_object
 
 from prefopt.data.groups import GroupList
 from prefopt.engines.base import PolicyFiles
-from prefopt.errors import ConfigError, EngineError, PrefoptError, SignalError, TrainingError
+from prefopt.errors import ConfigError, SignalError, TrainingError
+from prefopt.model.distributed import marked_on_all_ranks, together
 from prefopt.model.micro_batches import SplitLimits, forward_tokens
+from prefopt.process.progress import progress
 from prefopt.rollouts.batch import RolloutBatch, merge
 from prefopt.rollouts.experience import ExperienceLog
 from prefopt.rollouts.plan import PromptPlan, Schedule
@@ -45,6 +47,8 @@ class RolloutLimits:
     """Largest mean |policy - sampler| log-prob of a batch without lag, nats a token; None: not comparable."""
     timeout_s: float = 1800.0
     """Longest wait for one job of the engine."""
+    longest_wait_s: float = 3600.0
+    """Longest wait of a process for the rollouts of a step, whoever samples them."""
 
 
 class RolloutRegime:
@@ -111,6 +115,7 @@ class RolloutRegime:
         if self.step >= self.num_steps:
             raise StopIteration
         step, begun = self.step, time.perf_counter()
+        progress.enter(f"sampling for step {step + 1}", at_most_s=self.limits.longest_wait_s)
         self._submit(step, below=step)  # after a resume: what older versions still have to sample
         pushing = time.perf_counter()
         if self.schedule.pushes_at(step):
@@ -222,27 +227,19 @@ class RolloutRegime:
 
     def _take(self, step: int) -> RolloutBatch:
         """The batch of ``step`` from every process; fails on all of them if it failed on one."""
-        mine, error = None, None
-        if self.sampler is not None:
-            waiting = len(self._jobs) + 1  # pushes and batches ahead of it in the queue
-            try:
-                mine = wait(
-                    self._jobs.pop(step),
-                    self.limits.timeout_s * waiting,
-                    f"the rollouts of step {step + 1}",
-                )
-            except (PrefoptError, TimeoutError) as problem:
-                error = problem
+        mine: RolloutBatch | None = None
+        what = f"the rollouts of step {step + 1}"
+        with together(self.accelerator, what):
+            if self.sampler is not None:
+                waiting = len(self._jobs) + 1  # pushes and batches ahead of it in the queue
+                mine = wait(self._jobs.pop(step), self.limits.timeout_s * waiting, what)
         batches = [mine]
         if self.accelerator.num_processes > 1:
-            shares = gather_object([(mine, None if error is None else str(error))])
-            batches = [share for share, _ in shares]
-            texts = [text for _, text in shares if text is not None]
-            if error is None and texts:
-                raise EngineError(f"on another process: {texts[0]}")
-        if error is not None:
-            raise error
-        return self._checked(merge([batch for batch in batches if batch is not None]))
+            batches = gather_object(batches)
+        try:
+            return self._checked(merge([batch for batch in batches if batch is not None]))
+        except TrainingError as error:  # of what all processes have
+            raise marked_on_all_ranks(error) from None
 
     def _checked(self, batch: RolloutBatch) -> RolloutBatch:
         lag, most = batch.step - batch.version, self.schedule.most_lag

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 from prefopt.errors import EngineError
+from prefopt.process.stopping import stopping
 
 Job = Callable[[], Any]
 
@@ -59,18 +61,23 @@ class Worker:
             future.set_exception(self._error)
             return
         try:
-            future.set_result(job())
+            # In the caller's own thread a signal ends the job, and whoever waits for it is told.
+            with stopping.interruptible() if self._thread is None else contextlib.nullcontext():
+                result = job()
+            future.set_result(result)
         except BaseException as error:
             self._error = error
             future.set_exception(error)
-            if self._thread is None and not isinstance(error, Exception):
-                raise  # Ctrl-C in the caller's own thread
 
 
 def wait(future: Future[Any], timeout_s: float, what: str) -> Any:
-    """The result. Raises: whatever the job raised; EngineError naming ``what`` after ``timeout_s``."""
+    """The result.
+
+    Raises: whatever the job raised; EngineError naming ``what`` after ``timeout_s``; Stopped for a signal.
+    """
     try:
-        return future.result(timeout_s)
+        with stopping.interruptible():
+            return future.result(timeout_s)
     except FutureTimeoutError as error:
         if future.done():  # the job itself ran into a timeout of its own
             raise

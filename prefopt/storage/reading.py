@@ -66,19 +66,19 @@ def in_words(problem: Exception) -> str:
     return " ".join(str(problem).split())[:300] or type(problem).__name__
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes) -> Any:
     """The JSON value of a file's bytes. Raises: UnreadableError."""
     if not data.strip():
         raise UnreadableError("it is empty")
-    if (b"\0" if isinstance(data, bytes) else "\0") in data:
+    if b"\0" in data:
         raise UnreadableError("it holds NUL bytes, as a power cut leaves them")
     try:
-        return json_text.parse_json(data if isinstance(data, str) else data.decode("utf-8"))
+        return json_text.parse_json(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UnreadableError(f"its byte {error.start} is no UTF-8") from error
     except json_text.BadJson as error:
         at = "" if error.position is None else f" at character {error.position + 1}"
-        raise UnreadableError(f"it is cut or edited: {error}{at}") from error
+        raise UnreadableError(f"it is cut or edited ({error}{at})") from error
 
 
 def as_object(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from prefopt.model.collate import TokenLayout
-from prefopt.training.metrics import MeanMeter
+from prefopt.model.distributed import max_over_processes
+from prefopt.training.metrics import MeanMeter, peak_memory_gib
 from prefopt.types import Group, ObjectiveOutput, ResponseLogps, ResponseScores
 
 
@@ -119,3 +121,12 @@ def add_layout_metrics(
     meter.add_running("tokens/seen", weight * real)
     meter.add("tokens/padding_avoided_frac", weight * avoided, weight * padded)
     meter.add("tokens/prompt_shared_frac", weight * shared, weight * real)
+
+
+def window_row(meter: MeanMeter, accelerator: Any, seconds: float) -> dict[str, float]:
+    """A row of metrics.jsonl of what was added to ``meter`` in so many seconds. A collective."""
+    row = derived(meter.reduce(accelerator))
+    row["time/window_s"] = seconds
+    row["tokens/per_s"] = row["tokens/computed"] / seconds
+    row["memory/peak_gib"] = max_over_processes(accelerator, peak_memory_gib(accelerator.device))
+    return row

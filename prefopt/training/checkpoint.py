@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from prefopt.errors import ConfigError, TrainingError
+from prefopt.model.distributed import together
 from prefopt.storage.run_files import complete_checkpoints
 from prefopt.training.integrity import checkpoint_damage, checkpoint_sums, read_state, write_state
 
@@ -69,25 +70,40 @@ class Checkpoints:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         accelerator.wait_for_everyone()
+        what = f"writing the checkpoint of step {step}"
         try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            accelerator.save_state(str(temporary), **self._save_options())
-            if tensors:
-                held = {
-                    name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()
-                }
-                save_file(held, temporary / self._tensor_file)
-            accelerator.wait_for_everyone()
+            with self._all_or_none(what):
+                temporary.mkdir(parents=True, exist_ok=True)
+                accelerator.save_state(str(temporary), **self._save_options())
+                if tensors:
+                    held = {
+                        name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()
+                    }
+                    save_file(held, temporary / self._tensor_file)
             sums = checkpoint_sums(accelerator, temporary)
-            if accelerator.is_main_process:
-                write_state(temporary, {**state, "step": step}, sums)
-                _publish(temporary, final)
+            with together(accelerator, what):
+                if accelerator.is_main_process:
+                    write_state(temporary, {**state, "step": step}, sums)
+                    _publish(temporary, final)
         except WRITE_ERRORS as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise TrainingError(self._failure(step, error)) from error
-        accelerator.wait_for_everyone()
         self._prune()
         return final
+
+    @contextlib.contextmanager
+    def _all_or_none(self, what: str) -> Iterator[None]:
+        """Every process's part is written, or all raise.
+
+        Where weights are sharded a failed process cannot say so in a collective: the others are in one of
+        DeepSpeed's. They learn of it from `prefopt.process.ranks`.
+        """
+        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            yield
+            self.accelerator.wait_for_everyone()
+            return
+        with together(self.accelerator, what):
+            yield
 
     def load(self, path: Path) -> dict[str, Any]:
         """Restores weights, optimizer and random states from ``path``; returns the saved state.

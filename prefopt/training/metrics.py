@@ -78,6 +78,18 @@ class MeanMeter:
         sums = dict(zip(names, stacked.tolist(), strict=True))
         return {"sums": sums, "totals": sorted(self._totals), "running": sorted(self._running)}
 
+    def copied(self) -> Any:
+        """What this process holds, for `put_back`; no collective."""
+        return (
+            dict(self._sums),
+            set(self._totals),
+            set(self._running),
+        )  # sums are never added to in place
+
+    def put_back(self, held: Any) -> None:
+        """As it was when it was `copied`."""
+        self._sums, self._totals, self._running = dict(held[0]), set(held[1]), set(held[2])
+
     def _stacked(self, accelerator: Any) -> tuple[list[str], Tensor]:
         """Every process's names, and (names, 2) sums and counts over all processes. A collective."""
         names = set(self._sums)

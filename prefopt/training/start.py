@@ -76,21 +76,14 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
             mixed_precision=precision,
             log_with=list(recipe.run.trackers) or None,
             project_dir=recipe.run.output_dir,
-            kwargs_handlers=process_group_options(_longest_wait_s(recipe)),
+            kwargs_handlers=process_group_options(
+                max(recipe.longest_wait_s, recipe.run.stuck_after_s)
+            ),
         )
     except ValueError as error:  # e.g. fp16 on a device that has none
         raise ConfigError(f"train.precision = {recipe.train.precision}: {error}") from error
     check_launch(accelerator)
     return accelerator
-
-
-def _longest_wait_s(recipe: Recipe) -> float:
-    """How long other processes may wait while the main one starts an engine or samples."""
-    if recipe.rollouts is None:
-        return 0.0
-    engine = recipe.sampled_by
-    jobs = 2 * (recipe.rollouts.max_lag + 2)  # a push and a batch each
-    return engine.startup_timeout_s + jobs * engine.timeout_s
 
 
 @contextlib.contextmanager

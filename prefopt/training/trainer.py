@@ -2,6 +2,7 @@
 
     loss = Σ losses / pairs of the global batch + Σ token_losses / chosen tokens of the global batch
          + Σ sample_losses / samples of the global batch + Σ sample_token_losses / their tokens
+         + the balancing loss of a mixture of experts, which is one of each forward (`prefopt.model.balance`)
 
 All denominators come from the window and not from the micro-batch, so any split of one global batch over
 processes, accumulation steps and micro-batches gives the same gradient.
@@ -22,23 +23,29 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from prefopt.data.groups import GroupSource
-from prefopt.errors import PrefoptError, TrainingError
-from prefopt.model.distributed import Interrupts, clip_gradients, max_over_processes, sync_gradients
-from prefopt.model.layouts import log_ratio_tolerance
+from prefopt.errors import TrainingError
+from prefopt.model.distributed import clip_gradients, sync_gradients
+from prefopt.model.memory import OPTIMIZER_REMEDY, memory_for, memory_for_state
 from prefopt.model.micro_batches import SplitLimits
 from prefopt.model.sweep import LayoutFn, sweep
+from prefopt.process.progress import progress
+from prefopt.process.stopping import Stopped, stopping
 from prefopt.recipe.registry import BoundObjective
 from prefopt.recipe.schema import TrainSection
 from prefopt.reference.base import Reference
-from prefopt.report.progress import Bar
-from prefopt.training.batch_metrics import add_batch_metrics, add_layout_metrics, derived
+from prefopt.report.bars import Bar
+from prefopt.training.batch_metrics import add_batch_metrics, add_layout_metrics, window_row
 from prefopt.training.best import Best
+from prefopt.training.boundary import Boundary
 from prefopt.training.checkpoint import Checkpoints
 from prefopt.training.generation_probe import GenerationProbe
+from prefopt.training.gradients import GradientWatch
 from prefopt.training.held_out import held_out_metrics
 from prefopt.training.importance import weighted
-from prefopt.training.inputs import response_logps, response_scores
-from prefopt.training.metrics import MeanMeter, MetricsLog, peak_memory_gib
+from prefopt.training.inputs import check_initial, response_logps, response_scores, split_forward
+from prefopt.training.interrupts import Interrupts
+from prefopt.training.keeper import Keeper
+from prefopt.training.metrics import MeanMeter, MetricsLog
 from prefopt.training.optimizer import learning_rate, set_learning_rate
 from prefopt.training.reduction import PolicyGap, name_culprits, reduced
 from prefopt.training.regimes import Regime
@@ -46,9 +53,6 @@ from prefopt.training.windows import MicroBatch, Window
 from prefopt.types import Group, ObjectiveOutput, ResponseLogps, ResponseScores
 
 logger = logging.getLogger(__name__)
-
-# An fp16 loss scale that halves this often in a row is not searching, it is overflowing.
-_MAX_SKIPPED_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class TrainResult:
     """False if it was interrupted (and saved) before the last step."""
     final_step: int
     """The step whose weights are the result: the last, or the best one where the recipe says so."""
+    signal: int | None = None
+    """What interrupted it."""
 
 
 class PreferenceTrainer:
@@ -120,12 +126,21 @@ class PreferenceTrainer:
         )
         self._layout: LayoutFn = cast(Any, accelerator.unwrap_model(model)).layout
         self._reads_scores = objective.reads_scores
+        router = cast(Any, accelerator.unwrap_model(model)).balance
+        self._balance_weight: float = 0.0 if router is None else router.coefficient
         self._meter = MeanMeter(accelerator.device)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._clock = time.perf_counter()
         self._open_window_s = 0.0
-        self._skipped = 0
+        self._updated = False
+        self._interrupts = Interrupts(accelerator)
+        self.keeper = Keeper(
+            self.checkpoints, accelerator, regime, self._meter, reference, probe, best
+        )
         self._policy_gap = PolicyGap()
+        self._gradient = GradientWatch(
+            model, accelerator, precision=settings.precision, num_steps=regime.num_steps
+        )
 
     def train(self, resume_from: Path | None = None) -> TrainResult:
         """Runs to the last step, or to an interrupt, after which a checkpoint says where to go on.
@@ -137,22 +152,41 @@ class PreferenceTrainer:
             self.restore(resume_from)
         self._start()
         total = self.regime.num_steps
-        interrupts = Interrupts(self.accelerator)
         hidden = not self.accelerator.is_main_process
-        with (
-            Bar(total=total, initial=self.regime.step, disable=hidden, unit="step") as bar,
-            interrupts,
-        ):
+        bar = Bar(total=total, initial=self.regime.step, disable=hidden, unit="step")
+        with bar, self._interrupts:
             while self.regime.step < total and not self._stopped:
-                window = self._next_window()
-                self._step(window)
-                self._after_step(window.step + 1, bar)
-                if interrupts.requested():
-                    self._save(window.step + 1)
-                    return TrainResult(window.step + 1, False, window.step + 1)
-        if self.checkpoints.newest_step() != self.regime.step:
+                number, step = self._advance(bar), self.regime.step
+                if number is not None:
+                    return TrainResult(step, False, step, signal=number)
+        if self.keeper.saved != self.regime.step:
             self._save(self.regime.step)
         return TrainResult(self.regime.step, True, self._take_best())
+
+    def _advance(self, bar: Bar) -> int | None:
+        """One optimizer step and what follows it, or the signal after which all was saved instead."""
+        boundary = Boundary.here(self.regime.step, self._meter)
+        progress.enter(f"preparing step {boundary.step + 1}")
+        try:
+            window = self.regime.next()
+            self._step(window)
+        except (Exception, Stopped) as error:
+            if not self._updated and self.keeper.can_go_back(error):
+                self.optimizer.zero_grad()
+                self.keeper.go_back(boundary, time.perf_counter() - self._clock)
+                if isinstance(error, Stopped):
+                    return error.number
+            raise
+        try:
+            self._after_step(window.step + 1, bar)
+            self._interrupts.check()
+        except Stopped as stopped:
+            if stopped.at_once:
+                raise
+            if self.keeper.saved != window.step + 1:
+                self._save(window.step + 1)
+            return stopped.number
+        return None
 
     @property
     def _stopped(self) -> bool:
@@ -179,21 +213,12 @@ class PreferenceTrainer:
 
         Raises: ConfigError if it is of other weights, data or processes; TrainingError if it is damaged.
         """
-        state = self.checkpoints.load(path)
-        self.regime.load_state_dict(state["regime"])
-        if self.reference is not None:
-            self.reference.load_state(self.checkpoints.load_tensors(path))
-        self._meter.load_state_dict(state["metrics"], self.accelerator)
-        self._open_window_s = state["open_window_s"]
-        if self.probe is not None:
-            self.probe.load_state_dict(state.get("generation_probe", {}))
-        if self.best is not None:
-            self.best.load_state_dict(state.get("best", {}))
-            self.checkpoints.kept_step = self.best.step
-        logger.info("resumed from %s (step %d)", path, self.regime.step)
+        self._open_window_s = self.keeper.restore(path)["open_window_s"]
 
     def evaluate(self, step: int) -> dict[str, float]:
         """What there is to measure at ``step``: means over the held-out groups, the probe's answers."""
+        patience = None if self.probe is None else self.probe.parts.engine.timeout_s
+        progress.enter(f"evaluating at step {step}", at_most_s=patience)
         row = {}
         if self.eval_source is not None:
             forwards = partial(self._held_out_forwards, self.eval_source)
@@ -212,26 +237,22 @@ class PreferenceTrainer:
             (reference,) = self._reference_logps([groups])
             seen = self._seen(groups, output, reference, counts=counts)
             yield seen, self.objective(seen)
+            if stopping.is_deferred:
+                self._interrupts.check()
 
     def _start(self) -> None:
         self.model.train()
         if self.accelerator.is_main_process:
-            self.log.rewind(self.regime.step)
-        if self.regime.step == 0 and (row := self.evaluate(0)):
+            # A row without its evaluation is not there yet, nor is one that a resumed run has made of it.
+            self.log.rewind(self.regime.step - (self.keeper.open_row is not None))
+        if self.keeper.open_row is not None:
+            row, self.keeper.open_row = self.keeper.open_row, None
+            self._log_row(self.regime.step, row | self.evaluate(self.regime.step))
+        elif self.regime.step == 0 and (row := self.evaluate(0)):
             self._write({"step": 0, **row})
             if self.best is not None:
                 self.best.check_start(row)
         self._clock = time.perf_counter() - self._open_window_s
-
-    def _next_window(self) -> Window:
-        """The next window; if its engine or signal gave up, what has been trained is saved first."""
-        try:
-            return self.regime.next()
-        except PrefoptError:
-            # Raised on every process or none (`RolloutRegime` sees to it), so all save together.
-            if self.regime.step > 0 and self.checkpoints.newest_step() != self.regime.step:
-                self._save(self.regime.step)
-            raise
 
     def _reference_logps(
         self, batches: Sequence[Sequence[Group]], version: int | None = None
@@ -241,49 +262,48 @@ class PreferenceTrainer:
             return [None] * len(batches)
         return self.reference.logps(batches, version)
 
-    def _check_reference(self, groups: Sequence[Group], reference: Tensor | None) -> None:
-        """At step 0 the policy is its own initial reference; anything else is a wrong reference."""
-        if self.reference is None or not self.reference.is_initial_policy:
-            return
-        self.model.eval()
-        with torch.no_grad():
-            layout = self._layout(groups).to(self.accelerator.device)
-            policy = self.model(layout).float()
-            lp = response_logps(groups, policy, reference, counts=True)
-        self.model.train()
-        gap = (lp.log_ratio.abs().sum() / lp.mask.sum()).item()
-        limit = log_ratio_tolerance(self.model, self.settings.precision)
-        if not gap <= limit:
-            raise TrainingError(
-                f"the policy is not its own reference at step 0: mean |log-ratio| {gap:.3g} nats a token "
-                f"(limit {limit:g}); the reference log-probs are not of these weights "
-                f"({self.reference.where})"
-            )
-
     def _step(self, window: Window) -> None:
         started = time.perf_counter()
+        self._updated = False
+        progress.enter(f"training step {window.step + 1}")
         batches = [batch.groups for batch in window.micro_batches]
         references = self._reference_logps(batches, window.version)
-        if window.step == 0:
-            self._check_reference(batches[0], references[0])
+        if window.step == 0 and self.reference is not None:
+            check_initial(
+                self.model, self._layout(batches[0]).to(self.accelerator.device), batches[0],
+                references[0], self.reference, self.settings.precision,
+            )  # fmt: skip
         rate = learning_rate(self.settings, window.step, self.regime.num_steps)
         set_learning_rate(self.optimizer, rate)  # before backward: DeepSpeed steps inside it
         last = len(window.micro_batches) - 1
+        what, checkpointing = f"in step {window.step + 1}", self.settings.gradient_checkpointing
         for index, micro_batch in enumerate(window.micro_batches):
-            with sync_gradients(self.accelerator, self.model, index == last):
+            progress.tick(f"micro-batch {index + 1} of {last + 1}")
+            if index:  # a whole step may take longer than there is time
+                self._interrupts.check()
+            with (
+                memory_for(what, micro_batch.groups, self.limits, backward=checkpointing),
+                sync_gradients(self.accelerator, self.model, index == last),
+            ):
                 loss = self._micro_batch_loss(micro_batch, references[index], window)
                 # Wrappers average gradients over processes; the loss is already a global mean.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
         self._policy_gap.check(window)
         norm = clip_gradients(self.accelerator, self._parameters, self.settings.max_grad_norm)
-        taken = self._check_gradient(norm, window)
-        self.optimizer.step()
+        taken = self._gradient.will_step(norm, rate, window)
+        self._updated = True
+        progress.tick("the optimizer's update")
+        with memory_for_state(f"in the update of step {window.step + 1}", OPTIMIZER_REMEDY):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         if self.reference is not None:
             self.reference.after_step()
         for name, (total, count) in window.metrics.items():
             self._meter.add(name, total, count)
-        self._meter.add("train/grad_norm", norm if taken else 0.0, float(taken))
+        known = norm if taken and norm is not None else None
+        self._meter.add(
+            "train/grad_norm", 0.0 if known is None else known, float(known is not None)
+        )
         if self.settings.precision == "fp16":
             self._meter.add_total("train/skipped_steps", float(not taken))
         self._meter.add("loss/total", 0.0, float(self.accelerator.is_main_process))
@@ -296,7 +316,8 @@ class PreferenceTrainer:
     ) -> Tensor:
         layout = self._layout(micro_batch.groups)
         add_layout_metrics(self._meter, micro_batch.groups, layout, counts=micro_batch.counts)
-        forward = self.model(layout.to(self.accelerator.device)).float()
+        forward, balance = split_forward(self.model(layout.to(self.accelerator.device)))
+        self._gradient.listen(forward)
         seen = self._seen(micro_batch.groups, forward, reference, counts=micro_batch.counts)
         output = self.objective(seen)
         if isinstance(seen, ResponseLogps):
@@ -307,6 +328,8 @@ class PreferenceTrainer:
                 )
             self._policy_gap.add(seen, window)
         loss = reduced(output, window)
+        if balance is not None:
+            loss = loss + self._balance(balance, micro_batch, window)
         if not torch.isfinite(loss):
             raise TrainingError(name_culprits(micro_batch.groups, forward, output, window.step))
         add_batch_metrics(self._meter, seen, output)
@@ -314,6 +337,12 @@ class PreferenceTrainer:
         self._meter.add("loss/total", loss, 0.0)
         # With nothing to learn from here, run backward through everything with the others all the same.
         return loss if micro_batch.counts and loss.requires_grad else loss + forward.sum() * 0.0
+
+    def _balance(self, loss: Tensor, micro_batch: MicroBatch, window: Window) -> Tensor:
+        """The routers' part of a forward's loss: over a step, a mean over the tokens of all its forwards."""
+        tokens = micro_batch.num_row_tokens
+        self._meter.add("loss/router_balance", loss.detach() * tokens, tokens)
+        return self._balance_weight * tokens / max(1, window.num_row_tokens) * loss
 
     def _seen(
         self, groups: Sequence[Group], output: Tensor, reference: Tensor | None, *, counts: bool
@@ -323,54 +352,39 @@ class PreferenceTrainer:
             return response_scores(groups, output, counts=counts)
         return response_logps(groups, output, reference, counts=counts)
 
-    def _check_gradient(self, norm: Tensor | float, window: Window) -> bool:
-        """Will this step be taken? False where the fp16 loss scaler skips it; TrainingError otherwise."""
-        if torch.isfinite(torch.as_tensor(norm)):
-            self._skipped = 0
-            return True
-        ids = [group.id for batch in window.micro_batches for group in batch.groups]
-        if self.settings.precision == "fp16" and self._skipped < _MAX_SKIPPED_STEPS:
-            self._skipped += 1  # the loss scaler skips this step and halves its scale
-            return False
-        hint = (
-            "fp16 overflows; set train.precision = bf16"
-            if self.settings.precision == "fp16"
-            else "lower train.learning_rate or look at these rows with `prefopt show`"
-        )
-        raise TrainingError(
-            f"step {window.step + 1}: the gradient norm is {float(norm)}; {hint}. Rows of this step on this "
-            f"process: {', '.join(ids[:16])}{' …' if len(ids) > 16 else ''}"
-        )
-
     def _after_step(self, step: int, bar: Bar) -> None:
         settings, total = self.settings, self.regime.num_steps
         row: dict[str, Any] = {}
+        self._updated = False
+        self.keeper.reached(step)
         if step % settings.log_every == 0 or step == total:
             row = self._reduced_row()
             bar.set_postfix({k.split("/")[-1]: f"{row[k]:.3g}" for k in _SHOWN if k in row})
         bar.update(1)
-        due = step == total if self.eval_every is None else step % self.eval_every == 0
-        if due:
+        if step == total if self.eval_every is None else step % self.eval_every == 0:
             started = time.perf_counter()
-            row |= self.evaluate(step)
+            try:
+                row |= self.evaluate(step)
+            except Stopped:
+                self.keeper.open_row = row
+                raise
             self._clock += time.perf_counter() - started  # not counted as training time
-        if row:
-            self._write({"step": step, **row})
-        is_best = self.best is not None and bool(row) and self.best.consider(row, step)
-        if is_best:
-            self.checkpoints.kept_step = step
+        is_best = bool(row) and self._log_row(step, row)
         if is_best or (settings.save_every and step % settings.save_every == 0):
             self._save(step)
+
+    def _log_row(self, step: int, row: dict[str, Any]) -> bool:
+        """Writes a row of metrics.jsonl; is it the best so far?"""
+        self._write({"step": step, **row})
+        is_best = self.best is not None and self.best.consider(row, step)
+        if is_best:
+            self.checkpoints.kept_step = step
+        return is_best
 
     def _reduced_row(self) -> dict[str, float]:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        row = derived(self._meter.reduce(self.accelerator))
-        row["time/window_s"] = seconds
-        row["tokens/per_s"] = row["tokens/computed"] / seconds
-        peak = peak_memory_gib(self.accelerator.device)
-        row["memory/peak_gib"] = max_over_processes(self.accelerator, peak)
-        return row
+        return window_row(self._meter, self.accelerator, seconds)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -379,19 +393,7 @@ class PreferenceTrainer:
 
     def _save(self, step: int) -> None:
         started = time.perf_counter()
-        state = {
-            "regime": self.regime.state_dict(),
-            "num_processes": self.accelerator.num_processes,
-            # A checkpoint may fall between two rows of metrics.jsonl: the next row is of the whole window.
-            "metrics": self._meter.state_dict(self.accelerator),
-            "open_window_s": started - self._clock,
-        }
-        if self.probe is not None:
-            state["generation_probe"] = self.probe.state_dict()
-        if self.best is not None:
-            state["best"] = self.best.state_dict()
-        tensors = {} if self.reference is None else self.reference.state()
-        self.checkpoints.save(step, state, tensors)
+        self.keeper.save(step, started - self._clock)
         self._clock += time.perf_counter() - started
 
 

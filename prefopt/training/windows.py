@@ -26,6 +26,12 @@ class MicroBatch:
     groups: tuple[Group, ...]
     counts: bool = True
 
+    @property
+    def num_row_tokens(self) -> int:
+        """Its share of `Window.num_row_tokens`; none of a filler."""
+        rows = ((g.prompt_ids, r.ids) for g in self.groups for r in g.responses)
+        return sum(len(prompt) + len(ids) for prompt, ids in rows) if self.counts else 0
+
 
 @dataclass(frozen=True)
 class Window:
@@ -42,6 +48,8 @@ class Window:
     """Responses of the global batch that stand by themselves (`Group.samples`)."""
     num_sample_tokens: int = 0
     """Their tokens that carry loss."""
+    num_row_tokens: int = 0
+    """Tokens of the global batch's rows, one row a response with its prompt."""
     version: int | None = None
     """Policy version that sampled them."""
     max_policy_gap: float | None = None
@@ -96,6 +104,7 @@ def make_window(
         num_chosen_tokens=sum(chosen),
         num_samples=len(samples),
         num_sample_tokens=sum(samples),
+        num_row_tokens=sum(_row_tokens(source, row) for row in rows),
         version=version,
         max_policy_gap=max_policy_gap,
         metrics=metrics or {},
@@ -109,6 +118,11 @@ def _shares(source: GroupSource, rows: Sequence[int], world_size: int) -> list[l
         lap, seat = divmod(place, world_size)
         shares[seat if lap % 2 == 0 else world_size - 1 - seat].append(row)
     return shares
+
+
+def _row_tokens(source: GroupSource, row: int) -> int:
+    lengths = source.response_lengths[row]
+    return int(source.prompt_lengths[row]) * len(lengths) + int(lengths.sum())
 
 
 def _cost(source: GroupSource, row: int) -> tuple[int, int]:

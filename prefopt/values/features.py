@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefopt.data.options import PLAIN, RenderOptions
 from prefopt.data.render import RENDERER_VERSION, Renderer, Request
 from prefopt.data.rows import Refused, Reject
 from prefopt.data.tokenise import tokenizer_hash
 from prefopt.errors import DataError
 from prefopt.model.load import load_policy, load_tokenizer
-from prefopt.model.logps import unwrap_causal_lm
+from prefopt.model.logps import decoder_of, unwrap_causal_lm
 from prefopt.recipe.schema import ModelSection
 
 BATCH_TOKENS = 16384
@@ -61,16 +62,22 @@ class FrozenReference:
         self.device = torch.device(device)
         self.batch_tokens = batch_tokens
         causal_lm = unwrap_causal_lm(model.to(self.device))
-        self._decoder = causal_lm.get_decoder()
+        self._decoder = decoder_of(causal_lm)
         self.dtype = str(causal_lm.dtype).removeprefix("torch.")
 
     def prompt_ids(
-        self, prompts: Sequence[Any], max_tokens: int
+        self, prompts: Sequence[Any], max_tokens: int, options: Sequence[RenderOptions] = ()
     ) -> list[tuple[int, ...] | Refused]:
-        """The ids a policy generates after, of each prompt; why not, where the chat template refuses it or it is
-        longer than ``max_tokens``."""
+        """The ids a policy generates after, of each prompt; why not, where it cannot be rendered or is longer than
+        ``max_tokens``.
+
+        Args:
+            options: of each prompt; default: nothing beside its messages.
+        """
         found: list[tuple[int, ...] | Refused] = []
-        for each in self.renderer.render_batch([Request(prompt, ()) for prompt in prompts]):
+        given = options or [PLAIN] * len(prompts)
+        requests = [Request(p, (), options=o) for p, o in zip(prompts, given, strict=True)]
+        for each in self.renderer.render_batch(requests):
             if isinstance(each, Refused):
                 found.append(each)
             elif len(each.prompt_ids) > max_tokens:

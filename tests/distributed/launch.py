@@ -11,7 +11,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,25 @@ def launch(
         variables: what the person sets; default: what a machine without GPUs needs.
         of_rank: what differs between the processes, as between machines.
     """
+    with launched(
+        config, script, recipe, *overrides, variables=variables, of_rank=of_rank
+    ) as commands:
+        codes = _codes(commands)
+    return Launched(
+        next((code for code in codes if code), 0), "".join(each.output for each in commands)
+    )
+
+
+@contextlib.contextmanager
+def launched(
+    config: Path,
+    script: str,
+    recipe: Path,
+    *overrides: str,
+    variables: Mapping[str, str] | None = None,
+    of_rank: Callable[[int], Mapping[str, str]] = lambda rank: {},
+) -> Iterator[list[Command]]:
+    """The processes of `launch` while they run."""
     words = [str(ROOT / "recipes" / f"{script}.py"), str(recipe), *overrides]
     processes, environment = _as_accelerate_sets_it(
         config, words, _variables(config) if variables is None else variables
@@ -87,10 +106,7 @@ def launch(
             own = {**environment, **of_rank(rank)}
             log = recipe.parent / f"log-{rank}"
             commands.append(stack.enter_context(forked(_script, *words, log=log, environment=own)))
-        codes = _codes(commands)
-    return Launched(
-        next((code for code in codes if code), 0), "".join(each.output for each in commands)
-    )
+        yield commands
 
 
 def accelerate_launch(config: Path, script: str, recipe: Path, *overrides: str) -> Launched:

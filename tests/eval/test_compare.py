@@ -235,8 +235,8 @@ def _lines(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_break_results, r"b/results\.json: not JSON"),
-        (_no_tasks, r"b/results\.json: not a results file"),
+        (_break_results, r"b/results\.json: is not a results file .* it is cut or edited"),
+        (_no_tasks, r"b/results\.json: is not a results file .*: it h"),
         (_no_headline, r"b/results\.json: tasks\.quiz: its headline 'score'"),
         (_no_metrics, r"b/results\.json: tasks\.quiz .*'metrics'"),
         (_no_examples, r"b/quiz/examples\.jsonl: no such file"),
@@ -244,7 +244,7 @@ def _lines(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
             _lines(lambda lines: [*lines, lines[1]]),
             r"examples\.jsonl:6: key 'k2' a second time; the first is on line 2",
         ),
-        (_lines(lambda lines: [lines[0], "{broken\n"]), r"examples\.jsonl:2: not JSON"),
+        (_lines(lambda lines: [lines[0], "{broken\n"]), r"examples\.jsonl:2: it is cut or edited"),
         (_lines(lambda lines: ["[1]\n"]), r"examples\.jsonl:1: must be"),
         (
             _lines(lambda lines: [lines[0], lines[1].replace("1.0", '"yes"')]),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -63,7 +64,7 @@ def schedule(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
     }
     recipe = {
         "data": {"train": [{"path": "${data}"}], "cache_dir": str(folder / "cache")},
-        "objective": {"name": "filtered_nll", "threshold": -100},
+        "objective": {"name": "filtered_nll"},
         "train": {"global_batch_size": 4, "save_every": 1},
     }
     raw = {
@@ -400,10 +401,28 @@ def test_the_inner_objective_trains_on_what_the_grow_step_gives(
     assert "needs advantages, and" in without and "has none: it is made of groups" in without
     raw["grow"]["stages"].append({"stage": "advantage", "positive_only": True})
     for name in ("a_lol_ref_free", "r_gold", "filtered_nll"):
-        raw["recipe"]["objective"] = {"name": name} | (
-            {"threshold": 0} if name == "filtered_nll" else {}
-        )
+        raw["recipe"]["objective"] = {"name": name}
         check_schedule(load_rest(write(tmp_path, raw)))
+
+
+def test_what_improve_keeps_no_second_threshold_drops(tmp_path: Path, model: Path) -> None:
+    """Rewards may be negative (log-probs, reward models), and a percentile keeps the better half of those too."""
+    raw = schedule(tmp_path, model, improve={"percentile": [50], "learning_rates": [1e-2]})
+    for threshold in (0, -100):
+        raw["recipe"]["objective"] = {"name": "filtered_nll", "threshold": threshold}
+        found = refused(tmp_path, raw)
+        assert (
+            f"{line(tmp_path, 'threshold:')}recipe.objective.threshold = {threshold}: would"
+            in found
+        )
+    raw["recipe"]["objective"] = {"name": "filtered_nll"}
+    (trained, *_) = [
+        each
+        for each in check_schedule(load_rest(write(tmp_path, raw)))
+        if each.settings.name == "train"
+    ]
+    rewards = torch.tensor([-1e6, -3.0, 0.5])
+    assert bool((rewards >= trained.raw["objective"]["threshold"]).all())
 
 
 def test_a_script_that_would_refuse_the_recipe_is_known(tmp_path: Path, model: Path) -> None:

@@ -270,7 +270,11 @@ def test_shipped_rounds_are_sound(name: str, model: Path, monkeypatch: pytest.Mo
         score = next(stage for stage in select["stages"] if stage["stage"] == "score")
         policies = [f"runs/sera/round-{n}/train/final" for n in (2, 1)]
         assert [each["path"] for each in score["signals"]] == policies
+        # One reference: what pairs are ranked by is what DPO trains.
         assert {each["reference"] for each in score["signals"]} == {str(model)}
+        assert [each.raw["reference"] for each in trained] == [
+            {"name": "model", "path": str(model)}
+        ] * 3
         mixed = bootstrap["stages"][-1]["sources"][0]["path"]
         assert mixed == "runs/sera/round-3/data/select/order"
         assert trained[2].raw["data"]["train"][0]["path"] == "runs/sera/round-3/data/bootstrap/mix"

@@ -22,8 +22,8 @@ import pytest
 from accelerate import Accelerator
 
 from prefopt.cli import main
-from prefopt.model.distributed import Interrupts
 from prefopt.training.checkpoint import Checkpoints
+from prefopt.training.interrupts import Interrupts
 from tests.distributed.launch import write_model, write_pairs, write_recipe
 from tests.recipes.commands import prefopt, run
 
@@ -153,7 +153,10 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_finishes(
     stopped_at = checkpoints(run_dir)[-1]
     assert 5 <= stopped_at < NUM_STEPS
     assert "saving and stopping after this step; Ctrl-C again stops at once" in output
-    assert f"interrupted: saved step {stopped_at} of {NUM_STEPS} in {run_dir}" in output
+    assert (
+        f"stopped by SIGINT while training: saved step {stopped_at} of {NUM_STEPS} in {run_dir}"
+        in output
+    )
     assert "run the same command to go on" in output
     assert "Traceback" not in output
     assert not (run_dir / "final").exists()

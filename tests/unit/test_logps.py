@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
+import prefopt.model.lm_head
 import prefopt.model.logps
 from prefopt.errors import ModelError
 from prefopt.model.attention.reference import visible
@@ -122,6 +125,27 @@ def test_a_trained_head_gets_the_gradient_of_full_logits() -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
         assert_same_gradients(weighted_gradients(model, got), want_gradients)
         assert any("lm_head" in name for name in want_gradients)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale", "cap"),
+    [
+        ({"logit_scale": 0.0625}, 0.0625, None),
+        ({"lm_head_multiplier": 0.5}, 0.5, None),
+        ({"logits_scaling": 4.0}, 0.25, None),
+        ({"logits_scaling": 4.0, "model_type": "hyperclovax"}, 4.0, None),
+        ({"logits_mup_width_multiplier": 2.0}, 0.5, None),
+        ({"final_logit_softcapping": 30.0}, 1.0, 30.0),
+        ({"logits_soft_cap": 30.0}, 1.0, 30.0),
+        ({"output_logit_soft_cap": 30.0}, 1.0, 30.0),
+    ],
+)
+def test_what_an_architecture_does_to_its_logits_is_read_off_its_configuration(
+    settings: dict[str, object], scale: float, cap: float | None
+) -> None:
+    """Each against its own forward is in test_architectures, slow."""
+    found = prefopt.model.lm_head.LogitTransform.of(SimpleNamespace(**settings))
+    assert (found.scale, found.softcap) == (scale, cap)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])

@@ -32,11 +32,21 @@ from tests.unit.tiny_tokenizers import make_tokenizer
 
 RATE = 5e-7
 STEPS = 12
+PLUGIN = """
+from prefopt.recipe.registry import signal
+from prefopt.signals.base import per_response
+
+@signal("vowels", source="tests")
+def vowels():
+    return per_response(lambda prompt, text: sum(c in "aeiou" for c in text) / (1 + len(text)))
+"""
 
 
-def write_model(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def write_model(
+    directory: Path, dtype: torch.dtype = torch.bfloat16, *, kind: str = "llama"
+) -> Path:
     tokenizer = make_tokenizer()
-    tiny_model("llama", vocab_size=len(tokenizer)).to(dtype).save_pretrained(directory)
+    tiny_model(kind, vocab_size=len(tokenizer)).to(dtype).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -152,6 +162,8 @@ def test_every_part_that_an_adapter_trains_takes_every_update(
     inputs: Path, peft: dict[str, Any]
 ) -> None:
     """Some of what peft trains it leaves in the base's dtype: saved modules, biases, copies of norms."""
+    if "bias" in peft:  # of which the plain Llama has none
+        write_model(inputs / "model", kind="llama_tied")
     run = train(recipe(inputs, "run", peft=peft, train={"max_steps": 3}))
     found = trained(run)
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
@@ -249,3 +261,58 @@ def test_a_moving_reference_of_bfloat16_weights_goes_all_the_way(tmp_path: Path)
         resumed.after_step()
     for again, held in zip(resumed._held[0], reference._held[0], strict=True):
         assert torch.equal(again, held)
+
+
+@pytest.mark.parametrize(
+    ("regime", "peft"),
+    [
+        ({}, None),
+        ({"sync_every": 2}, None),
+        ({"sync_every": 2}, {"type": "lora", "r": 4, "modules_to_save": ["lm_head"]}),
+        pytest.param({}, {"type": "lora", "r": 4, "modules_to_save": ["lm_head"]}, marks=pytest.mark.slow),
+        pytest.param({"max_lag": 1}, None, marks=pytest.mark.slow),
+    ],
+    ids=["own weights", "a copy", "adapter, copy", "adapter", "a process"],
+)  # fmt: skip
+def test_an_engine_samples_in_the_dtype_that_is_saved(
+    inputs: Path, regime: dict[str, Any], peft: dict[str, Any] | None
+) -> None:
+    """What trains is float32, what is pushed bfloat16: the probe after each push says that they agree."""
+    (inputs / "plugin.py").write_text(PLUGIN)
+    sections = {"peft": peft} if peft else {}
+    run = train(
+        recipe(
+            inputs, "online", stage="preference", **sections,
+            data={"train": [], "prompts": [{"path": str(inputs / "pairs.jsonl"), "format": "text"}]},
+            regime={"name": "rollouts", "samples_per_prompt": 3, "max_new_tokens": 6, **regime},
+            reference={"name": "ema", "ema_rate": 0.2},
+            signals=[{"name": "vowels"}],
+            plugins=[str(inputs / "plugin.py")],
+            train={"learning_rate": 1e-3, "max_steps": 4},
+            eval={
+                "generation": {
+                    "prompts": [{"path": str(inputs / "pairs.jsonl"), "format": "text"}],
+                    "num_prompts": 2, "max_new_tokens": 4,
+                }
+            },
+        )
+    )  # fmt: skip
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss/pairs" in row]
+    assert len(rows) == 4
+    assert {tensor.dtype for tensor in trained(run).values()} == {torch.float32}
+    for file in (run / "policies").glob("*/model.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+
+
+def test_the_gradients_of_a_windows_micro_batches_add_up_in_float32(inputs: Path) -> None:
+    """16 micro-batches of one row or one of 16: the same first step, but for what rows are rounded with."""
+    steps = {}
+    for size in (1, 16):
+        settings = {"global_batch_size": 16, "micro_batch_size": size, "max_steps": 1}
+        run = train(recipe(inputs, f"by-{size}", train=settings))
+        (steps[size],) = [
+            row["train/grad_norm"]
+            for row in read_metrics(run / "metrics.jsonl")
+            if "train/grad_norm" in row
+        ]
+    assert steps[1] == pytest.approx(steps[16], rel=2e-3)

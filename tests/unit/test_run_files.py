@@ -29,8 +29,8 @@ ODD = {
     b"null": "it holds null, not an object",
     b"\xff\xfe{}": "its byte 0 is no UTF-8",
     b"{}": "it has no ",
-    b"[" * 100_000: "nested too deeply",
-    b'{"step": ' + b"9" * 5000 + b"}": "4300 digits",
+    b"[" * 100_000: "nested more than 100 deep",
+    b'{"step": ' + b"9" * 5000 + b"}": "a number of 5,000 digits",
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prefopt.errors import ModelError
 from prefopt.model.attention import Kernel
+from prefopt.model.attention.masks import MaskRule
 from prefopt.model.collate import GroupSpan, TokenLayout
 
 # Additions to the scores that this implementation does not know; ignoring one would be a silent error.
@@ -37,43 +38,48 @@ class PackedMasks:
             shapes.setdefault((span.prompt, span.branches), []).append(index)
         self.alike = list(shapes.values())
         """Groups of the same lengths, which are attended to in one call and share a mask."""
-        self._cache: dict[tuple[int | None, torch.dtype, torch.device], list[Tensor]] = {}
+        self._cache: dict[tuple[Any, torch.dtype, torch.device], list[Tensor]] = {}
 
-    def get(self, sliding_window: int | None, like: Tensor) -> list[Tensor]:
+    def get(self, within: MaskRule | int | None, like: Tensor) -> list[Tensor]:
         """One additive mask for each of `alike`: 0 where a query may look, -inf elsewhere.
 
         Args:
-            sliding_window: in tokens, or None for full attention.
+            within: as `visible`.
             like: tensor whose dtype and device the masks take.
         """
-        key = (sliding_window, like.dtype, like.device)
+        key = (within, like.dtype, like.device)
         if key not in self._cache:
-            self._cache[key] = [
-                _additive(self.spans[i], sliding_window, like) for i, *_ in self.alike
-            ]
+            self._cache[key] = [_additive(self.spans[i], within, like) for i, *_ in self.alike]
         return self._cache[key]
 
 
-def visible(span: GroupSpan, sliding_window: int | None = None) -> Tensor:
+def visible(
+    span: GroupSpan, within: MaskRule | int | None = None, device: torch.device | None = None
+) -> Tensor:
     """(Lg, Lg) bool: may the row's token look at the column's token?
 
-    True where the column is not later, lies in the prompt or in the row's own branch, and, under a sliding
-    window, is fewer than ``sliding_window`` positions back (transformers' convention), positions being those of
-    the unpacked sequence.
+    True where the column is not later, lies in the prompt or in the row's own branch, and is in reach by the
+    positions of the unpacked sequence.
+
+    Args:
+        within: what the model asked its mask to be; or a sliding window, which reaches fewer than that many
+            positions back (transformers' convention); or None for full attention.
     """
     length = span.stop - span.start
-    index = torch.arange(length)
-    branch = torch.full((length,), -1)
+    index = torch.arange(length, device=device)
+    branch = torch.full_like(index, -1)
     position = index.clone()
     start = span.prompt
     for number, size in enumerate(span.branches):
         branch[start : start + size] = number
-        position[start : start + size] = span.prompt + torch.arange(size)
+        position[start : start + size] = span.prompt + torch.arange(size, device=device)
         start += size
     seen = index[:, None] >= index[None, :]
     seen &= (branch[None, :] == -1) | (branch[:, None] == branch[None, :])
-    if sliding_window is not None:
-        seen &= position[:, None] - position[None, :] < sliding_window
+    if isinstance(within, MaskRule):
+        return seen & within.allows(position)
+    if within is not None:
+        seen &= position[:, None] - position[None, :] < within
     return seen
 
 
@@ -82,7 +88,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: MaskRule | Tensor | None,
     *,
     packed_masks: PackedMasks | None = None,
     scaling: float | None = None,
@@ -95,13 +101,19 @@ def packed_attention(
 
     Args:
         query: (1, heads, L, head_dim); ``key`` and ``value`` (1, kv_heads, L, head_dim).
+        attention_mask: what the model asked for; None where it asks for no mask, and ``sliding_window`` counts.
         packed_masks: the layout's masks, handed down from `LogpModel` as a forward keyword.
         softcap: ``c`` of c·tanh(score/c) (Gemma 2); scores are then materialised.
 
-    Raises: ModelError for a call that is not a packed self-attention (a cache, cross-attention, sinks):
-        the architecture cannot take this layout.
+    Raises: ModelError for a call that is not a packed self-attention (a cache, cross-attention, sinks, a mask
+        of the model's own making): the architecture cannot take this layout.
     """
     extras = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    within = sliding_window
+    if isinstance(attention_mask, MaskRule):
+        within = attention_mask
+    elif attention_mask is not None:
+        extras.append("attention_mask")
     if packed_masks is None or extras or key.shape[2] != packed_masks.spans[-1].stop:
         raise ModelError(
             f"{type(module).__name__} cannot take the packed layout"
@@ -110,7 +122,7 @@ def packed_attention(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    masks = packed_masks.get(sliding_window, query)
+    masks = packed_masks.get(within, query)
     # Not slices: the backward of each would write a gradient as long as the whole row.
     sizes = [span.stop - span.start for span in packed_masks.spans]
     queries, keys, values = (tensor.split(sizes, 2) for tensor in (query, key, value))
@@ -135,8 +147,8 @@ def _softcapped(
     return F.dropout(weights, dropout, training=dropout > 0) @ v
 
 
-def _additive(span: GroupSpan, sliding_window: int | None, like: Tensor) -> Tensor:
-    seen = visible(span, sliding_window).to(like.device)
+def _additive(span: GroupSpan, within: MaskRule | int | None, like: Tensor) -> Tensor:
+    seen = visible(span, within, like.device)
     # Every row sees at least itself, so no row of -inf can turn a softmax into NaN.
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
         ~seen, -torch.inf

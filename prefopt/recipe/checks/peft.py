@@ -13,6 +13,7 @@ from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.checks.files import is_local, mistaken_for_hub, read_adapter_config
 from prefopt.recipe.checks.rules import Finding, Surroundings, rule, was_set
 from prefopt.recipe.other_tools import PEFT, hint_for
+from prefopt.recipe.peft_unfit import unfit
 from prefopt.recipe.schema import PeftSection, Recipe
 
 # Fields of a peft config that the loading code fills in.
@@ -41,6 +42,11 @@ def peft_keys_exist(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     if config_class is None:
         known = [str(getattr(name, "value", name)).lower() for name in _config_classes()]
         yield Finding("peft.type", f"unknown peft type; {suggest(recipe.peft.type, known)}")
+        return
+    unfitting = dict(unfit(recipe.peft.type.lower(), recipe.peft.options.get, new=True))
+    for key, why in unfitting.items():
+        yield Finding(f"peft.{key}", why)
+    if unfitting:
         return
     hints = typing.get_type_hints(config_class)
     fields = {field.name for field in dataclasses.fields(config_class)} - SET_BY_CODE
@@ -84,6 +90,9 @@ def adapter_fits_base(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
         )
         yield Finding("peft.adapter", f"is not a saved adapter: {adapter} {reason}")
         return
+    for key, why in unfit(str(config.get("peft_type", "")).lower(), config.get, new=False):
+        value = config.get("peft_type" if key == "type" else key)
+        yield Finding("peft.adapter", f"was made with {key} = {value!r}: {why}")
     base = config.get("base_model_name_or_path")
     path = recipe.model.path
     if not base or _same_model(base, path) or _same_model(adapter, path):

@@ -53,6 +53,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+ACCEPT = ("train.accept_changes=true",)
+
+
 def recipe_in(directory: Path, inputs: Path, name: str) -> Path:
     """Checkpoints every 4 steps, which fall between pushes and between rows of metrics.jsonl."""
     changed = {key: dict(value or {}) for key, value in REGIMES[name].items()}
@@ -176,7 +179,9 @@ def test_changed_settings_do_not_train_on_what_others_sampled(tmp_path: Path, in
     killed_after_a_checkpoint(recipe, run_dir)
     kept = len(list(read_log(run_dir)))
     start = checkpoints(run_dir)[-1]
-    code, output = run(*command_of(recipe), "train.learning_rate=1e-4", log=tmp_path / "log")
+    code, output = run(
+        *command_of(recipe), *ACCEPT, "train.learning_rate=1e-4", log=tmp_path / "log"
+    )
     assert code == 0, output
     commits = [commit["commit"] for commit, _ in read_log(run_dir)]
     assert commits[kept:] == list(range(start, NUM_STEPS))
@@ -185,6 +190,8 @@ def test_changed_settings_do_not_train_on_what_others_sampled(tmp_path: Path, in
 def test_other_sampling_settings_cannot_resume(tmp_path: Path, inputs: Path) -> None:
     recipe, run_dir = recipe_in(tmp_path, inputs, "online"), tmp_path / "run"
     killed_after_a_checkpoint(recipe, run_dir)
-    code, output = run(*command_of(recipe), "regime.samples_per_prompt=5", log=tmp_path / "log")
+    code, output = run(
+        *command_of(recipe), *ACCEPT, "regime.samples_per_prompt=5", log=tmp_path / "log"
+    )
     assert code == 2
     assert "made with other prompts, another train.seed, or other regime settings" in output

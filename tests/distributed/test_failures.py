@@ -233,7 +233,7 @@ def test_what_fails_between_two_steps_is_said_by_all_and_the_step_is_saved(
 def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint_and_no_process(
     processes: int, number: int, inputs: Path, tmp_path: Path
 ) -> None:
-    """As a person types it. torchrun passes SIGTERM on; of one process accelerate does not, and SIGUSR1 ends both."""
+    """As a person types it. torchrun passes SIGTERM on; accelerate does not, nor either of them SIGUSR1."""
     recipe = write_recipe(
         tmp_path / "recipe.yaml",
         inputs / "model",

@@ -169,7 +169,7 @@ class Ranks(threading.Thread):
                 self._post(self._failure(code, why))
 
     def _connect(self) -> Any:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         # A store that torch's own initialisation finds there again: one server a process and port.
         return TCPStore(

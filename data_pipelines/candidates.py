@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.base import Dropped
-from data_pipelines.rows import Row, RowKind, responses_of, user_fields
+from data_pipelines.rows import Row, RowKind, asked_options, responses_of, user_fields
 from prefopt.errors import DataError
 from prefopt.signals.base import UnknownIds
 from prefopt.storage.packed import unpack_ids
@@ -57,7 +57,7 @@ def _rendered(
             turns: list[Any] = [
                 {"role": "assistant", "content": text} if chat else text for text in missing
             ]
-            requests[index] = Request(row["prompt"], tuple(turns))
+            requests[index] = Request(row["prompt"], tuple(turns), options=asked_options(row))
     return dict(zip(requests, renderer.render_batch(list(requests.values())), strict=True))
 
 
@@ -83,6 +83,7 @@ def _candidates(
         ids=prompt_ids,
         content=content if isinstance(content, str) else tuple(content),
         fields=user_fields(row),
+        given=asked_options(row).given,
     )
     return Candidates(
         prompt,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.cli import command_parser, guarded, parse
-from prefopt.launch import require_one_process
+from prefopt.process.launch import require_one_process
 
 SUMMARY = "Builds preference data from prompts or rated responses, stage by stage; says what is in a pair set."
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.base import Dropped
+from prefopt.data.options import PLAIN, RenderOptions
 from prefopt.errors import DataError
 from prefopt.recipe.schema import ModelSection
 from prefopt.recipe.yaml_file import Document, KeyPath
@@ -30,7 +31,12 @@ class Cut:
 
 
 def cut_turn(
-    prompt: str | Sequence[Any], response: str, shared: str, renderer: Renderer | None, row_id: str
+    prompt: str | Sequence[Any],
+    response: str,
+    shared: str,
+    renderer: Renderer | None,
+    row_id: str,
+    options: RenderOptions = PLAIN,
 ) -> Cut | Dropped:
     """The prompt with ``shared``, and the rest of ``response``.
 
@@ -41,6 +47,7 @@ def cut_turn(
             one shape.
         renderer: of the tokenizer that will be trained; needed for chat messages.
         row_id: for messages.
+        options: what the row is rendered with beside its messages.
 
     Returns: the cut; Dropped where the chat template does not write the response right after what opens the
         assistant's turn, or where the text would be tokenised otherwise than the dialogue.
@@ -55,7 +62,7 @@ def cut_turn(
             "of the model that will be trained"
         )
     turns = [*prompt, {"role": "assistant", "content": response}]
-    texts = _rendered(renderer, prompt, turns)
+    texts = _rendered(renderer, prompt, turns, options)
     if isinstance(texts, Dropped):
         return texts
     opened, whole = texts
@@ -64,7 +71,7 @@ def cut_turn(
     end = whole[len(opened) + len(response) :]
     # Templates write a line break after a turn's end; the renderer cuts it off, where there is an end before it.
     cut = Cut(opened + shared, response[len(shared) :] + (end.rstrip() or end))
-    return _same_ids(renderer, prompt, turns[-1], cut)
+    return _same_ids(renderer, prompt, turns[-1], cut, options)
 
 
 def turn_renderer(tokenizer: str | None, chat_template: str | None) -> Renderer | None:
@@ -101,25 +108,31 @@ def template_problems(
 
 
 def _rendered(
-    renderer: Renderer, prompt: Sequence[Any], turns: Sequence[Any]
+    renderer: Renderer, prompt: Sequence[Any], turns: Sequence[Any], options: RenderOptions
 ) -> tuple[str, str] | Dropped:
     """The dialogue up to where the policy answers, and with its answer."""
-    from jinja2 import TemplateError
+    from prefopt.data.rows import Refused
 
-    apply = renderer.tokenizer.apply_chat_template
-    try:
-        opened = apply(list(prompt), tokenize=False, add_generation_prompt=True)
-        return str(opened), str(apply(list(turns), tokenize=False))
-    except TemplateError as error:
-        return Dropped("template_refused", str(error))
+    opened = renderer.template.text(prompt, options, generate=True)
+    whole = renderer.template.text(turns, options)
+    for found in (opened, whole):
+        if isinstance(found, Refused):
+            return Dropped(str(found.reason), found.detail)
+    return str(opened), str(whole)
 
 
-def _same_ids(renderer: Renderer, prompt: Sequence[Any], turn: Any, cut: Cut) -> Cut | Dropped:
+def _same_ids(
+    renderer: Renderer, prompt: Sequence[Any], turn: Any, cut: Cut, options: RenderOptions
+) -> Cut | Dropped:
     """The cut, if it renders to the ids of the dialogue, with its prompt as a prefix of them."""
+    from prefopt.data.options import AS_RENDERED
     from prefopt.data.render import Request
     from prefopt.data.rows import Refused
 
-    requests = [Request(list(prompt), (turn,)), Request(cut.prompt, (cut.response,))]
+    requests = [
+        Request(list(prompt), (turn,), options=options),
+        Request(cut.prompt, (cut.response,), options=AS_RENDERED),
+    ]
     ids = []
     for found in renderer.render_batch(requests):
         if isinstance(found, Refused):

@@ -10,6 +10,8 @@ import enum
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from prefopt.data.options import KeptControls, Omits, RenderOptions
+from prefopt.data.template_columns import row_options
 from prefopt.errors import DataError
 
 Row: TypeAlias = dict[str, Any]
@@ -42,6 +44,19 @@ SIDES = ("chosen", "rejected")
 def user_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that are not ours."""
     return {key: value for key, value in row.items() if key not in OWN_COLUMNS}
+
+
+def asked_options(
+    row: Mapping[str, Any], control_tokens: KeptControls = (), omits: Omits = "history"
+) -> RenderOptions:
+    """What a row's prompt is rendered with to be answered: its columns of tools, documents and keywords.
+
+    Thoughts of earlier answers may be left out: templates of thinking models do so when they are asked.
+    """
+    if isinstance(row["prompt"], str):
+        return RenderOptions(omits=omits, control_tokens=control_tokens)
+    rules = RenderOptions(omits=omits, control_tokens=control_tokens)
+    return row_options(row, f"row {row.get('id')}", rules)
 
 
 def prompt_text(row: Mapping[str, Any]) -> str:

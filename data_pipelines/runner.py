@@ -21,7 +21,7 @@ from data_pipelines.shard_work import Order, stage_code
 from data_pipelines.shards import Shards
 from data_pipelines.stage_runs import run_map, run_whole
 from prefopt.errors import ConfigError, DataError
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 from prefopt.storage.holder import held
 from prefopt.storage.reading import digest
 

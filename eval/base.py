@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from prefopt.data.options import PLAIN, RenderOptions
+
 Message = Mapping[str, str]
 
 
@@ -27,6 +29,8 @@ class Example:
     """What scoring needs: the answer, the category, a pair's responses."""
     further_turns: tuple[str, ...] = ()
     """What the user says after each answer (MT-Bench's second turns)."""
+    options: RenderOptions = PLAIN
+    """What the prompt is rendered with beside its messages: tools, documents, what its source allows."""
 
     @property
     def num_turns(self) -> int:
@@ -58,7 +62,7 @@ class Answer:
     ids: tuple[int, ...] | None = None
     """Token ids, the end token included; None for a published response."""
     problem: str | None = None
-    """Why there is no answer (``prompt_too_long``, ``template_refused``, ``null_response``); None if there is."""
+    """Why there is no answer (``prompt_too_long``, a `Reject`, ``null_response``); None if there is."""
 
 
 Conversation = tuple[Answer, ...]

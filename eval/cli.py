@@ -11,7 +11,7 @@ from typing import Any
 
 from prefopt.cli import command_parser, guarded, parse
 from prefopt.errors import ConfigError
-from prefopt.launch import require_one_process
+from prefopt.process.launch import require_one_process
 
 SUMMARY = (
     "Evaluates checkpoints the way papers report them; scores published files; compares results."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,17 +12,22 @@ from typing import Any
 
 from eval.base import Answer, Decoding, Message
 from eval.models import asked, run_condition
+from prefopt.data.options import PLAIN, RenderOptions
 from prefopt.data.render import Renderer
+from prefopt.data.render import Request as ToRender
+from prefopt.data.rows import Refused
 from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
 from prefopt.engines.start import Task, start_engine
-from prefopt.errors import DataError, ModelError
+from prefopt.errors import ModelError
+from prefopt.model.end_tokens import end_token_ids, saved_end_ids
 from prefopt.model.load import load_tokenizer
+from prefopt.model.source import resolve_source
 from prefopt.recipe.schema import EngineSection, ModelSection
 from prefopt.storage.packed import pack_ids, unpack_ids
 
 logger = logging.getLogger("prefopt.eval")
 
-PROMPT_TOO_LONG, TEMPLATE_REFUSED = "prompt_too_long", "template_refused"
+PROMPT_TOO_LONG = "prompt_too_long"
 Prompt = str | Sequence[Message]
 
 
@@ -32,6 +38,7 @@ class Ask:
     prompt: Prompt
     decoding: Decoding
     seeds: tuple[int, ...]
+    options: RenderOptions = PLAIN
 
 
 class Generator:
@@ -71,14 +78,14 @@ class Generator:
         said = str(text) if condition is None else f"{text}\n{condition!r}"
         return hashlib.sha256(said.encode()).hexdigest()
 
-    def prompt_tokens(self, prompt: Prompt) -> int | None:
-        """Length of a prompt; None where the chat template refuses it."""
-        ids = self.prompt_ids(prompt)
+    def prompt_tokens(self, prompt: Prompt, options: RenderOptions = PLAIN) -> int | None:
+        """Length of a prompt; None where it cannot be rendered."""
+        ids = self.prompt_ids(prompt, options)
         return None if ids is None else len(ids)
 
-    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...] | None:
-        """What the policy is asked, a target reward written in; None where the chat template refuses it."""
-        ids = self._ids(prompt)
+    def prompt_ids(self, prompt: Prompt, options: RenderOptions = PLAIN) -> tuple[int, ...] | None:
+        """What the policy is asked, a target reward written in; None where it cannot be rendered."""
+        ids = self._ids(prompt, options)
         return None if isinstance(ids, Answer) else ids
 
     def start(self, longest: int) -> None:
@@ -103,13 +110,13 @@ class Generator:
         """For each ask, in order, an answer a seed.
 
         A prompt that leaves less room than ``max_new_tokens`` gets what there is; one without room, or that
-        the chat template refuses, gets an empty answer that says so.
+        cannot be rendered (`Reject`), gets an empty answer that says so.
         Raises: EngineError; ModelError for messages without a chat template.
         """
         results: list[list[Answer]] = [[] for _ in asks]
         calls: dict[SamplingSpec, list[tuple[int, Request]]] = {}
         for index, ask in enumerate(asks):
-            ids = self._ids(ask.prompt)
+            ids = self._ids(ask.prompt, ask.options)
             room = 0 if isinstance(ids, Answer) else self._room(len(ids))
             if isinstance(ids, Answer) or room < 1:
                 problem = (
@@ -118,8 +125,7 @@ class Generator:
                 results[index] = [problem] * len(ask.seeds)
                 continue
             decoding = replace(ask.decoding, max_new_tokens=min(ask.decoding.max_new_tokens, room))
-            spec = self.spec(decoding, chat=not isinstance(ask.prompt, str))
-            calls.setdefault(spec, []).append((index, Request(ids, ask.seeds)))
+            calls.setdefault(self.spec(decoding), []).append((index, Request(ids, ask.seeds)))
         for spec, numbered in calls.items():
             answers = self.sample([request for _, request in numbered], spec)
             for (index, _), group in zip(numbered, answers, strict=True):
@@ -131,15 +137,20 @@ class Generator:
         assert self._engine is not None, "start() comes first"
         return [self._answers(group) for group in self._engine.generate(requests, spec)]
 
-    def spec(self, decoding: Decoding, *, chat: bool) -> SamplingSpec:
-        """How the engine samples: ``decoding``, up to where the tokenizer ends a turn or a text."""
+    def spec(self, decoding: Decoding) -> SamplingSpec:
+        """How the engine samples: ``decoding``, up to what ends a turn, a text, or the model's own generation."""
         return SamplingSpec(
             max_new_tokens=decoding.max_new_tokens,
             temperature=decoding.temperature,
             top_p=decoding.top_p,
             top_k=decoding.top_k,
-            stop_token_ids=self.renderer.stop_ids(chat=chat),
+            stop_token_ids=self._ends,
         )
+
+    @functools.cached_property
+    def _ends(self) -> tuple[int, ...]:
+        source = resolve_source(self.policy.path, self.policy.revision)
+        return end_token_ids(self.tokenizer, saved_end_ids(source.from_the_top))
 
     def close(self) -> None:
         """Frees the engine. May be called twice."""
@@ -150,17 +161,20 @@ class Generator:
     def _room(self, num_prompt_tokens: int) -> int:
         return 10**9 if self.context is None else self.context - num_prompt_tokens
 
-    def _ids(self, prompt: Prompt) -> tuple[int, ...] | Answer:
+    def _ids(self, prompt: Prompt, options: RenderOptions) -> tuple[int, ...] | Answer:
+        content = asked(prompt, self.condition)
         try:
-            return self.renderer.prompt_ids(asked(prompt, self.condition))
-        except DataError as error:
-            logger.warning("the chat template refuses a prompt: %s", error)
-            return Answer("", 0, False, None, TEMPLATE_REFUSED)
+            request = ToRender(content, (), options=when_asked(options))
+            (found,) = self.renderer.render_batch([request])
         except ModelError as error:
             raise ModelError(
                 f"{self.policy.path!r} has no chat template, and this task asks in chat messages. Evaluate an "
                 "instruction-tuned model, or name a Jinja file: model.chat_template=FILE"
             ) from error
+        if isinstance(found, Refused):
+            logger.warning("a prompt cannot be rendered: %s: %s", found.reason, found.detail)
+            return Answer("", 0, False, None, str(found.reason))
+        return found.prompt_ids
 
     def _answers(self, group: Sequence[Completion]) -> list[Answer]:
         texts = self.tokenizer.batch_decode([list(c.ids) for c in group], skip_special_tokens=True)
@@ -168,6 +182,11 @@ class Generator:
             Answer(text, len(c.ids), c.stop_reason == "eos", c.ids)
             for text, c in zip(texts, group, strict=True)
         ]
+
+
+def when_asked(options: RenderOptions) -> RenderOptions:
+    """Of a prompt that is answered now: what earlier answers thought, templates leave out by design."""
+    return replace(options, omits="history") if options.omits == "nothing" else options
 
 
 def answer_record(answer: Answer) -> dict[str, Any]:

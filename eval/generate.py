@@ -10,7 +10,7 @@ from typing import Any
 from eval.base import Answer, Conversation, Decoding, Example, Message
 from eval.engines import Ask, Generator, answer_from, answer_record
 from eval.store import Store
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 
 _CHUNK = {"hf": 64, "vllm": 512, "vllm_server": 512}
 """Examples answered at a time, and then stored: enough to keep an engine busy, few enough to lose to a kill."""
@@ -101,6 +101,7 @@ def _answer_chunk(
                 _prompt(example, conversation),
                 decoding(example),
                 (response_seed(seed, task, example.key, number, turn),),
+                example.options,
             )
             for example, number, conversation in open_
         ]

@@ -11,7 +11,7 @@ from typing import Any
 from eval.base import Answer, Conversation, Example, JudgedTask, Judgment, Question
 from eval.settings import JudgeSection
 from eval.store import Store
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 from prefopt.signals.chat_client import ChatClient, Endpoint
 from prefopt.signals.chat_replies import Reply, ReplyCache
 from prefopt.storage.cache import cache_root

@@ -303,6 +303,6 @@ def _template(task: Any) -> dict[str, str] | None:
 
 def _longest(generator: Generator, example: Example, decoding: Decoding) -> int:
     """Tokens that an example's whole conversation may take."""
-    prompt = generator.prompt_tokens(example.prompt) or 0
+    prompt = generator.prompt_tokens(example.prompt, example.options) or 0
     further = len(example.further_turns) * (_SPARE_TURN_TOKENS + decoding.max_new_tokens)
     return prompt + decoding.max_new_tokens + further

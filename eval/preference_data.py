@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -138,9 +139,10 @@ def prompt_examples(sections: Sequence[SourceSection]) -> PromptRows:
                 refused[str(row.reason)] += 1
                 continue
             prompt = row.prompt if isinstance(row.prompt, str) else tuple(row.prompt)
-            key = _key(prompt)
+            given = row.options.given
+            key = _key([prompt, given] if given else prompt)
             refused["repeated_prompt"] += key in found
-            found.setdefault(key, Example(key, prompt))
+            found.setdefault(key, Example(key, prompt, options=row.options))
     if not found:
         paths = ", ".join(section.path for section in sections)
         raise DataError(f"{paths}: no prompt is left; refused: {dict(refused)}")
@@ -217,7 +219,7 @@ def numbered(examples: Iterable[Example]) -> list[Example]:
         seen[example.key] += 1
         number = seen[example.key]
         key = example.key if number == 1 else f"{example.key}#{number}"
-        result.append(Example(key, example.prompt, example.fields))
+        result.append(dataclasses.replace(example, key=key))
     return result
 
 
@@ -303,7 +305,9 @@ def _pair(raw: RawRow, row: Row | Refused, names: tuple[str, str] | None) -> Exa
     prompt = row.prompt if isinstance(row.prompt, str) else tuple(row.prompt)
     chosen, rejected = row.responses
     fields = {"chosen": chosen, "rejected": rejected, "scores": scores, "refused": None}
-    return Example(_key([prompt, chosen, rejected]), prompt, fields)
+    given = row.options.given
+    key = _key([prompt, chosen, rejected, *([given] if given else [])])
+    return Example(key, prompt, fields, options=row.options)
 
 
 def _prompt_rows(section: SourceSection) -> Iterator[Row | Refused]:

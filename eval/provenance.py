@@ -55,6 +55,8 @@ def data_hash(examples: Iterable[Example]) -> str:
     for example in examples:
         prompt = example.prompt if isinstance(example.prompt, str) else [*map(dict, example.prompt)]
         item = [example.key, prompt, list(example.further_turns), dict(example.fields)]
+        if example.options.given:  # others keep the hash that they had
+            item.append(example.options.given)
         digest.update(json.dumps(item, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 

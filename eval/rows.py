@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.base import Conversation, Example, Row
 from eval.store import Store
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 from prefopt.storage.cache import atomic_write
 
 _ROWS_A_WRITE = 64

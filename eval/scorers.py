@@ -220,7 +220,8 @@ class LogpScorer:
         requests = []
         for pair in pairs:
             sides = tuple(_message(pair.fields[name]) for name in ("chosen", "rejected"))
-            requests.append(Request(asked(pair.prompt, self.policies.condition), sides))
+            prompt = asked(pair.prompt, self.policies.condition)
+            requests.append(Request(prompt, sides, options=pair.options))
         limits = Limits(self.limit)
         return [check(each, limits) for each in self.policies.renderer.render_batch(requests)]
 
@@ -264,7 +265,8 @@ def _finite(chosen: float, rejected: float) -> Scored:
 def _candidates(pair: Example) -> Candidates:
     content = pair.prompt if isinstance(pair.prompt, str) else tuple(map(dict, pair.prompt))
     texts = tuple(response_text(pair.fields[name]) for name in ("chosen", "rejected"))
-    return Candidates(Prompt(pair.key, (), content), texts, ((), ()), (False, False))
+    prompt = Prompt(pair.key, (), content, given=pair.options.given)
+    return Candidates(prompt, texts, ((), ()), (False, False))
 
 
 def _message(response: Any) -> Any:

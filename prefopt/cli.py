@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from prefopt import __version__
 from prefopt.errors import ConfigError
-from prefopt.launch import check_launched
 from prefopt.process.guarded import guarded
+from prefopt.process.launch import check_launched
 from prefopt.process.ranks import joined
 
 if TYPE_CHECKING:

@@ -240,6 +240,8 @@ class Prompt:
     """Every other column of the row, e.g. ``answer``."""
     offline_ids: tuple[int, ...] | None = None
     """The data set's own response (its chosen side), terminal EOS included, where the row has one."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """What its chat template is given beside the messages: ``tools``, ``documents``, keywords."""
 
     @property
     def text(self) -> str:

@@ -14,13 +14,13 @@ from accelerate.utils import set_seed
 
 from prefopt.data import DataBundle, PromptSet
 from prefopt.data.groups import GroupSource
-from prefopt.launch import check_launched
 from prefopt.model.adapters import save_final
 from prefopt.model.distributed import (
     configure_deepspeed,
     gathered_state,
     together,
 )
+from prefopt.model.end_tokens import add_end_tokens, end_token_ids
 from prefopt.model.extensions import compiling
 from prefopt.model.layouts import build_logp_model, build_score_model
 from prefopt.model.load import (
@@ -36,6 +36,7 @@ from prefopt.model.precision import keeps_masters, refuse_half, with_precision
 from prefopt.model.reward_model import load_reward_model
 from prefopt.model.scores import ScoreModel
 from prefopt.process.ended import begins, ended
+from prefopt.process.launch import check_launched
 from prefopt.process.progress import progress
 from prefopt.process.ranks import joined
 from prefopt.process.stopping import Stopped
@@ -113,8 +114,7 @@ def _train(recipe: Recipe) -> Path:
     progress.enter("reading the data")
     refuse_if_held(run_dir, work="run", advice=IN_USE_ADVICE)
     tokenizer = load_tokenizer(recipe.model)
-    data = load_run_data(recipe, tokenizer)
-    objective = run_objective(recipe)
+    data, objective = load_run_data(recipe, tokenizer), run_objective(recipe)
     if objective.reads_samples and data.train is not None and not recipe.has_rollouts:
         check_labels(recipe.data, objective, data.train)  # before a model is loaded in vain
     recipe = with_precision(recipe, has_cuda=torch.cuda.is_available())
@@ -142,6 +142,7 @@ def _train_from(
     start_trackers(accelerator, recipe)
     policy = load_trained(recipe, tokenizer, masters=not keeps_masters(accelerator))
     check_vocabulary(policy.model, tokenizer)
+    add_end_tokens(policy.model, end_token_ids(tokenizer, data.end_ids))
     check_ending(recipe, policy, tokenizer, accelerator)
     check_weights(recipe, start, policy)
     progress.stuck_after_s = recipe.run.stuck_after_s
@@ -372,8 +373,7 @@ def save_verified(
 ) -> None:
     """Saves the final adapter or model with its tokenizer, then reads it back and compares.
 
-    Raises: TrainingError if it cannot be written, or what is on disk is not what was trained (an empty shard,
-        a missing tensor).
+    Raises: TrainingError if it cannot be written, or what is on disk is not what was trained.
     """
     module = cast(Module, accelerator.unwrap_model(model))
     prefix = "model."  # it holds the policy under this name

@@ -25,7 +25,6 @@ MAX_FUNCTION_LINES = 60
 ROOMS = (
     "errors",
     "types",
-    "launch",
     "storage",
     "process",
     "report",

@@ -26,7 +26,7 @@ from data_pipelines.near_duplicates import NearDuplicates
 from data_pipelines.sketch import BottomSample, hash64
 from prefopt.data.sources import is_local
 from prefopt.errors import ConfigError, DataError, suggest
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 
 SAMPLE = 10_000
 """Pairs that slow questions are asked of: n-grams, repetition, rendering."""

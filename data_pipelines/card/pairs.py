@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipelines.rows import prompt_text
 from prefopt.data.formats import Reading, canonical, resolve
+from prefopt.data.options import PLAIN, RenderOptions
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, Reject, has_column, row_id, score
 from prefopt.data.sources import first_rows, open_source
@@ -36,6 +37,9 @@ class PairView:
     """What is known of the chosen and the rejected response: model, scores, ended."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The row as it stands in the file."""
+    responses: tuple[Any, ...] = ()
+    """Both sides as they are rendered."""
+    options: RenderOptions = PLAIN
 
     @property
     def margin(self) -> float | None:
@@ -122,6 +126,8 @@ def _view(raw: RawRow, reading: Reading) -> PairView | RefusedPair:
         *scores,
         (_info(raw, "info_chosen"), _info(raw, "info_rejected")),
         raw.data,
+        found.responses,
+        found.options,
     )
 
 

@@ -24,13 +24,12 @@ def rendered_sections(sample: Sequence[PairView], tokenizer: Any) -> list[Sectio
 
     renderer = Renderer(tokenizer)
     refused: Counter[str] = Counter()
-    bos = ends = 0
+    bos = 0
     lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
     for start in range(0, len(sample), _BATCH):
         for found in _render(renderer, sample[start : start + _BATCH], refused):
             prompt, sides = found.prompt_ids, found.responses
             bos += any(_num_bos((*prompt, *ids), tokenizer) > 1 for ids in sides)
-            ends += any(_num_ends(ids, tokenizer) > 1 for ids in sides)
             for name, ids in zip(lengths, (prompt, *sides), strict=True):
                 lengths[name].append(len(ids))
     total = len(sample)
@@ -43,10 +42,6 @@ def rendered_sections(sample: Sequence[PairView], tokenizer: Any) -> list[Sectio
             "more than one BOS", bos, total, look=0.0, stop=0.0, unit="sampled pairs",
             advice="the texts hold a BOS of their own in their midst: take it out",
         ),
-        share_check(
-            "more than one end token", ends, total, look=0.0, stop=0.0, unit="sampled pairs",
-            advice="the responses hold an end token of their own: take it out",
-        ),
     )  # fmt: skip
     tables = ()
     if refused:
@@ -56,7 +51,6 @@ def rendered_sections(sample: Sequence[PairView], tokenizer: Any) -> list[Sectio
         "num_sampled": total,
         "refused": dict(refused),
         "num_double_bos": bos,
-        "num_double_end": ends,
     }
     note = f"{total:,} pairs drawn by hash, rendered as training renders them."
     sections = [
@@ -72,14 +66,7 @@ def _render(renderer: Any, batch: Sequence[PairView], refused: Counter[str]) -> 
     from prefopt.data.render import Request
     from prefopt.data.rows import Refused
 
-    requests = []
-    for pair in batch:
-        chat = not isinstance(pair.prompt, str)
-        sides: list[Any] = [
-            {"role": "assistant", "content": text} if chat else text
-            for text in (pair.chosen, pair.rejected)
-        ]
-        requests.append(Request(pair.prompt, tuple(sides)))
+    requests = [Request(pair.prompt, pair.responses, options=pair.options) for pair in batch]
     found = []
     for each in renderer.render_batch(requests):
         if isinstance(each, Refused):
@@ -93,8 +80,3 @@ def _num_bos(ids: Sequence[int], tokenizer: Any) -> int:
     """BOS tokens of a row; a tokenizer whose BOS is also its end token cannot tell."""
     bos = tokenizer.bos_token_id
     return 0 if bos is None or bos == tokenizer.eos_token_id else ids.count(bos)
-
-
-def _num_ends(ids: Sequence[int], tokenizer: Any) -> int:
-    """How often a response holds the special token it ends with; 0 if it ends with none."""
-    return ids.count(ids[-1]) if ids[-1] in tokenizer.all_special_ids else 0

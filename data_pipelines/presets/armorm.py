@@ -15,9 +15,13 @@ from typing import Any, Literal, cast
 
 from pydantic import PositiveInt
 
+from prefopt.data.options import RenderOptions
+from prefopt.data.render import Renderer
+from prefopt.data.rows import Refused
 from prefopt.errors import SignalError
 from prefopt.recipe.registry import signal
 from prefopt.signals.base import Signal
+from prefopt.signals.reward_model import RewardModel, dialogue
 from prefopt.types import Prompt
 
 _HEADER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -52,8 +56,6 @@ def armorm(
     """
     import torch
     from transformers import AutoTokenizer, LlamaModel
-
-    from prefopt.signals.reward_model import RewardModel
 
     tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision)
     loaded: Any = LlamaModel.from_pretrained(
@@ -124,21 +126,16 @@ class _ArmoRM:
         return (prompt / temperature).softmax(-1) * self.head["gating.logit_scale"]
 
 
-@dataclass(frozen=True)
 class _Reader:
-    tokenizer: Any
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.renderer = Renderer(tokenizer)
 
-    def ids(self, prompt: Prompt, text: str) -> list[int] | None:
-        """The chat template over prompt and response; None where it refuses the dialogue."""
-        from jinja2 import TemplateError
-
-        content = prompt.content
-        turns = [{"role": "user", "content": content}] if isinstance(content, str) else [*content]
-        turns.append({"role": "assistant", "content": text})
-        try:
-            whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        except TemplateError:
-            return None
+    def ids(self, prompt: Prompt, text: str) -> list[int] | Refused:
+        """The chat template over prompt and response; refused where that would not render them."""
+        whole = self.renderer.whole_text(dialogue(prompt, text), RenderOptions(omits="history"))
+        if isinstance(whole, Refused):
+            return whole
         return self.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
 
 

@@ -19,7 +19,7 @@ from data_pipelines.base import (
     Tally,
 )
 from data_pipelines.registry import stage
-from data_pipelines.rows import Row, RowKind, responses_of, user_fields
+from data_pipelines.rows import Row, RowKind, asked_options, responses_of, user_fields
 from data_pipelines.stages.filter import number_at
 from data_pipelines.stages.pair import is_scored, stand_in_ids
 from data_pipelines.value_rows import model_problems, quantiles, require_in_range, reward_of
@@ -247,7 +247,8 @@ class HeadWorker:
         named = [(row["id"], r) for row, each in zip(rows, rewards, strict=True) for r in each]
         require_in_range(named, fit.max_value, self.place.id, record.normalize_rewards)
         scored = [index for index, each in enumerate(responses) if each]
-        values = self.model.values([rows[index]["prompt"] for index in scored])
+        wanted = [rows[index] for index in scored]
+        values = self.model.values([row["prompt"] for row in wanted], [*map(asked_options, wanted)])
         results: list[Result] = [Dropped("unscored") for _ in rows]
         for index, value in zip(scored, values, strict=True):
             results[index] = self._result(rows[index], responses[index], rewards[index], value)

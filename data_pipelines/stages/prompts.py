@@ -27,10 +27,9 @@ from data_pipelines.rows import Row, RowKind, prompt_text
 from data_pipelines.sketch import hash64
 from data_pipelines.words import words
 from prefopt.data.rows import Refused
-from prefopt.errors import DataError
 from prefopt.recipe.schema import ModelSection, PathText, Section, SourceSection
 from prefopt.recipe.yaml_file import Document, KeyPath
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 
 if TYPE_CHECKING:
     from prefopt.data.render import Renderer
@@ -104,12 +103,12 @@ class Prompts(StageSettings):
                 f"{at}prompts.part: number = {self.part.number} of {self.part.of}: must be 1 to {self.part.of}"
             )
         for number, section in enumerate(self.sources):
-            for key in ("weight", "drop_ties"):
-                if key in section.model_fields_set:
+            for key, why in _IGNORED.items():
+                if key in section.model_fields_set and not (
+                    key in _OF_RENDERING and self.tokenizer
+                ):
                     at = document.origin((*path, "sources", number, key))
-                    found.append(
-                        f"{at}prompts.sources.{number}.{key}: would be ignored: every prompt is read once"
-                    )
+                    found.append(f"{at}prompts.sources.{number}.{key}: would be ignored: {why}")
         if self.decontaminate is not None:
             found += self.decontaminate.problems(document, (*path, "decontaminate"))
         return found
@@ -190,7 +189,21 @@ class Prompts(StageSettings):
 
     def _row(self, row: SourceRow) -> Row:
         assert not isinstance(row.found, Refused)
-        return {"id": row.id, "prompt": row.found.prompt, **kept_columns(row.raw, self.keep)}
+        given = row.found.options.columns  # tools, documents: what samples must be shown it too
+        return {
+            "id": row.id,
+            "prompt": row.found.prompt,
+            **given,
+            **kept_columns(row.raw, self.keep),
+        }
+
+
+_OF_RENDERING = ("template_omits", "control_tokens")
+_IGNORED = {
+    "weight": "every prompt is read once",
+    "drop_ties": "every prompt is read once",
+    **dict.fromkeys(_OF_RENDERING, "nothing is rendered here; set it on the stage that does"),
+}
 
 
 class _Judge:
@@ -256,13 +269,15 @@ class _Judge:
         return _KEPT
 
     def _too_many_tokens(self, row: SourceRow) -> str:
+        from prefopt.data.render import Request
+
         assert self._renderer is not None and self.settings.max_tokens is not None
         assert not isinstance(row.found, Refused)
-        try:
-            ids = self._renderer.prompt_ids(row.found.prompt)
-        except DataError:
-            return "template_refused"
-        return "tokens_above" if len(ids) > self.settings.max_tokens else _KEPT
+        request = Request(row.found.prompt, (), options=row.found.options)
+        (found,) = self._renderer.render_batch([request])
+        if isinstance(found, Refused):
+            return str(found.reason)
+        return "tokens_above" if len(found.prompt_ids) > self.settings.max_tokens else _KEPT
 
 
 def _renderer(path: str) -> Renderer:

@@ -184,7 +184,7 @@ def _from_list(raw: RawRow, number: int, item: Any, keys: ResponseList) -> dict[
             f"{raw.where}: {keys.column}.{number} is {type(item).__name__}; with responses.text = {keys.text!r} "
             f"each response must be {'a text' if keys.text is None else 'an object'}"
         )
-    inner = RawRow(f"{raw.where}, {keys.column}", number, item)
+    inner = RawRow(f"{raw.where}, {keys.column}", number, item, filled_nulls=raw.filled_nulls)
     response = {"text": _text(inner, keys.text)} | _score(inner, keys.score)
     if keys.model is not None:
         response["model"] = str(column(inner, keys.model))

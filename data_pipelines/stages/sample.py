@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 
 from data_pipelines.base import Dropped, Needs, Place, Result, StageSettings
 from data_pipelines.registry import stage
-from data_pipelines.rows import Row, RowKind
+from data_pipelines.rows import Row, RowKind, asked_options
 from eval.base import Answer, Decoding
 from prefopt.errors import ConfigError, ModelError
 from prefopt.recipe.schema import (
@@ -22,6 +22,7 @@ from prefopt.recipe.schema import (
     ModelSection,
     NonNegativeFloat,
 )
+from prefopt.recipe.section import Newer
 from prefopt.recipe.yaml_file import Document, KeyPath
 from prefopt.storage.packed import pack_ids
 
@@ -77,6 +78,9 @@ class Sample(StageSettings):
     """Longest response in tokens (SimPO v0.2: 4096; LIONs: 512)."""
     max_prompt_tokens: PositiveInt = 2048
     """Longest prompt in tokens. With `max_new_tokens` it is the context that vLLM is started with."""
+    control_tokens: Annotated[tuple[str, ...], Newer()] = Field(default=(), strict=False)
+    """Control tokens that may stand in prompts, as a recipe's `data.prompts.control_tokens`: names, or `[all]` for
+    text that a template has rendered already. Other prompts with one are dropped (`control_token`)."""
     condition: ConditionSection | None = None
     """Ask for a reward: for a policy of `reward_conditioned`, whose run says the template and, in `run.json`, the
     range of rewards it has seen. The row keeps its own prompt."""
@@ -148,6 +152,8 @@ class Sample(StageSettings):
             logger.warning("stage %r: %s", place.id, problem)
         device = str(default_device())
         generator = Generator(policy, self.engine, device=device, log_dir=place.log_dir)
+        controls = generator.renderer.controls
+        controls.require_known(self.control_tokens, f"stage {place.id!r}: ")
         generator.start(self.max_prompt_tokens + self.max_new_tokens)
         context = generator.context
         if context is not None and context <= self.max_new_tokens:
@@ -204,7 +210,7 @@ class SampleWorker:
                 draws = self._draws(temperature)
                 requests = [self._request(rows[i], prompts[i], draws) for i in batch]
                 if requests:
-                    spec = self.generator.spec(self._decoding(temperature), chat=chat)
+                    spec = self.generator.spec(self._decoding(temperature))
                     groups = self.generator.sample(requests, spec)
                     for index, group in zip(batch, groups, strict=True):
                         found[index] += self._responses(group, draws)
@@ -222,9 +228,13 @@ class SampleWorker:
         from prefopt.data.rows import Refused
 
         try:
-            asked = [self._asked(row["prompt"]) for row in rows]
+            kept = self.settings.control_tokens
+            allowed = "all" if "all" in kept else kept
             rendered = self.generator.renderer.render_batch(
-                [ToRender(prompt, ()) for prompt in asked]
+                [
+                    ToRender(self._asked(row["prompt"]), (), options=asked_options(row, allowed))
+                    for row in rows
+                ]
             )
         except ModelError as error:
             raise ModelError(

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt
 from data_pipelines.base import Dropped, Place, Result, RowByRow, StageSettings, Tally
 from data_pipelines.cut_turns import cut_turn, renderer_basis, template_problems, turn_renderer
 from data_pipelines.registry import stage
-from data_pipelines.rows import Row, RowKind, user_fields
+from data_pipelines.rows import Row, RowKind, asked_options, user_fields
 from data_pipelines.stages.pair import is_scored
 from data_pipelines.step_tree import Node, State, grow, split_steps, step_advantages
 from prefopt.recipe.schema import NonNegativeFloat, PathText
@@ -38,7 +38,8 @@ class StepAdvantage(StageSettings):
     The paper trains a critic on 16 completions of every state and asks it; here the solutions themselves are the
     completions, so sample many (32 a problem), and set `min_leaves` where an estimate of one is too little.
 
-    Plain prompts just grow; a dialogue needs `tokenizer`, as in `tree`, and trains as plain text.
+    Plain prompts just grow; a dialogue needs `tokenizer`, as in `tree`, and trains as plain text in
+    which control tokens stand (`format: text`, `control_tokens: [all]`).
 
     Dropped: `fewer_than_two_scored`, `no_gap`; a single step whose dialogue cannot be rendered under `cut_turn`'s
     reason. The stage's record counts states and the share of negative advantages.
@@ -108,7 +109,9 @@ def _row(
     """One action of a state as a sample."""
     action, shared = state.actions[index], state.prefix.text
     id_ = f"{state_id}#{index}"
-    cut = cut_turn(row["prompt"], texts[action.leaves[0]], shared, renderer, id_)
+    cut = cut_turn(
+        row["prompt"], texts[action.leaves[0]], shared, renderer, id_, asked_options(row)
+    )
     if isinstance(cut, Dropped):
         return Dropped(cut.reason, cut.detail, id_)
     ended = _ends(action)

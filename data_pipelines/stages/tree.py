@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 from data_pipelines.base import Dropped, Place, Result, RowByRow, StageSettings
 from data_pipelines.cut_turns import cut_turn, renderer_basis, template_problems, turn_renderer
 from data_pipelines.registry import stage
-from data_pipelines.rows import Row, RowKind, side_columns, user_fields
+from data_pipelines.rows import Row, RowKind, asked_options, side_columns, user_fields
 from data_pipelines.stages.pair import is_scored
 from data_pipelines.step_tree import Node, grow, sibling_pairs, split_steps, value
 from prefopt.recipe.schema import NonNegativeFloat, PathText
@@ -44,7 +44,7 @@ class Tree(StageSettings):
     and `num_leaves`, how many solutions the value is the mean of; `step_pair` says how many steps are shared.
 
     Plain prompts just grow. A dialogue needs `tokenizer`: the row is then the rendered text, cut behind the
-    shared steps, and trains as plain text (`format: text`) with that tokenizer alone.
+    shared steps, and trains as plain text (`format: text`, `control_tokens: [all]`) with that tokenizer alone.
 
     Dropped: `fewer_than_two_scored`, `no_gap`, and where none of a row's pairs can be rendered, the first reason
     (`template_changes_text`, `prompt_not_prefix`, `renders_differently`, …); where only some cannot, the others
@@ -172,7 +172,14 @@ def _row(
     found: Row = {"id": None, "prompt": None}
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         response = responses[side.solution]
-        cut = cut_turn(row["prompt"], response["text"], pair.shared.text, renderer, row["id"])
+        cut = cut_turn(
+            row["prompt"],
+            response["text"],
+            pair.shared.text,
+            renderer,
+            row["id"],
+            asked_options(row),
+        )
         if isinstance(cut, Dropped):
             return cut
         found["prompt"] = cut.prompt

@@ -12,14 +12,14 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from data_pipelines.base import Dropped, Place, StageSettings
 from data_pipelines.registry import stage
-from data_pipelines.rows import Row, RowKind, prompt_text, responses_of
+from data_pipelines.rows import Row, RowKind, asked_options, prompt_text, responses_of
 from data_pipelines.shards import in_shards
 from data_pipelines.stages.pair import is_scored
 from data_pipelines.value_rows import model_problems, require_in_range, reward_of
 from prefopt.errors import DataError
 from prefopt.recipe.schema import ModelSection, NoEffect
 from prefopt.recipe.yaml_file import Document, KeyPath
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 from prefopt.storage.reading import digest
 
 if TYPE_CHECKING:
@@ -150,7 +150,11 @@ class Value(StageSettings):
         assert place.input is not None
         dev = _Dev([], [], [], [])
         for rows in in_shards(place.input.rows(), _RENDER_ROWS):
-            found = reference.prompt_ids([row["prompt"] for row in rows], self.max_prompt_tokens)
+            found = reference.prompt_ids(
+                [row["prompt"] for row in rows],
+                self.max_prompt_tokens,
+                [asked_options(row) for row in rows],
+            )
             for row, ids in zip(rows, found, strict=True):
                 dev.add(row, ids, self._rewards(row, place))
         return dev

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from eval.base import Metric
 from eval.provenance import task_folder
@@ -254,9 +254,9 @@ def _task_result(entry: Any, path: Path, task: str) -> TaskResult:
     try:
         result = TaskResult(
             version=str(entry["version"]),
-            kind=entry["kind"],
-            headline=entry["headline"],
-            direction=entry["direction"],
+            kind=str(entry["kind"]),
+            headline=str(entry["headline"]),
+            direction=_direction(entry["direction"]),
             metrics={name: _metric(metric) for name, metric in entry["metrics"].items()},
             counts={**entry["counts"], **(entry.get("answers") or {})},
             groups=entry["groups"],
@@ -273,6 +273,11 @@ def _task_result(entry: Any, path: Path, task: str) -> TaskResult:
             f"{path}: tasks.{task}: its headline {result.headline!r} is not in its metrics"
         )
     return result
+
+
+def _direction(value: Any) -> Direction:
+    """Raises: ValueError for another word."""
+    return get_args(Direction)[get_args(Direction).index(value)]
 
 
 def _metric(metric: Mapping[str, Any]) -> Metric:

@@ -9,6 +9,7 @@ from typing import Any
 
 from eval.sources import benchmark_rows, columns, file_rows, require, text_key
 from prefopt.data.readers import RawRow
+from prefopt.data.rows import shown
 from prefopt.errors import ConfigError, DataError
 from prefopt.signals.instructions import Instruction, instruction
 
@@ -74,9 +75,10 @@ class _Published:
                 f"{row.where}: {what} is none of the {len(self.items)} prompts of {self.source}"
             )
         ids = row.data.get("instruction_id_list")
-        if ids is not None and list(ids) != item.ids:
+        if ids is not None and ids != item.ids:
+            said = ", ".join(map(str, ids)) if isinstance(ids, list) else shown(ids)
             raise DataError(
-                f"{row.where}: prompt {item.key}: its instructions are {', '.join(map(str, ids))}, but those of "
+                f"{row.where}: prompt {item.key}: its instructions are {said}, but those of "
                 f"{self.source} are {', '.join(item.ids)}: another version of the benchmark?"
             )
         return item

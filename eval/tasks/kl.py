@@ -115,7 +115,7 @@ class Kl:
             for example in examples
         ]
         asks = [
-            Ask(example.prompt, self.preset, each)
+            Ask(example.prompt, self.preset, each, example.options)
             for example, each in zip(examples, seeds, strict=True)
         ]
         answers = opened.generator.answer(asks)
@@ -157,7 +157,10 @@ class Kl:
         return Summary(metrics, counts, notes=(note,))
 
     def _longest(self, generator: Any, context: int | None) -> int:
-        prompts = [generator.prompt_tokens(example.prompt) or 0 for example in self.examples()]
+        prompts = [
+            generator.prompt_tokens(example.prompt, example.options) or 0
+            for example in self.examples()
+        ]
         return min(max(prompts) + self.preset.max_new_tokens, context or math.inf)
 
 
@@ -167,7 +170,7 @@ def _group(opened: _Opened, example: Example, answers: Sequence[Answer]) -> Any:
 
     if not any(answer.ids for answer in answers):
         return None
-    ids = opened.generator.prompt_ids(example.prompt)
+    ids = opened.generator.prompt_ids(example.prompt, example.options)
     assert ids is not None  # it was answered
     longest = len(ids) + max(len(answer.ids or ()) for answer in answers)
     if opened.policies.context is not None and longest > opened.policies.context:

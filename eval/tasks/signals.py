@@ -179,7 +179,7 @@ def _candidates(example: Example, answers: Sequence[Answer]) -> Candidates:
     prompt = example.prompt
     content = prompt if isinstance(prompt, str) else tuple(dict(message) for message in prompt)
     return Candidates(
-        Prompt(example.key, _PROMPT_IDS, content, example.fields),
+        Prompt(example.key, _PROMPT_IDS, content, example.fields, given=example.options.given),
         tuple(answer.text for answer in answers),
         tuple(_RESPONSE_IDS if answer.ids is None else answer.ids for answer in answers),
         tuple(not answer.ended for answer in answers),
@@ -227,9 +227,8 @@ def _example(key: str, row: RawRow, reading: Reading, fields: Sequence[str]) -> 
         column(row, name)  # a signal reads it: raises, naming the columns there are
     own = {reading.columns.prompt, reading.columns.system}
     kept = {name: value for name, value in row.data.items() if name not in own or name in fields}
-    return Example(
-        key, found.prompt if isinstance(found.prompt, str) else tuple(found.prompt), kept
-    )
+    prompt = found.prompt if isinstance(found.prompt, str) else tuple(found.prompt)
+    return Example(key, prompt, kept, options=found.options)
 
 
 def _hash(data: Mapping[str, Any]) -> str:

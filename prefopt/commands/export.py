@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from prefopt.errors import ModelError, TrainingError
 from prefopt.model.adapters import save_final
+from prefopt.model.end_tokens import add_end_tokens, end_token_ids
 from prefopt.model.load import load_tokenizer
 from prefopt.recipe.schema import Recipe
 from prefopt.storage.run_files import RUN_FILE, read_run
@@ -48,6 +49,8 @@ def export_checkpoint(run_dir: Path, checkpoint: Path, output: Path) -> None:
         for name, tensor in wanted.items():
             tensor.copy_(saved[name])
     try:
+        seen = read_run(run_dir, ModelError).get("data", {}).get("end_token_ids", ())
+        add_end_tokens(policy.model, end_token_ids(tokenizer, seen))
         state = policy.to_save(dict(policy.model.named_parameters()))
         save_final(policy.model, tokenizer, output, state_dict=state)
     except OSError as error:

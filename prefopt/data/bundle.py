@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.prompts import PromptSet
 from prefopt.data.readers import data_suffix
+from prefopt.data.render import Renderer
 from prefopt.data.samples import SampleNeeds, Scaling, scaling_of
 from prefopt.data.sources import is_local
 from prefopt.data.tokenise import tokenise_source
@@ -37,6 +38,8 @@ class DataBundle:
     prompts: PromptSet | None = None
     scaling: Scaling = field(default_factory=Scaling)
     """What became of the rewards of training samples."""
+    end_ids: tuple[int, ...] = ()
+    """The tokens that responses to train on end with."""
 
     @property
     def reject_counts(self) -> dict[str, int]:
@@ -120,7 +123,15 @@ def load_data(
         _warn_of_leaks(train_set, eval_set)
     sources = tuple((section.path, store) for (section, _), store in stores.items())
     scaling = Scaling() if scalings is None else scalings["train"]
-    return DataBundle(train_set, eval_set, sources, scaling=scaling)
+    return DataBundle(
+        train_set, eval_set, sources, scaling=scaling, end_ids=_end_ids(train, tokenizer)
+    )
+
+
+def _end_ids(stores: Sequence[TokenStore], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What responses end with; of those that stop within their turn, nothing."""
+    known = set(Renderer(tokenizer).controls.ends.values())
+    return tuple(sorted(known & {int(token) for store in stores for token in store.last_ids}))
 
 
 def split_rows(

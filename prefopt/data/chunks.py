@@ -37,7 +37,7 @@ class Chunk:
 
     ``lengths`` (n, 1 + K) counts the tokens of the prompt and of each response of the n rows kept;
     ``tokens`` (L,) int32 holds their ids in that order, row by row. ``loss_mask`` (L,) bool says which carry
-    loss; empty where all of every response do.
+    loss; ``whole`` is True where those are all of every response.
     """
 
     num_read: int
@@ -48,6 +48,7 @@ class Chunk:
     advantages: np.ndarray
     prompt_keys: np.ndarray
     loss_mask: np.ndarray
+    whole: bool
     rejects: list[dict[str, Any]]
 
     @property
@@ -75,7 +76,7 @@ class ChunkReader:
         sources = [(row, reading) for row in raw for reading in self.readings]
         rows = [self._read(row, reading) for row, reading in sources]
         requests = [
-            Request(row.prompt, row.responses, row.ended, row.earlier)
+            Request(row.prompt, row.responses, row.ended, row.earlier, row.trained, row.options)
             for row in rows
             if isinstance(row, Row)
         ]
@@ -101,6 +102,7 @@ class ChunkReader:
         results: Sequence[Rendered | Refused],
     ) -> Chunk:
         ids, kept, scores, advantages, keys, masks, rejects = [], [], [], [], [], [], []
+        whole = True
         for (source, reading), row, result in zip(sources, rows, results, strict=True):
             name = _row_id(source, reading)
             if isinstance(result, Refused) or isinstance(row, Refused):
@@ -111,8 +113,9 @@ class ChunkReader:
             scores.append([np.nan if score is None else score for score in row.scores])
             advantages.append(np.nan if row.advantage is None else row.advantage)
             keys.append(_prompt_key(row, result.prompt_ids))
-            if reading.columns.turns == "all":
-                masks.append(_loss_mask(result))
+            masks.append(_loss_mask(result))
+            # A source of dialogues has masks all the same, so that its rows keep the hash they had.
+            whole = whole and not result.turns and reading.columns.turns == "last"
         parts = [part for row in kept for part in row]
         width = 3 if self.readings[0].pairs else 2
         return Chunk(
@@ -124,15 +127,16 @@ class ChunkReader:
             advantages=np.array(advantages if self.samples is not None else [], np.float64),
             prompt_keys=np.array(keys, np.uint64),
             loss_mask=np.concatenate([np.zeros(0, bool), *masks]),
+            whole=whole,
             rejects=rejects,
         )
 
 
 def _loss_mask(rendered: Rendered) -> np.ndarray:
-    """(L,) bool of prompt and response, True in the turns of the response that carry loss."""
-    prompt, (response,) = len(rendered.prompt_ids), rendered.responses
-    mask = np.zeros(prompt + len(response), bool)
-    for start, stop in rendered.turns or ((0, len(response)),):
+    """(L,) bool of prompt and responses, True in the turns of a response that carry loss."""
+    prompt, total = len(rendered.prompt_ids), sum(map(len, rendered.responses))
+    mask = np.zeros(prompt + total, bool)
+    for start, stop in rendered.turns or ((0, total),):
         mask[prompt + start : prompt + stop] = True
     return mask
 

@@ -6,11 +6,19 @@ a file that mixes shapes is an error with a line number, not a guess per row.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prefopt.data.messages import (
+    flagged,
+    is_transcript,
+    kind_of,
+    messages,
+    refuse_media,
+    unflagged,
+)
+from prefopt.data.options import RenderOptions
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import (
     Labels,
@@ -23,26 +31,11 @@ from prefopt.data.rows import (
     has_column,
     refusal,
     score,
-    shown,
 )
+from prefopt.data.template_columns import template_columns
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.schema import ColumnMap, SourceSection
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
-"""ShareGPT's speaker names and the roles chat templates know them by."""
-
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _DIALOGUE_COLUMNS = ("conversations", "messages")
 
 
@@ -58,6 +51,8 @@ class Reading:
     drop_ties: bool = False
     labels: Labels | None = None
     """Of samples: what is read of a row beside its response."""
+    rules: RenderOptions = field(default_factory=RenderOptions)
+    """What the source allows of a rendering."""
 
 
 def resolve(section: SourceSection, first: RawRow, *, pairs: bool) -> Reading:
@@ -84,7 +79,7 @@ def resolve(section: SourceSection, first: RawRow, *, pairs: bool) -> Reading:
                 f"data: columns.system = {columns.system!r}: plain text has no system message; "
                 "set format: chat"
             )
-    return Reading(form, columns, pairs, section.drop_ties)
+    return Reading(form, columns, pairs, section.drop_ties, rules=rules_of(section))
 
 
 def prompt_reading(section: SourceSection, first: RawRow) -> Reading:
@@ -107,8 +102,8 @@ def prompt_reading(section: SourceSection, first: RawRow) -> Reading:
         if isinstance(message, dict):
             form = "sharegpt" if "from" in message else "chat"
         else:
-            form = "hh" if isinstance(value, str) and _is_transcript(value) else "text"
-    return Reading(form, columns, pairs=False)
+            form = "hh" if isinstance(value, str) and is_transcript(value) else "text"
+    return Reading(form, columns, pairs=False, rules=rules_of(section))
 
 
 def prompt_row(row: RawRow, reading: Reading) -> Row | Refused:
@@ -125,12 +120,14 @@ def prompt_row(row: RawRow, reading: Reading) -> Row | Refused:
     if reading.format == "text":
         result = Row(_text(row, columns.prompt, value), (), ())
     else:
-        turns = _messages(row, reading, columns.prompt, value, "user")
+        turns = messages(row, reading.format, columns.prompt, value, "user")
+        turns = unflagged(turns)
         if turns and turns[-1]["role"] == "assistant":
             turns = turns[:-1]
         if columns.system is not None:
             turns = _with_system(row, columns.system, turns)
         result = Row(turns, (), ())
+    result = replace(result, options=_options(row, reading))
     return refusal(result, drop_ties=reading.drop_ties) or result
 
 
@@ -157,8 +154,43 @@ def canonical(row: RawRow, reading: Reading) -> Row | Refused:
                 "there is none"
             )
         scores = (margin, 0.0)
-    result = replace(result, scores=scores[: len(values)])
+    result = replace(result, scores=scores[: len(values)], options=_options(row, reading))
     return refusal(result, drop_ties=reading.drop_ties) or result
+
+
+def unread_columns(row: RawRow, readings: Sequence[Reading]) -> list[str]:
+    """The columns of a row that no reading looks at."""
+    read: set[str | None] = set()
+    for reading in readings:
+        columns, labels = reading.columns, reading.labels
+        read |= {columns.prompt, columns.chosen, columns.system, columns.id, columns.margin}
+        read |= {columns.score_chosen, columns.score_rejected}
+        read |= {columns.rejected} if reading.pairs else set()
+        if labels is not None:
+            read |= {labels.reward, labels.advantage, labels.ended}
+        if reading.format != "text":
+            read |= {columns.tools, columns.documents, columns.chat_template_kwargs}
+    heads = {name if name in row.data else name.partition(".")[0] for name in read if name}
+    return [name for name in row.data if name not in heads]
+
+
+def rules_of(section: SourceSection) -> RenderOptions:
+    """What a source allows of the rendering of its rows."""
+    kept = section.control_tokens
+    return RenderOptions(
+        omits=section.template_omits, control_tokens="all" if "all" in kept else kept
+    )
+
+
+def _options(row: RawRow, reading: Reading) -> RenderOptions:
+    """What a row is rendered with beside its messages. Raises: DataError for what cannot be shown to a policy."""
+    columns = reading.columns
+    seen = {name: value for name, value in row.data.items() if name not in columns.ignored}
+    own = {columns.prompt, columns.chosen, columns.rejected}
+    refuse_media(row, {k: v for k, v in seen.items() if k not in own}, "the row")
+    if reading.format == "text":
+        return reading.rules  # no template: nothing could show them
+    return template_columns(row, columns, reading.rules)
 
 
 def require_last_turn(section: SourceSection, why: str) -> None:
@@ -208,7 +240,7 @@ def _detect(columns: ColumnMap, first: RawRow) -> str:
             return "sharegpt" if "from" in message else "chat"
     if isinstance(prompt, list) or isinstance(chosen, list):
         return "chat"
-    if columns.prompt is None and isinstance(chosen, str) and _is_transcript(chosen):
+    if columns.prompt is None and isinstance(chosen, str) and is_transcript(chosen):
         return "hh"
     return "text"
 
@@ -230,7 +262,7 @@ def _text(row: RawRow, name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
     raise DataError(
-        f"{row.where}: column {name!r} holds {_kind(value)}, but the format is text (plain strings); "
+        f"{row.where}: column {name!r} holds {kind_of(value)}, but the format is text (plain strings); "
         "set format: chat (or sharegpt) on the source"
     )
 
@@ -240,11 +272,11 @@ def _chat_row(row: RawRow, reading: Reading, values: list[Any]) -> Row | Refused
     columns = reading.columns
     context = None
     if columns.prompt is not None:
-        turn = _messages(row, reading, columns.prompt, column(row, columns.prompt), "user")
+        turn = messages(row, reading.format, columns.prompt, column(row, columns.prompt), "user")
         context = turn[:-1] if reading.format == "hh" and _awaits_answer(turn) else turn
     names = (columns.chosen, columns.rejected)
     dialogues = [
-        _messages(row, reading, str(name), value, "assistant")
+        messages(row, reading.format, str(name), value, "assistant")
         for name, value in zip(names, values, strict=False)
     ]
     for dialogue, reason in zip(
@@ -260,8 +292,40 @@ def _chat_row(row: RawRow, reading: Reading, values: list[Any]) -> Row | Refused
         return Refused(Reject.PROMPTS_DIFFER)
     if columns.system is not None:
         prompt = _with_system(row, columns.system, prompt)
-    earlier = answered_turns(prompt) if columns.turns == "all" else ()
-    return Row(prompt, tuple(dialogue[-1] for dialogue in dialogues), (), earlier=earlier)
+    name = str(columns.chosen if columns.prompt is None else columns.prompt)
+    flags = [flagged(row, name, prompt)]
+    flags += [flagged(row, name, dialogue[-1:]) for dialogue in dialogues]
+    found = Row(unflagged(prompt), tuple(unflagged([d[-1]])[0] for d in dialogues), ())
+    if reading.pairs or reading.labels is not None:
+        _refuse_flags(row, flags)
+        return found
+    return _with_loss(row, found, flags[0], flags[1][0], columns.turns)
+
+
+def _with_loss(
+    row: RawRow, found: Row, earlier: list[bool | None], last: bool | None, turns: str
+) -> Row:
+    """``found`` with the turns that carry loss: as each says itself, else as the source has it."""
+    assert not isinstance(found.prompt, str)  # `_chat_row` reads dialogues
+    answered = answered_turns(found.prompt)
+    opening = next((n for n, flag in enumerate(earlier) if flag and n not in answered), None)
+    if opening is not None:
+        raise DataError(
+            f"{row.where}: message {opening + 1} is to carry loss, and nothing comes before it to answer: leave "
+            "its flag out"
+        )
+    with_loss = [n for n in answered if earlier[n] or (earlier[n] is None and turns == "all")]
+    return replace(found, earlier=tuple(with_loss), trained=last is not False)
+
+
+def _refuse_flags(row: RawRow, flags: list[list[bool | None]]) -> None:
+    """Of a pair or a sample the last turns carry loss, and they alone: a flag may say so, and nothing else."""
+    prompt, *sides = flags
+    if True in prompt or any(False in side for side in sides):
+        raise DataError(
+            f"{row.where}: a message says that it carries loss, or none (weight, train), and the loss here is "
+            "of the last turns alone: leave the flag out, or train on dialogues with stage: sft"
+        )
 
 
 def _prompt_of(context: list[Message] | None, dialogue: list[Message]) -> list[Message] | None:
@@ -302,92 +366,3 @@ def _with_system(row: RawRow, name: str, prompt: list[Message]) -> list[Message]
             "leave out columns.system"
         )
     return [{"role": "system", "content": content}, *prompt]
-
-
-def _messages(row: RawRow, reading: Reading, name: str, value: Any, role: str) -> list[Message]:
-    """A column as messages; a plain string becomes one turn of ``role`` (or a parsed transcript)."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        if reading.format == "hh":
-            return _transcript(value) if _is_transcript(value) else [_turn(role, value.strip())]
-        return [_turn(role, value)]
-    items = value if isinstance(value, list) else [value]
-    convert = _CONVERT.get(reading.format)
-    if convert is None or not all(isinstance(item, dict) for item in items):
-        raise DataError(
-            f"{row.where}: column {name!r} holds {_kind(value)}; format {reading.format!r} takes "
-            f"{'transcripts (strings)' if convert is None else 'strings or lists of messages'}"
-        )
-    return [convert(row, name, item) for item in items]
-
-
-def _turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _chat_message(row: RawRow, name: str, item: dict[str, Any]) -> Message:
-    if not isinstance(item.get("role"), str) or "content" not in item:
-        hint = "; from/value turns are format: sharegpt" if "from" in item else ""
-        raise DataError(
-            f"{row.where}: column {name!r}: a message needs role and content, this one has "
-            f"{', '.join(item) or 'nothing'}{hint}"
-        )
-    # Parquet fills keys that other rows have with null; templates ask whether a key is defined.
-    rest = {key: value for key, value in item.items() if value is not None}
-    return {**rest, "role": item["role"], "content": _content(row, name, item["content"])}
-
-
-def _sharegpt_message(row: RawRow, name: str, item: dict[str, Any]) -> Message:
-    if "from" not in item or "value" not in item:
-        hint = "; role/content messages are format: chat" if "role" in item else ""
-        raise DataError(
-            f"{row.where}: column {name!r}: a ShareGPT turn needs from and value, this one has "
-            f"{', '.join(item) or 'nothing'}{hint}"
-        )
-    role = ROLES.get(str(item["from"]).lower())
-    if role is None:
-        raise DataError(
-            f"{row.where}: column {name!r}: from = {item['from']!r} is no known speaker; "
-            f"known: {', '.join(ROLES)}"
-        )
-    return _turn(role, _content(row, name, item["value"]))
-
-
-def _content(row: RawRow, name: str, value: Any) -> str:
-    """Text of a message; a list of text parts is joined, anything that is not text is an error."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    parts = value if isinstance(value, list) else [value]
-    if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        return "".join(part["text"] for part in parts)
-    raise DataError(
-        f"{row.where}: column {name!r}: the content of a message is {_kind(value)}; only text is supported"
-    )
-
-
-_CONVERT: dict[str, Callable[[RawRow, str, dict[str, Any]], Message]] = {
-    "chat": _chat_message,
-    "sharegpt": _sharegpt_message,
-}
-
-
-def _is_transcript(text: str) -> bool:
-    return _TURN.match(text.lstrip()) is not None
-
-
-def _transcript(text: str) -> list[Message]:
-    """Turns of a "Human: … Assistant: …" transcript, stripped, in order."""
-    parts = _TURN.split(text.strip())[1:]
-    return [
-        _turn(ROLES["human"] if speaker == "Human" else "assistant", words.strip())
-        for speaker, words in zip(parts[::2], parts[1::2], strict=True)
-    ]
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, list):
-        return "a list"
-    return "an object" if isinstance(value, dict) else f"{type(value).__name__} {shown(value)}"

@@ -92,6 +92,8 @@ class _Reader:
 
     def rows(self) -> Iterator[Prompt | dict[str, Any]]:
         """Each row as a prompt, or as the line that says why it is refused."""
+        kept = self.section.control_tokens
+        self.renderer.controls.require_known(kept, f"data.prompts: {self.section.path}: ")
         source = open_source(self.section)
         first = next(first_rows(source, 1), None)
         if first is None:
@@ -120,7 +122,11 @@ class _Reader:
     ) -> Iterator[Prompt | dict[str, Any]]:
         read = canonical if has_response else prompt_row
         found = [self._conditioned(read(row, reading)) for row in rows]
-        requests = [Request(row.prompt, row.responses) for row in found if isinstance(row, Row)]
+        requests = [
+            Request(row.prompt, row.responses, options=row.options)
+            for row in found
+            if isinstance(row, Row)
+        ]
         rendered = iter(self.renderer.render_batch(requests))
         for raw, row in zip(rows, found, strict=True):
             result = next(rendered) if isinstance(row, Row) else row
@@ -165,6 +171,7 @@ class _Reader:
             # What signals judge by is the prompt itself, without the reward that the policy is asked for.
             content=_content(row.prompt if row.source_prompt is None else row.source_prompt),
             fields={k: v for k, v in raw.data.items() if k not in own or k in self.fields},
+            given=row.options.given,
             offline_ids=rendered.responses[0] if rendered.responses else None,
         )
 

@@ -17,7 +17,13 @@ from typing import IO, Any
 
 from prefopt.data.opening import check_kind, open_bytes
 from prefopt.errors import DataError
-from prefopt.storage.json_text import BadJson, half_surrogate, parse_items, parse_json
+from prefopt.storage.json_text import (
+    BadJson,
+    half_surrogate,
+    may_hold_halves,
+    parse_items,
+    parse_json,
+)
 
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_ROWS = 512
@@ -35,6 +41,8 @@ class RawRow:
     data: dict[str, Any]
     flaw: str | None = None
     """Why no encoding can write the row's text, with its column; `canonical` and `prompt_row` refuse the row."""
+    filled_nulls: bool = False
+    """Whether its format gives every object the keys of all others (Parquet): a null may be no key at all."""
 
     @property
     def where(self) -> str:
@@ -47,10 +55,12 @@ def read_rows(path: Path, name: str) -> Iterator[RawRow]:
     Raises: DataError naming file and line: broken JSON, a row that is no object, not UTF-8, a damaged
         archive, an unreadable file.
     """
-    reader = READERS[str(data_suffix(path))]
+    suffix = str(data_suffix(path))
+    reader = READERS[suffix]
     try:
         for found in reader(path):
-            yield RawRow(name, found.number, found.data, found.flaw)
+            filled = suffix == ".parquet"
+            yield RawRow(name, found.number, found.data, found.flaw, filled_nulls=filled)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{path}: the gzip archive is damaged or cut off ({error}); fetch it again"
@@ -102,11 +112,11 @@ def _read_json(path: Path) -> Iterator[_Found]:
         return
     with open_bytes(path) as file:
         text = _decode(file.read().removeprefix(_BOM), path)
-    number = 0
+    number, halves = 0, may_hold_halves(text)
     try:
         for number, item in enumerate(parse_items(text), 1):
             row = _object(item, f"{path}, row {number}")
-            yield _Found(number, row, _flaw(row, None))
+            yield _Found(number, row, _flaw(row) if halves else None)
     except BadJson as error:
         raise DataError(_broken_array(path, number + 1, text, error)) from error
 
@@ -124,7 +134,7 @@ def _read_jsonl(path: Path) -> Iterator[_Found]:
             except BadJson as error:
                 raise DataError(_broken_line(path, number, text, error)) from error
             row = _object(item, f"{path}:{number}")
-            yield _Found(number, row, _flaw(row, text))
+            yield _Found(number, row, _flaw(row) if may_hold_halves(text) else None)
 
 
 def _read_csv(path: Path) -> Iterator[_Found]:
@@ -243,8 +253,8 @@ def _json_type(item: Any) -> str:
     return {str: "a string", bool: "a boolean", type(None): "null"}.get(type(item), "a number")
 
 
-def _flaw(row: dict[str, Any], text: str | None) -> str | None:
-    place = half_surrogate(row, text)
+def _flaw(row: dict[str, Any]) -> str | None:
+    place = half_surrogate(row)
     return None if place is None else f"column {place!r} holds half of a surrogate pair"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from prefopt.data.options import PLAIN, RenderOptions
 from prefopt.data.readers import RawRow
 from prefopt.errors import DataError
 
@@ -40,6 +41,12 @@ class Reject(enum.StrEnum):
     """The tokens of the prompt are not the first tokens of prompt + response."""
     TURN_NOT_PREFIX = "turn_not_prefix"
     """With ``turns: all``: the dialogue up to some turn of the assistant is not how the whole dialogue begins."""
+    NOT_RENDERED = "not_rendered"
+    """The chat template leaves out part of what the row says: a thought, a tool call, a tool, a system message."""
+    CONTROL_TOKEN = "control_token"
+    """A text spells out a control token of the tokenizer, which would close or open a turn within it."""
+    NO_LOSS = "no_loss"
+    """Its messages say that no turn carries loss."""
     PROMPT_TOO_LONG = "prompt_too_long"
     TOO_LONG = "too_long"
 
@@ -64,6 +71,10 @@ class Row:
     """The prompt before a reward was written into it: rows of one prompt stay together by it."""
     earlier: tuple[int, ...] = ()
     """Places in ``prompt`` of the turns that are trained on as the response is (``turns: all``)."""
+    trained: bool = True
+    """False where the response carries no loss itself: its message says so."""
+    options: RenderOptions = PLAIN
+    """What it is rendered with beside its messages."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,8 @@ def refusal(row: Row, *, drop_ties: bool) -> Refused | None:
     ):
         if is_empty(response):
             return Refused(reason)
+    if not row.trained and not row.earlier:
+        return Refused(Reject.NO_LOSS)
     for place in row.earlier:
         if is_empty(row.prompt[place]):
             return Refused(Reject.EMPTY_CHOSEN, f"turn {place + 1} is empty")

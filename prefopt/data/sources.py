@@ -75,7 +75,7 @@ class HubRows:
     def rows(self) -> Iterator[RawRow]:
         batches = self.dataset.with_format("arrow").iter(batch_size=_HUB_ROWS)
         for number, data in enumerate(arrow_rows(batches, self.name), 1):
-            yield RawRow(self.name, number, data)
+            yield RawRow(self.name, number, data, filled_nulls=True)
 
     def num_rows(self) -> int | None:
         return len(self.dataset)

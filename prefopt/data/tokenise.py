@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.chunks import Chunk, ChunkReader, Limits, parallel_chunks
-from prefopt.data.formats import Reading, resolve
+from prefopt.data.formats import Reading, resolve, unread_columns
 from prefopt.data.readers import RawRow
 from prefopt.data.render import RENDERER_VERSION, Renderer
 from prefopt.data.rows import Reject
@@ -41,7 +41,7 @@ from prefopt.data.tokens import (
 )
 from prefopt.errors import DataError
 from prefopt.recipe.schema import DataSection, SourceSection
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 from prefopt.storage.cache import atomic_directory, cache_root
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,12 @@ def tokenise_source(
         template = None if needs.condition is None else needs.condition.template
         reader = SampleReader(scaling, template)
         job = _Job(section, source, resolve_samples(section, first, needs), limits, reader)
+    kept = section.control_tokens
+    Renderer(tokenizer).controls.require_known(kept, f"data: {section.path}: ")
     _mention_format(job, tokenizer)
+    unread = unread_columns(first, job.readings)
+    if unread:
+        log.info("%s: columns that nothing reads: %s", section.path, ", ".join(unread))
     directory = cache_root(data.cache_dir) / "tokens" / job.key(tokenizer)
     try:
         store = _cached(directory) or _build_locked(directory, job, tokenizer, data.num_workers)
@@ -131,6 +136,7 @@ class _Job:
                 "columns": reading.columns.model_dump(),
                 "pairs": reading.pairs,
                 "drop_ties": reading.drop_ties,
+                "rules": [reading.rules.omits, reading.rules.control_tokens],
                 "labels": [repr(reading.labels) for reading in self.readings],
                 "samples": None if samples is None else [samples.scaling.digest, samples.template],
                 "limits": [self.limits.max_length, self.limits.max_prompt],
@@ -203,16 +209,20 @@ def _write_store(directory: Path, chunks: Iterable[Chunk], job: _Job) -> None:
     counts: dict[str, int] = {}
     arrays = (TOKENS, LENGTHS, SCORES, ADVANTAGES, PROMPTS, LOSS_MASK)
     files = {name: (directory / name).open("wb") for name in arrays}
+    whole = True
     try:
         with (directory / REJECTS).open("w", encoding="utf-8") as rejects:
             for chunk in chunks:
                 for name, array in zip(files, chunk.arrays, strict=True):
                     array.tofile(files[name])
                 ids += chunk.ids
+                whole = whole and chunk.whole
                 for reject in chunk.rejects:
                     counts[reject["reason"]] = counts.get(reject["reason"], 0) + 1
                     rejects.write(json.dumps(reject, ensure_ascii=False) + "\n")
     finally:
+        if whole:  # every response token carries loss: nothing to say
+            files[LOSS_MASK].truncate(0)
         for file in files.values():
             file.close()
     require_rows(len(ids), f"data: {job.section.path}", counts, _hint(directory, counts))
@@ -236,6 +246,15 @@ _HINTS = {
         "the chat template renders an earlier turn of the assistant otherwise than a last one, or ends it with no "
         "token of its own: set model.chat_template to one that renders every turn alike, or columns.turns: last"
     ),
+    Reject.NOT_RENDERED: (
+        "the chat template leaves out what these rows say: set model.chat_template to one that renders it, leave "
+        "the column out (columns.tools: null, …), or, where it is meant, set template_omits on the source"
+    ),
+    Reject.CONTROL_TOKEN: (
+        "their texts spell out control tokens of the tokenizer: take them out; where the text is rendered already "
+        "or they are meant, name them under control_tokens on the source"
+    ),
+    Reject.NO_LOSS: "their messages say that no turn carries loss (weight, train)",
     Reject.TEMPLATE_REFUSED: "the chat template does not take these dialogues; set model.chat_template",
     Reject.PROMPTS_DIFFER: "map columns.prompt to the column that both sides answer",
     Reject.NOT_ASSISTANT: "each side must end with the assistant's turn",

@@ -97,6 +97,12 @@ class TokenStore:
         """(n,) index into ``tokens`` at which each row begins."""
         return np.concatenate([[0], self.lengths.sum(1).cumsum()[:-1]])
 
+    @property
+    def last_ids(self) -> np.ndarray:
+        """The different ids that responses end with."""
+        ends = self.lengths.cumsum().reshape(self.lengths.shape)[:, 1:]
+        return np.unique(self.tokens[ends.ravel() - 1])
+
     @cached_property
     def num_loss_tokens(self) -> np.ndarray:
         """(n, K) int64 tokens of each response that carry loss."""

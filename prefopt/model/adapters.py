@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from prefopt.errors import ConfigError, ModelError, TrainingError
+from prefopt.model.end_tokens import write_end_tokens
 from prefopt.recipe.peft_unfit import unfit
 from prefopt.storage.cache import atomic_directory
 from prefopt.storage.checksums import check_weights, write_sums
@@ -92,6 +93,7 @@ def save_final(
     with staged(Path(directory)) as staging:
         if isinstance(model, PeftModel):
             save_adapter(model, staging, state_dict=state_dict)
+            write_end_tokens(model, staging)
         else:
             save_full(model, staging, state_dict)
         tokenizer.save_pretrained(staging)

@@ -21,7 +21,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from prefopt.errors import ConfigError, TrainingError, in_words
-from prefopt.launch import alone_on, launched, not_set_up
+from prefopt.process.launch import alone_on, launched, not_set_up
 from prefopt.process.stopping import Stopped
 
 # A collective that times out names nobody. The ranks' own limit (`run.stuck_after_s`) comes before it, and before
@@ -71,7 +71,8 @@ def check_launch(accelerator: Accelerator) -> None:
     """Raises ConfigError if the processes are not what the launch asked for: their type, or their number.
 
     accelerate 1.15 changes both without a word on CPU: FSDP becomes DDP, ACCELERATE_USE_CPU=true turns DeepSpeed
-    off, and without that variable the processes of DDP are each alone (`prefopt.launch` finds most of it earlier).
+    off, and without that variable the processes of DDP are each alone (`prefopt.process.launch` finds most of it
+    earlier).
     That they exchange anything is not taken from what accelerate says of itself but tried. A collective.
     """
     found, size = accelerator.distributed_type, launched().world_size

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from prefopt.errors import ConfigError
-from prefopt.report.progress import waiting
+from prefopt.report.bars import waiting
 
 # A lock without a holder here may be held on another machine that shares the home directory; no operator of
 # DeepSpeed takes this long to compile.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from prefopt.data.options import template_with
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapters import (
     add_adapter,
@@ -122,6 +123,8 @@ def load_tokenizer(model: ModelSection) -> Any:
             tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"model.chat_template = {model.chat_template!r}: {error}") from error
+    if model.chat_template_kwargs:
+        tokenizer.chat_template = template_with(tokenizer.chat_template, model.chat_template_kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prefopt.errors import ModelError
 from prefopt.model.adapters import merged_into_base, save_full, staged
+from prefopt.model.end_tokens import add_end_tokens, end_token_ids, saved_end_ids
 from prefopt.model.load import load_policy, load_tokenizer, num_embeddings
 from prefopt.model.rehearsal import rehearse_saving
 from prefopt.model.source import load_config, resolve_source
@@ -59,6 +60,8 @@ def merge_adapter(source: Path, output: Path, *, trust_remote_code: bool = False
             f"{_MERGE_TOLERANCE:g}). This adapter type cannot be merged exactly: serve it unmerged."
         )
     merged = merged.to(dtype)
+    own = saved_end_ids(resolve_source(str(adapter)).from_the_top)
+    add_end_tokens(merged, end_token_ids(tokenizer, own))
     with staged(output) as staging:
         save_full(merged, staging, None)
         tokenizer.save_pretrained(staging)

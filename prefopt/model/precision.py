@@ -17,12 +17,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
 
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.hashing import weight_files
-from prefopt.model.source import LOAD_ERRORS, first_line, resolve_source
+from prefopt.model.source import LOAD_ERRORS, first_line, load_config, resolve_source
 from prefopt.recipe.checks.settings import dtype_clash, half_weights
 from prefopt.recipe.schema import ModelSection, Recipe
 
@@ -65,12 +64,8 @@ def loaded_dtype(model: ModelSection) -> torch.dtype:
     if model.dtype != "auto":
         return getattr(torch, model.dtype)
     source = resolve_source(model.path, model.revision)
+    config = load_config(source, trust_remote_code=model.trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(
-            source.name,
-            trust_remote_code=model.trust_remote_code,
-            revision=source.revision or "main",
-        )
         dtype = getattr(config, "dtype", None)
         if dtype is None:
             first = weight_files(source.directory, "model.safetensors", "pytorch_model.bin")[0]

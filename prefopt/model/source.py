@@ -46,6 +46,11 @@ class Source:
             self.directory, self.adapters, dtype="any", num_merged=len(self.adapters)
         )
 
+    @property
+    def from_the_top(self) -> tuple[Path, ...]:
+        """Its directories, the topmost adapter first and the full model last."""
+        return (*reversed(self.adapters), self.directory)
+
     def below(self, number: int) -> Source:
         """This source with the innermost ``number`` adapters only."""
         return dataclasses.replace(self, adapters=self.adapters[:number])

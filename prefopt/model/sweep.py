@@ -14,7 +14,7 @@ from prefopt.model.collate import TokenLayout, pack, pad
 from prefopt.model.memory import memory_for
 from prefopt.model.micro_batches import SplitLimits, split_micro_batches
 from prefopt.process.progress import progress
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 from prefopt.types import Group
 
 LayoutFn = Callable[[Sequence[Group]], TokenLayout]

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 
 from prefopt.errors import ConfigError, InUseError, PrefoptError
-from prefopt.launch import speaks
+from prefopt.process.launch import speaks
 from prefopt.process.stopping import Stopped, said_of, stopping
 
 
 def guarded(command: Callable[[], object]) -> int:
     """Runs a command; a known error becomes its message and an exit code, a signal 128 + its number."""
     if not sys.stderr.isatty():
-        # Bars of the libraries, which read this when tqdm is imported; ours are `prefopt.report.progress`.
+        # Bars of the libraries, which read this when tqdm is imported; ours are `prefopt.report.bars`.
         os.environ.setdefault("TQDM_MININTERVAL", "30")
     try:
         with stopping.handled(), _logs_on_stderr():

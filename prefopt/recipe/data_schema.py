@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     Field,
     FiniteFloat,
     PositiveFloat,
     PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
 )
 
-from prefopt.recipe.section import NoEffect, PathText, Section
+from prefopt.recipe.section import Newer, NoEffect, PathText, Section
 
 
 class ColumnMap(Section):
@@ -27,7 +25,7 @@ class ColumnMap(Section):
     `conversations` or `messages` instead."""
     rejected: str | None = "rejected"
     """Dispreferred response, same shapes as `chosen`; `null` for SFT rows."""
-    turns: Literal["last", "all"] = "last"
+    turns: Annotated[Literal["last", "all"], Newer()] = "last"
     """Which turns of the assistant carry loss. `all`, for `stage: sft` on dialogues: every turn that answers
     something, up to the token that ends it, and the turns between are context; the prompt is what comes before the
     first. A row whose chat template renders an earlier turn otherwise than a last one (Qwen3 drops its thinking)
@@ -36,7 +34,7 @@ class ColumnMap(Section):
     """Column with the score of `chosen`; a dot descends (`metadata.score_chosen`)."""
     score_rejected: str | None = None
     """Column with the score of `rejected`."""
-    margin: str | None = None
+    margin: Annotated[str | None, Newer()] = None
     """Column that says by how much `chosen` is better, for `stage: reward_model`: the m of Llama 2's loss
     -log σ(r_w - r_l - m). In the place of the two scores, whose difference it is."""
     response: str = "response"
@@ -53,12 +51,18 @@ class ColumnMap(Section):
     """Column with a system message put before the prompt."""
     id: str | None = None
     """Column that identifies the row in logs and rejects; default: file name and row number."""
-
-    @model_serializer(mode="wrap")
-    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Left out at their defaults, so that the settings of runs before these keys hash as they did.
-        newer = {"margin": None, "turns": "last"}
-        return {k: v for k, v in dump(self).items() if k not in newer or v != newer[k]}
+    tools: Annotated[str | None, Newer()] = "tools"
+    """Column with the tools that the chat template is given: a list of JSON schemas, or the JSON text of one.
+    Where the default is absent there are none; `null` leaves the column out. A row whose template does not render
+    them is rejected and counted (`not_rendered`)."""
+    documents: Annotated[str | None, Newer()] = "documents"
+    """Column with the documents that the chat template is given, likewise."""
+    chat_template_kwargs: Annotated[str | None, Newer()] = "chat_template_kwargs"
+    """Column with keywords of the chat template (an object, or its JSON text), e.g. `enable_thinking`; a row's own
+    win over `model.chat_template_kwargs`."""
+    ignored: Annotated[tuple[str, ...], Newer()] = Field(default=(), strict=False)
+    """Columns of images, audio or video that say nothing about the answer. Without this they stop the run: a
+    policy of text cannot see them."""
 
 
 class SourceSection(Section):
@@ -88,6 +92,14 @@ class SourceSection(Section):
     """Read only the first rows of the source."""
     drop_ties: bool = False
     """Reject rows whose two scores are equal (counted as `tie`); needs both score columns."""
+    template_omits: Annotated[Literal["nothing", "history", "anything"], Newer()] = "nothing"
+    """What the chat template may leave out of what a row says. `nothing`: a row whose thought, tool call, tools or
+    system message is not rendered is rejected and counted (`not_rendered`). `history`: earlier turns of the
+    assistant may lose text, as Qwen3's template drops their thoughts. `anything`: all of it is meant."""
+    control_tokens: Annotated[tuple[str, ...], Newer()] = Field(default=(), strict=False)
+    """Control tokens (`</s>`, `<|im_end|>`, …) that may stand in texts and are read as such: their names, or
+    `[all]` for text that a template has rendered already. A row with another is rejected and counted
+    (`control_token`)."""
 
 
 class ConditionSection(Section):

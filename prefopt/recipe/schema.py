@@ -12,8 +12,6 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
 )
 
 from prefopt.recipe.choices import (
@@ -41,7 +39,7 @@ from prefopt.recipe.data_schema import (
 )
 from prefopt.recipe.entries import Entry, bind
 from prefopt.recipe.registry import BoundCredit, BoundObjective, BoundSignal
-from prefopt.recipe.section import Fraction, NoEffect, NonNegativeFloat, PathText, Section
+from prefopt.recipe.section import Fraction, Newer, NoEffect, NonNegativeFloat, PathText, Section
 
 __all__ = [
     "DEFAULT_MICRO_BATCH_TOKENS",
@@ -95,6 +93,10 @@ class ModelSection(Section):
     """Hub id or directory of the tokenizer; default: the model's own."""
     chat_template: PathText | None = None
     """Path of a Jinja file that replaces the tokenizer's chat template."""
+    chat_template_kwargs: Annotated[dict[str, Any], Newer()] = Field(default_factory=dict)
+    """Keywords that the chat template is rendered with, e.g. `{enable_thinking: false}`. They are written into the
+    template as its defaults, and so into the saved tokenizer: the policy is served as it was trained. One that the
+    template does not read is an error."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype the weights are loaded in; `auto` is the dtype they were saved in. What trains of half-precision
     weights is kept in float32 and saved in the dtype it was loaded in (DeepSpeed and FSDP keep such masters
@@ -104,19 +106,14 @@ class ModelSection(Section):
     the plain layout. `auto`: packed where the architecture's attention can take it, else padded,
     and says which."""
     disable_dropout: bool = True
-    """Set every dropout to 0, as the papers of this family do."""
-    router_aux_loss_coef: NonNegativeFloat | None = None
+    """Set every dropout to 0, as the papers of this family do, and keep routers from drawing noise."""
+    router_aux_loss_coef: Annotated[NonNegativeFloat | None, Newer()] = None
     """Weight of a mixture of experts' balancing loss in every stage; 0 is none. Default: as the model's
     configuration asks, which is none unless it says `output_router_logits: true`."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Only for repositories you trust."""
     quantization: Literal["4bit", "8bit"] | None = None
     """bitsandbytes quantisation of the frozen base (QLoRA); needs CUDA and a `peft` section."""
-
-    @model_serializer(mode="wrap")
-    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Left out where it is, so that the settings of runs before this key hash as they did.
-        return {k: v for k, v in dump(self).items() if k != "router_aux_loss_coef" or v is not None}
 
 
 class PeftSection(Section):
@@ -231,15 +228,10 @@ class EvalSection(Section):
 
     every: PositiveInt | None = None
     """Steps between evaluations; default: before the first step and after the last."""
-    best: BestSection | None = None
+    best: Annotated[BestSection | None, Newer()] = None
     """Leave out to train to the last step and keep its weights."""
     generation: GenerationSection | None = None
     """Leave out to generate nothing."""
-
-    @model_serializer(mode="wrap")
-    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Left out where it is, so that the settings of runs before this key hash as they did.
-        return {key: value for key, value in dump(self).items() if key != "best" or value}
 
 
 class RunSection(Section):

@@ -12,7 +12,9 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -41,6 +43,11 @@ def _path(text: str) -> str:
 PathText = Annotated[str, AfterValidator(_path)]
 
 
+@dataclass(frozen=True)
+class Newer:
+    """Marks a key that is left out of a dump at its default, so that settings from before it hash as they did."""
+
+
 class Section(BaseModel):
     """Base of every section: immutable, strict types, unknown keys refused."""
 
@@ -52,6 +59,16 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = dump(self)
+        for key, field in type(self).model_fields.items():
+            if key in values and any(isinstance(mark, Newer) for mark in field.metadata):
+                default = field.get_default(call_default_factory=True)
+                if getattr(self, key) == default:
+                    del values[key]
+        return values
 
 
 @dataclass(frozen=True)

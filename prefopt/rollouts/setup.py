@@ -17,6 +17,7 @@ from prefopt.data.samples import SampleNeeds
 from prefopt.engines.base import Engine, SamplingSpec
 from prefopt.engines.start import InTraining, Task, start_engine
 from prefopt.errors import ConfigError
+from prefopt.model.end_tokens import end_token_ids, own_end_ids
 from prefopt.model.load import LoadedPolicy
 from prefopt.model.micro_batches import SplitLimits
 from prefopt.model.sweep import layout_fn
@@ -122,7 +123,7 @@ def build_rollouts(
     sampler = log = None
     if share is not None:
         engine = _engine(recipe, section, policy, tokenizer, prompts, accelerator, shares_weights)
-        sampler = _sampler(recipe, engine, plan, tokenizer, share)
+        sampler = _sampler(recipe, engine, plan, tokenizer, share, own_end_ids(policy.model))
         directory = run_dir / LOG_DIRECTORY / f"rank-{accelerator.process_index:05d}"
         log = ExperienceLog(directory, _lineage(recipe, policy, prompts, accelerator))
     publisher = None
@@ -202,6 +203,7 @@ def _sampler(
     plan: PromptPlan,
     tokenizer: Any,
     share: Share,
+    own_ends: Sequence[int],
 ) -> Sampler:
     regime, credit = _of(recipe)
 
@@ -216,7 +218,7 @@ def _sampler(
             temperature=regime.temperature,
             top_p=regime.top_p,
             top_k=regime.top_k,
-            stop_token_ids=_stop_ids(tokenizer, plan),
+            stop_token_ids=end_token_ids(tokenizer, own_ends),
         ),
         decode=decode,
         credit=credit,
@@ -224,15 +226,6 @@ def _sampler(
         share=share,
         resample_frac=regime.resample_frac,
     )
-
-
-def _stop_ids(tokenizer: Any, plan: PromptPlan) -> tuple[int, ...]:
-    """What ends a response: the token training ends one with, and the tokenizer's EOS."""
-    content = plan.prompts[0].content
-    is_text = isinstance(content, str)
-    answer: Any = "a" if is_text else {"role": "assistant", "content": "a"}
-    _, response = Renderer(tokenizer).render(content if is_text else list(content), answer)
-    return tuple(sorted({response[-1], tokenizer.eos_token_id} - {None}))
 
 
 def _offline(

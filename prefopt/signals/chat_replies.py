@@ -16,6 +16,7 @@ from prefopt.storage.json_text import parse_json
 
 Messages = Sequence[Mapping[str, Any]]
 _KEY_VERSION = 1
+_MOST_TOKENS = 2**53
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _text(content: Any) -> str | None:
 def _count(value: Any) -> int:
     """Tokens as a server counts them; 0 where it says nothing that is a number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return int(value) if is_number and math.isfinite(value) and value > 0 else 0
+    return int(value) if is_number and 0 < value < _MOST_TOKENS else 0
 
 
 def _is_reply(reply: Reply) -> bool:

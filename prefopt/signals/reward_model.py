@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import PositiveInt
 
+from prefopt.data.options import Omits, given_options
+from prefopt.data.rows import Refused, Reject
 from prefopt.errors import SignalError
 from prefopt.recipe.registry import signal
 from prefopt.recipe.section import NoEffect
@@ -30,6 +32,8 @@ def reward_model(
     revision: str | None = None,
     tokenizer: str | None = None,
     chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    template_omits: Omits = "history",
     format: Format = "auto",
     separator: str = "",
     keep_tail: bool = False,
@@ -49,7 +53,8 @@ def reward_model(
         path: directory or hub id of the model, or of a PEFT adapter of one.
         revision: hub revision of ``path``.
         tokenizer: directory or hub id of its tokenizer; default: the model's own.
-        chat_template: path of a Jinja file that replaces the tokenizer's.
+        chat_template, chat_template_kwargs: a Jinja file in place of the tokenizer's; its keywords.
+        template_omits: what it may leave out of the dialogue, as a source's; else the response is NaN.
         format: ``chat``: the model's own chat template over the prompt's messages (a text prompt is one
             user turn) and the response. ``text``: prompt + ``separator`` + response, of a dialogue its
             turns two line breaks apart. ``pair``: the tokenizer's two-segment input, for encoders such as
@@ -69,17 +74,13 @@ def reward_model(
     from prefopt.recipe.schema import ModelSection
 
     section = ModelSection(
-        path=path,
-        revision=revision,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+        path=path, revision=revision, tokenizer=tokenizer, chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs or {}, dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     own_tokenizer = load_tokenizer(section)
     model, pad_id = _load(section, own_tokenizer)
     _freeze(model, device)
-    reader = _Reader(own_tokenizer, format, separator, keep_tail)
+    reader = _Reader(own_tokenizer, format, separator, keep_tail, template_omits)
     limit = max_length_tokens or _longest_input(model, own_tokenizer)
     return RewardModel(model, reader, pad_id, batch_size, limit)
 
@@ -119,7 +120,7 @@ class RewardModel:
         return [[next(flat) for _ in group.texts] for group in groups]
 
     def report(self) -> Mapping[str, float]:
-        """Responses seen, and of them too long or refused by the chat template."""
+        """Responses seen, and of them too long, refused by the chat template, or not rendered otherwise."""
         return dict(self._counts)
 
     def close(self) -> None:
@@ -129,9 +130,10 @@ class RewardModel:
         """Token ids to read, or None (counted) for what cannot be read whole."""
         self._counts["responses"] += 1
         ids = self.reader.ids(prompt, text)
-        if ids is None:
-            self._counts["template_refused"] += 1
-        elif len(ids) > self.max_length_tokens:
+        if isinstance(ids, Refused):
+            self._counts[str(ids.reason)] += 1
+            return None
+        if len(ids) > self.max_length_tokens:
             self._counts["too_long"] += 1
             return None
         return ids
@@ -162,13 +164,16 @@ class RewardModel:
 class _Reader:
     """Prompt and response as the token ids a reward model reads."""
 
-    def __init__(self, tokenizer: Any, format: Format, separator: str, keep_tail: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, format: Format, separator: str, keep_tail: bool, omits: Omits
+    ) -> None:
         from prefopt.data.render import Renderer
 
         self.tokenizer = tokenizer
         self.format = format
         self.separator = separator
         self.keep_tail = keep_tail
+        self.omits: Omits = omits
         self._renderer = Renderer(tokenizer)
         if format == "chat" and tokenizer.chat_template is None:
             raise SignalError(
@@ -176,34 +181,38 @@ class _Reader:
                 "chat_template to a Jinja file, or format: text"
             )
 
-    def ids(self, prompt: Prompt, text: str) -> list[int] | None:
-        """None where the chat template refuses the dialogue."""
-        from jinja2 import TemplateError
-
+    def ids(self, prompt: Prompt, text: str) -> list[int] | Refused:
+        """Refused where the chat template refuses the dialogue, or would not render what it says."""
         if self.format == "pair":
+            found = self._renderer.controls.first_in([prompt.text, text])
+            if found is not None:
+                return Refused(Reject.CONTROL_TOKEN, f"{found!r} in a text")
             return self.tokenizer(prompt.text, text, verbose=False)["input_ids"]
         if self.format == "text" or (self.format == "auto" and isinstance(prompt.content, str)):
-            return self._ended(f"{prompt.text}{self.separator}{text}")
+            return _listed(self._renderer.whole_ids(f"{prompt.text}{self.separator}{text}"))
         if self.tokenizer.chat_template is None:
             raise SignalError(
                 "the prompts are chat messages, and the reward model's tokenizer has no chat template; "
                 "set chat_template to a Jinja file, or format: text"
             )
-        content = prompt.content
-        turns = [{"role": "user", "content": content}] if isinstance(content, str) else [*content]
-        turns.append({"role": "assistant", "content": text})
-        try:
-            whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        except TemplateError:
-            return None
-        if self.keep_tail:
-            return self.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
-        return self._ended(whole)
+        options = given_options(prompt.given, self.omits)
+        if not self.keep_tail:
+            return _listed(self._renderer.whole_ids(dialogue(prompt, text), options))
+        whole = self._renderer.whole_text(dialogue(prompt, text), options)
+        if isinstance(whole, Refused):
+            return whole
+        return self.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _ended(self, text: str) -> list[int]:
-        """Ids with one BOS, where the tokenizer has one, and one end token."""
-        prompt_ids, ids = self._renderer.render("", text)
-        return [*prompt_ids, *ids]
+
+def dialogue(prompt: Prompt, text: str) -> list[dict[str, Any]]:
+    """The prompt's messages (a text is one turn of the user), and ``text`` as the assistant's."""
+    content = prompt.content
+    turns = [{"role": "user", "content": content}] if isinstance(content, str) else [*content]
+    return [*map(dict, turns), {"role": "assistant", "content": text}]
+
+
+def _listed(ids: tuple[int, ...] | Refused) -> list[int] | Refused:
+    return ids if isinstance(ids, Refused) else list(ids)
 
 
 def _load(section: Any, tokenizer: Any) -> tuple[Any, int | None]:

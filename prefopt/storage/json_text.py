@@ -87,13 +87,16 @@ def parse_items(text: str) -> Iterator[Any]:
         raise BadJson("Extra data", end)
 
 
-def half_surrogate(value: Any, text: str | None = None) -> str | None:
+def may_hold_halves(text: str) -> bool:
+    """Whether what is parsed from ``text``, which was UTF-8, may hold half of a surrogate pair: quick to know."""
+    return _HALF_ESCAPED.search(text) is not None
+
+
+def half_surrogate(value: Any) -> str | None:
     """Where a value holds half of a surrogate pair, as a dotted path; None where it holds none.
 
-    No encoding can write such a string. Args: ``text``: what the value was parsed from, which is quick to search.
+    No encoding can write such a string.
     """
-    if text is not None and _HALF_ESCAPED.search(text) is None and _HALF.search(text) is None:
-        return None
     return next((".".join(path) for path, item in _strings(value, ()) if _HALF.search(item)), None)
 
 

@@ -78,7 +78,7 @@ def parse_json(data: bytes) -> Any:
         raise UnreadableError(f"its byte {error.start} is no UTF-8") from error
     except json_text.BadJson as error:
         at = "" if error.position is None else f" at character {error.position + 1}"
-        raise UnreadableError(f"it is cut or edited: {error}{at}") from error
+        raise UnreadableError(f"it is cut or edited ({error}{at})") from error
 
 
 def as_object(

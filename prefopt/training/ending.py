@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from prefopt.errors import ModelError, PrefoptError
 from prefopt.model.distributed import told_by_main
 from prefopt.model.load import LoadedPolicy
+from prefopt.model.precision import keeps_masters
 from prefopt.model.rehearsal import rehearse_saving
 from prefopt.recipe.schema import Recipe
-from prefopt.training.room import check_room, keeps_masters, needed_room
+from prefopt.training.room import check_room, needed_room
 
 
 def check_ending(

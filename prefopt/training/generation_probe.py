@@ -24,6 +24,7 @@ from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
 from prefopt.engines.hf import HFEngine
 from prefopt.errors import ConfigError, EngineError, PrefoptError, TrainingError
 from prefopt.model.distributed import raise_together
+from prefopt.model.end_tokens import end_token_ids, own_end_ids
 from prefopt.model.load import LoadedPolicy
 from prefopt.process.stopping import Stopped, stopping
 from prefopt.recipe.schema import GenerationSection, HFSection, Recipe
@@ -241,7 +242,7 @@ def build_probe(
     spec = SamplingSpec(
         max_new_tokens=section.max_new_tokens,
         temperature=section.temperature,
-        stop_token_ids=Renderer(tokenizer).stop_ids(chat=tokenizer.chat_template is not None),
+        stop_token_ids=end_token_ids(tokenizer, own_end_ids(policy.model)),
     )
     parts = ProbeParts(
         engine, prompts, spec, recipe.train.seed, decode, signals, recipe.sampled_by.timeout_s

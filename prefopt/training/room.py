@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 
 from prefopt.errors import ConfigError
@@ -35,7 +33,7 @@ def needed_room(model: nn.Module, optimizer: str, *, keeps_masters: bool, is_pef
 
     Args:
         optimizer: ``train.optimizer``.
-        keeps_masters: DeepSpeed keeps fp32 copies of weights and moments, whatever they are loaded in.
+        keeps_masters: the launch keeps fp32 copies of weights and moments, whatever they are loaded in.
         is_peft: the result is the adapter alone.
     """
     checkpoint = final = 0
@@ -72,11 +70,6 @@ def check_room(run_dir: Path, needed: Needed, keep: int) -> None:
         "%s: with train.keep_checkpoints = %d about %s in all. Make room, or keep fewer",
         what, keep, _gib(most),
     )  # fmt: skip
-
-
-def keeps_masters(accelerator: Accelerator) -> bool:
-    """Does the launch keep fp32 copies of the weights beside those it computes with?"""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def _numel(parameter: torch.Tensor) -> int:

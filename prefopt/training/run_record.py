@@ -58,6 +58,7 @@ def describe_run(
             "prompts_hash": data.prompts.fingerprint if data.prompts is not None else None,
             "order_hash": trainer.regime.order_hash,
             "rejects": dict(data.reject_counts),
+            "end_token_ids": list(data.end_ids),
             **_samples(data, trainer),
         },
         "steps": trainer.regime.num_steps,

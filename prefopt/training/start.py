@@ -144,7 +144,7 @@ def _changed_data(record: dict[str, Any], data: DataBundle) -> Iterator[Change]:
     found = record.get("data") or {}
     for name, source in (("train", data.train), ("prompts", data.prompts)):
         was, now = found.get(f"{name}_hash"), None if source is None else source.fingerprint
-        if was != now and None not in (was, now):
+        if was is not None and now is not None and was != now:
             yield Change(f"the rows of data.{name}", was[:12], now[:12])
 
 

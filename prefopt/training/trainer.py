@@ -33,7 +33,7 @@ from prefopt.process.stopping import Stopped, stopping
 from prefopt.recipe.registry import BoundObjective
 from prefopt.recipe.schema import TrainSection
 from prefopt.reference.base import Reference
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 from prefopt.training.batch_metrics import add_batch_metrics, add_layout_metrics, window_row
 from prefopt.training.best import Best
 from prefopt.training.boundary import Boundary

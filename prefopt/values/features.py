@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefopt.data.options import PLAIN, RenderOptions
 from prefopt.data.render import RENDERER_VERSION, Renderer, Request
 from prefopt.data.rows import Refused, Reject
 from prefopt.data.tokenise import tokenizer_hash
@@ -65,12 +66,18 @@ class FrozenReference:
         self.dtype = str(causal_lm.dtype).removeprefix("torch.")
 
     def prompt_ids(
-        self, prompts: Sequence[Any], max_tokens: int
+        self, prompts: Sequence[Any], max_tokens: int, options: Sequence[RenderOptions] = ()
     ) -> list[tuple[int, ...] | Refused]:
-        """The ids a policy generates after, of each prompt; why not, where the chat template refuses it or it is
-        longer than ``max_tokens``."""
+        """The ids a policy generates after, of each prompt; why not, where it cannot be rendered or is longer than
+        ``max_tokens``.
+
+        Args:
+            options: of each prompt; default: nothing beside its messages.
+        """
         found: list[tuple[int, ...] | Refused] = []
-        for each in self.renderer.render_batch([Request(prompt, ()) for prompt in prompts]):
+        given = options or [PLAIN] * len(prompts)
+        requests = [Request(p, (), options=o) for p, o in zip(prompts, given, strict=True)]
+        for each in self.renderer.render_batch(requests):
             if isinstance(each, Refused):
                 found.append(each)
             elif len(each.prompt_ids) > max_tokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from prefopt.data.options import RenderOptions
 from prefopt.data.rows import Refused
 from prefopt.errors import ModelError
 from prefopt.model.hashing import state_hash
@@ -71,6 +72,7 @@ class ReferenceRecord:
     tokenizer: str
     """`tokenizer_identity`: what decides a prompt's token ids."""
     description: str
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def section(self) -> ModelSection:
@@ -81,6 +83,7 @@ class ReferenceRecord:
             revision=self.revision,
             tokenizer=self.tokenizer_path,
             chat_template=self.chat_template,
+            chat_template_kwargs=dict(self.chat_template_kwargs),
             **settings,
         )
 
@@ -121,6 +124,7 @@ def reference_record(section: ModelSection, reference: FrozenReference) -> Refer
         weights=reference.weights,
         tokenizer=reference.tokenizer,
         description=reference.description,
+        chat_template_kwargs=section.chat_template_kwargs,
     )
 
 
@@ -231,12 +235,14 @@ class ValueModel:
         self._head.to(self._reference.device)
 
     @torch.no_grad()
-    def values(self, prompts: Sequence[Any]) -> list[float | Refused]:
+    def values(
+        self, prompts: Sequence[Any], options: Sequence[RenderOptions] = ()
+    ) -> list[float | Refused]:
         """V(x) of each prompt (text, or chat messages), in order.
 
-        Refused: a prompt that the chat template refuses, or that is longer than those the head was trained on.
+        Refused: a prompt that cannot be rendered, or that is longer than those the head was trained on.
         """
-        ids = self._reference.prompt_ids(prompts, self.record.max_prompt_tokens)
+        ids = self._reference.prompt_ids(prompts, self.record.max_prompt_tokens, options)
         readable = [index for index, each in enumerate(ids) if not isinstance(each, Refused)]
         given: list[Any] = [ids[index] for index in readable]
         values: dict[int, float] = {}

@@ -6,14 +6,17 @@ transformers' sequence classifier under another name, so `prefopt.signals.reward
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from pydantic import PositiveInt
 
+from prefopt.data.options import RenderOptions
+from prefopt.data.render import Renderer
+from prefopt.data.rows import Refused
 from prefopt.errors import SignalError
 from prefopt.recipe.registry import signal
 from prefopt.signals.base import Signal
+from prefopt.signals.reward_model import RewardModel, dialogue
 from prefopt.types import Prompt
 
 
@@ -42,8 +45,6 @@ def athene(
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from prefopt.signals.reward_model import RewardModel
-
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     loaded: Any = AutoModelForSequenceClassification.from_pretrained(
         path,
@@ -65,14 +66,14 @@ def athene(
     return RewardModel(model, reader, None, batch_size, max_length_tokens)
 
 
-@dataclass(frozen=True)
 class _Reader:
-    tokenizer: Any
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.renderer = Renderer(tokenizer)
 
-    def ids(self, prompt: Prompt, text: str) -> list[int]:
+    def ids(self, prompt: Prompt, text: str) -> list[int] | Refused:
         """Chat template, then CLS. The tokenizer adds a second BOS, as in the code the model came with."""
-        content = prompt.content
-        turns = [{"role": "user", "content": content}] if isinstance(content, str) else [*content]
-        turns.append({"role": "assistant", "content": text})
-        whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        whole = self.renderer.whole_text(dialogue(prompt, text), RenderOptions(omits="history"))
+        if isinstance(whole, Refused):
+            return whole
         return self.tokenizer(f"{whole}{self.tokenizer.cls_token}", verbose=False)["input_ids"]

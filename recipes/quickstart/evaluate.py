@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 from recipes.quickstart.sample import generate
 from recipes.quickstart.task import score_group
 

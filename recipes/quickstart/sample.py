@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from prefopt.data import Renderer
-from prefopt.report.progress import Bar
+from prefopt.report.bars import Bar
 from recipes.quickstart.task import NUM_DIGITS, score_group
 
 MAX_NEW_TOKENS = NUM_DIGITS + 2  # the answer, its EOS, and one more to see an answer run on

@@ -13,7 +13,7 @@ import yaml
 from prefopt.cli import main
 from prefopt.engines.child import free_port
 from prefopt.errors import ConfigError
-from prefopt.launch import check_launched, speaks
+from prefopt.process.launch import check_launched, speaks
 from tests.distributed.launch import ROOT, launch, write_model, write_pairs, write_recipe
 from tests.recipes.commands import Prefopt, forked
 
@@ -94,7 +94,7 @@ def test_an_address_of_the_job_script_is_no_launch_of_several(
 ) -> None:
     """`accelerate launch` of one process sets no MASTER_ADDR, but hands on the one it was started with."""
     variables = BY_ACCELERATE | {"MASTER_ADDR": "node7"}
-    monkeypatch.setattr("prefopt.launch._PROC", tmp_path)
+    monkeypatch.setattr("prefopt.process.launch._PROC", tmp_path)
     monkeypatch.setattr("os.getppid", lambda: 7)
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "environ").write_bytes(b"HOME=/\0MASTER_ADDR=node7\0")
@@ -176,7 +176,7 @@ def test_that_processes_exchange_anything_is_tried(recipe: Path, tmp_path: Path)
 
 
 def _train_believing_in_gpus(recipe: str) -> int:
-    with mock.patch("prefopt.launch._num_devices", lambda: 2):
+    with mock.patch("prefopt.process.launch._num_devices", lambda: 2):
         return main(["train", recipe])
 
 

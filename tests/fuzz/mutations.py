@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 T = TypeVar("T")
 
-FEW, MANY = 200, 20_000
+FEW, MANY = 120, 20_000
 """Inputs of a reader in `make test`, and in `make test-all`."""
 _STEPS = 3_000_000
 """Calls of a reader over one small file; a file of the size is read in some thousands."""

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 from hypothesis import strategies as st
 
-from prefopt.engines.base import SamplingSpec
-from prefopt.engines.vllm.client import ConnectionLost, ServerClient
+from prefopt.engines.base import Completion, SamplingSpec
+from prefopt.engines.vllm.client import ConnectionLost, ModelCard, ServerClient
 from prefopt.errors import EngineError, SignalError
 from prefopt.signals.chat_client import ChatRefused, Endpoint, _Asked, _Attempts, retry_after_s
 from prefopt.signals.chat_replies import Reply, ReplyCache, parse_reply
@@ -28,8 +29,8 @@ CHATS: list[Any] = [
      {"token": "y", "logprob": -0.1}]}]}}]},
     {"error": {"message": "no", "code": 429}},
 ]  # fmt: skip
-COMPLETION = {"choices": [{"index": 0, "token_ids": [3, 4], "finish_reason": "stop", "text": "", "logprobs": {
-    "token_logprobs": [-0.5, -1.0], "tokens": ["token_id:3", "token_id:4"]}}]}  # fmt: skip
+COMPLETION: dict[str, Any] = {"choices": [{"index": 0, "token_ids": [3, 4], "finish_reason": "stop", "text": "",
+    "logprobs": {    "token_logprobs": [-0.5, -1.0], "tokens": ["token_id:3", "token_id:4"]}}]}  # fmt: skip
 SCORES = {
     "choices": [
         {"prompt_logprobs": [None, {"1": {"logprob": -1.0}}, {"3": {"logprob": -2, "rank": 1}}]}
@@ -100,22 +101,55 @@ def check_judged(folder: Path, case: tuple[int, dict[str, str], bytes]) -> None:
 
 
 def _attempts() -> Any:
-    found = _Attempts.__new__(
-        _Attempts
-    )  # its constructor makes connections, of which there is no need
+    found = _Attempts.__new__(_Attempts)  # not its constructor, which reads certificates
     found._endpoint = ENDPOINT
     return found
 
 
-def check_served(folder: Path, case: tuple[int, dict[str, str], bytes]) -> None:
-    del folder
-    status, headers, content = case
+def answering(status: int, headers: dict[str, str], content: bytes) -> ServerClient:
+    """A client whose server answers this to everything: 20,000 inputs, and no socket."""
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         return httpx2.Response(status, headers=headers, stream=httpx2.ByteStream(content))
 
     client = _client()
     client._http._transport = httpx2.MockTransport(answer)
+    return client
+
+
+def test_the_answers_that_are_mutated_are_right() -> None:
+    replies = [parse_reply(as_json(chat)) for chat in CHATS]
+    assert [reply and reply.text for reply in replies] == ["[[A]] é", "yes", None]
+    assert replies[1] is not None and replies[1].top_logprobs == {"y": -0.1}
+    deadline, spec = time.monotonic() + 3600, SamplingSpec(max_new_tokens=4)
+    model = answering(200, {}, as_json(MODELS)).model(deadline)
+    assert model == ModelCard("m", "/m", 64)
+    completion = answering(200, {}, as_json(COMPLETION)).complete("m", [1], spec, 0, deadline)
+    assert completion == Completion((3, 4), (-0.5, -1.0), "eos")
+    assert answering(200, {}, as_json(SCORES)).score("m", [1, 1], [3], deadline) == [-2.0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token_ids": [3]}, {"token_ids": [3, -1]}, {"token_ids": "34"}, {"finish_reason": "abort"},
+        {"logprobs": {"token_logprobs": [-0.5, None]}}, {"logprobs": {"token_logprobs": [-0.5, float("nan")]}},
+    ],
+)  # fmt: skip
+def test_a_completion_that_is_none_is_an_error_that_names_the_server(
+    change: dict[str, Any],
+) -> None:
+    body = as_json({"choices": [{**COMPLETION["choices"][0], **change}]})
+    deadline, spec = time.monotonic() + 3600, SamplingSpec(max_new_tokens=4)
+    with pytest.raises(
+        EngineError, match=r"http://127\.0\.0\.1:9/v1/completions answers otherwise"
+    ):
+        answering(200, {}, body).complete("m", [1], spec, 0, deadline)
+
+
+def check_served(folder: Path, case: tuple[int, dict[str, str], bytes]) -> None:
+    del folder
+    client = answering(*case)
     deadline = time.monotonic() + 3600
     calls = (
         lambda: client.model(deadline),

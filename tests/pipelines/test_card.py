@@ -248,7 +248,7 @@ def test_a_tokenizers_own_tokens_are_markup_whatever_they_begin_with() -> None:
 # -- rendered ------------------------------------------------------------------------------------------------
 
 
-def test_a_bos_or_an_end_in_the_text_is_one_too_many(
+def test_a_bos_or_an_end_within_a_text_is_refused_as_training_would(
     pairs: Pairs, tmp_path: Path, tiny_tokenizer: TokenizerFactory
 ) -> None:
     """One at the very start is what rendering adds, and is not doubled."""
@@ -258,10 +258,11 @@ def test_a_bos_or_an_end_in_the_text_is_one_too_many(
     )  # fmt: skip
     found = card(path, tokenizer=str(tmp_path / "tokenizer"))
     numbers = section(found, "template").numbers
-    assert (numbers["num_double_bos"], numbers["num_double_end"]) == (1, 1)
-    assert check(found, "more than one BOS").verdict == "stop"
-    assert check(found, "more than one end token").verdict == "stop"
+    assert (numbers["refused"], numbers["num_double_bos"]) == ({"control_token": 2}, 0)
     assert section(found, "length_tokens").numbers["mean"]["chosen"] > 0
+    found = card(path, "control_tokens=[all]", tokenizer=str(tmp_path / "tokenizer"))
+    assert section(found, "template").numbers["refused"] == {"control_token": 1}
+    assert check(found, "more than one BOS").verdict == "stop"
 
 
 def test_rows_the_template_refuses_are_named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,16 @@ def test_what_has_no_type_of_parquet_is_named(values: list[Any], said: str, apar
     assert said in str(error.value) and "'s'" in str(error.value)
 
 
-def test_a_build_that_is_killed_while_its_shards_become_parquet_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "deaths", [(5, 12, 20), pytest.param(range(1, 40), marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_a_build_that_is_killed_while_its_shards_become_parquet_goes_on(
+    tmp_path: Path, deaths: Sequence[int]
+) -> None:
     calm = build(made(tmp_path, MIXED))
     files = {path.name: path.read_bytes() for path in (calm / "filter").glob("*.parquet")}
     (tmp_path / "b").mkdir()
-    for step in (1, 2, 5, 8, 12, 16, 20, 23, 26):
+    for step in deaths:
         pipeline = made(tmp_path / "b", MIXED, output_dir=str(tmp_path / "b" / f"out-{step}"))
         with building(pipeline, dies_at=step) as process:
             process.join()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from data_pipelines.step_tree import grow, split_steps, step_advantages
+from prefopt.data.options import AS_RENDERED
 from prefopt.data.render import Renderer
 from tests.pipelines.pipelines import build, refused, rows, write_pipeline
 from tests.unit.tiny_tokenizers import TokenizerFactory
@@ -129,7 +130,7 @@ def test_dialogues_become_text_whose_ids_are_the_dialogues(
     whole = Renderer(tokenizer).render(chat, {"role": "assistant", "content": SOLUTIONS[0][0]})
     last = next(row for row in found if row["response"].startswith("A: 5"))
     assert last["ended"] and last["response"] == "A: 5<|im_end|>"
-    prompt, response = Renderer(tokenizer).render(last["prompt"], last["response"])
+    prompt, response = Renderer(tokenizer).render(last["prompt"], last["response"], AS_RENDERED)
     assert prompt + response == whole[0] + whole[1]
     first = found[0]
     assert not first["ended"] and first["response"] == "Half of 8 is 4.\n"

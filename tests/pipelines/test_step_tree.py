@@ -22,6 +22,7 @@ from data_pipelines.step_tree import (
     step_scores,
     value,
 )
+from prefopt.data.options import AS_RENDERED
 from prefopt.data.render import Renderer
 from tests.pipelines.pipelines import build, counts, refused, rows, write_pipeline
 from tests.unit.tiny_tokenizers import TokenizerFactory
@@ -187,7 +188,7 @@ def test_a_cut_dialogue_has_the_ids_of_the_dialogue_and_ends_its_prompt_at_the_c
     response, shared = SOLUTIONS[0][0], "Half of 8 is 4.\n"
     cut = cut_turn(CHAT, response, shared, renderer, "q")
     assert not isinstance(cut, Dropped), cut
-    prompt_ids, response_ids = renderer.render(cut.prompt, cut.response)
+    prompt_ids, response_ids = renderer.render(cut.prompt, cut.response, AS_RENDERED)
     whole = renderer.render(CHAT, {"role": "assistant", "content": response})
     assert prompt_ids + response_ids == whole[0] + whole[1]
     opened = whole[0]
@@ -238,13 +239,14 @@ def test_dialogues_need_the_tokenizer_and_then_train_as_text(
         True, False, False,
     ]  # fmt: skip
     raws = list(open_source(SourceSection(path=str(folder / "tree"))).rows())
-    reading = resolve(SourceSection(path="x"), raws[0], pairs=True)
+    section = SourceSection(path="x", control_tokens=("all",))
+    reading = resolve(section, raws[0], pairs=True)
     assert reading.format == "text"
     renderer = Renderer(tokenizer)
     for raw in raws:
         row: Any = canonical(raw, reading)
         for response in row.responses:
-            ids = renderer.render(row.prompt, response)[1]
+            ids = renderer.render(row.prompt, response, row.options)[1]
             assert ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
             assert tokenizer.eos_token_id not in ids[:-1]
 

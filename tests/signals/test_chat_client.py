@@ -300,6 +300,23 @@ def test_a_request_that_is_refused_does_not_take_the_others_along() -> None:
     assert chat.report()["refused"] == 1
 
 
+def test_an_answer_with_half_a_surrogate_pair_is_no_text_and_asked_for_once() -> None:
+    raw = b'{"choices": [{"message": {"content": "[[A]] \\ud83d"}, "finish_reason": "stop"}]}'
+    with chat_server(lambda body: Answer(raw=raw)) as server:
+        chat = client(server.base_url)
+        (found,) = chat.complete_all([ASK])
+    assert isinstance(found, ChatRefused) and "half of a surrogate pair" in str(found)
+    assert (chat.report()["requests"], chat.report()["refused"]) == (1, 1)
+
+
+def test_an_answer_in_parts_is_their_text() -> None:
+    parts = [{"type": "text", "text": "[["}, {"type": "reasoning"}, {"type": "text", "text": "B]]"}]
+    raw = json.dumps({"choices": [{"message": {"content": parts}}]}).encode()
+    with chat_server(lambda body: Answer(raw=raw)) as server:
+        (found,) = client(server.base_url).complete_all([ASK])
+    assert text_of(found) == "[[B]]"
+
+
 def test_replies_are_cached_by_model_messages_and_sampling_and_never_with_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

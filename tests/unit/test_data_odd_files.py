@@ -18,7 +18,14 @@ from prefopt.data import opening
 from prefopt.data.sources import first_rows, open_source, sound_rows
 from prefopt.errors import DataError
 from prefopt.recipe.schema import SourceSection
-from prefopt.storage.json_text import BadJson, half_surrogate, not_json, parse_items, parse_json
+from prefopt.storage.json_text import (
+    BadJson,
+    half_surrogate,
+    may_hold_halves,
+    not_json,
+    parse_items,
+    parse_json,
+)
 from tests.unit.test_data_sources import ROWS, fails, read, write
 from tests.unit.test_show import recipe
 
@@ -72,7 +79,8 @@ def test_items_of_an_array_come_one_at_a_time_and_the_good_ones_before_the_bad()
 def test_half_a_surrogate_pair_is_found_at_every_depth_and_a_whole_pair_is_text() -> None:
     assert half_surrogate(json.loads('{"a": ["x", {"b\\ud83d": 1}]}')) == "a.1.b\\ud83d"
     text = '{"a": "\\ud83d\\ude00"}'
-    assert half_surrogate(parse_json(text), text) is None
+    assert may_hold_halves(text) and half_surrogate(parse_json(text)) is None
+    assert not may_hold_halves('{"a": "\\u00e9 😀 ud83d"}')
 
 
 def test_what_json_cannot_hold_is_named_with_its_place() -> None:

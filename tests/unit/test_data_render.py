@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
+from prefopt.data.options import AS_RENDERED
 from prefopt.data.render import Rendered, Renderer, Request
 from prefopt.data.rows import Refused, Reject
 from prefopt.errors import ModelError
@@ -132,7 +133,9 @@ def test_an_end_token_that_the_data_already_holds_is_not_doubled() -> None:
 
 def test_an_unknown_character_at_the_end_does_not_pass_for_an_end_token() -> None:
     tokenizer = make_tokenizer()
-    assert rendered(tokenizer, "a\n", "b<unk>").responses[0][-1] == tokenizer.eos_token_id
+    _, response = Renderer(tokenizer).render("a\n", "b<unk>", AS_RENDERED)
+    unknown, end = response[-2:]
+    assert (unknown, end) == (tokenizer.unk_token_id, tokenizer.eos_token_id)
 
 
 def test_a_pad_token_that_is_the_eos_still_ends_a_turn() -> None:

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
+import prefopt.model.lm_head
 import prefopt.model.logps
 from prefopt.errors import ModelError
 from prefopt.model.attention.reference import visible

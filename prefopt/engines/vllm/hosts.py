@@ -25,7 +25,7 @@ from prefopt.engines.vllm.settings import (
     starting_text,
 )
 from prefopt.errors import EngineError
-from prefopt.report.progress import waiting
+from prefopt.report.bars import waiting
 
 logger = logging.getLogger(__name__)
 

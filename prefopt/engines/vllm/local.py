@@ -27,7 +27,7 @@ from prefopt.engines.vllm.settings import (
 )
 from prefopt.errors import EngineError
 from prefopt.recipe.schema import VllmSection
-from prefopt.report.progress import waiting
+from prefopt.report.bars import waiting
 
 logger = logging.getLogger(__name__)
 

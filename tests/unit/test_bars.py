@@ -13,8 +13,8 @@ import pytest
 
 from prefopt.errors import ConfigError
 from prefopt.model.extensions import check_locks, unheld_locks
-from prefopt.report import progress
-from prefopt.report.progress import Bar, waiting
+from prefopt.report import bars
+from prefopt.report.bars import Bar, waiting
 
 
 class Terminal(io.StringIO):
@@ -66,7 +66,7 @@ def test_a_silent_wait_says_what_for_and_how_long(caplog: pytest.LogCaptureFixtu
         told.set()
         return "; its log: x"
 
-    with caplog.at_level(logging.INFO, progress.__name__):
+    with caplog.at_level(logging.INFO, bars.__name__):
         with waiting("vLLM: starting", detail=detail, every_s=0.01):
             assert caplog.messages == ["vLLM: starting"]
             assert told.wait(300)

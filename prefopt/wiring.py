@@ -35,7 +35,7 @@ from prefopt.model.micro_batches import longest_row_tokens, split_limits
 from prefopt.model.precision import keeps_masters, refuse_half, with_precision
 from prefopt.model.reward_model import load_reward_model
 from prefopt.model.scores import ScoreModel
-from prefopt.process.ended import ended
+from prefopt.process.ended import begins, ended
 from prefopt.process.launch import check_launched
 from prefopt.process.progress import progress
 from prefopt.process.ranks import joined
@@ -120,12 +120,13 @@ def _train(recipe: Recipe) -> Path:
     recipe = with_precision(recipe, has_cuda=torch.cuda.is_available())
     progress.enter("meeting the other processes")
     accelerator = open_accelerator(recipe)
-    with run_held(accelerator, run_dir), ended(run_dir):
+    with run_held(accelerator, run_dir):
         start = find_start(accelerator, recipe, data)
         if start.is_finished:
             logger.info("%s: the run of these settings is finished; nothing to train", run_dir)
         else:
-            _train_from(start, recipe, data, tokenizer, accelerator)
+            with ended(run_dir):
+                _train_from(start, recipe, data, tokenizer, accelerator)
     accelerator.end_training()
     return run_dir
 
@@ -208,6 +209,7 @@ def _begin(
     record = with_history(record, start, trainer.regime.step)
     # Only now: a start that is refused above leaves the record of the run as it was.
     if accelerator.is_main_process:
+        begins(run_dir)
         write_record(run_dir, record)
         with writing(run_dir):
             data.write_rejects(run_dir / "rejects.jsonl")

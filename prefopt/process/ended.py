@@ -23,9 +23,6 @@ def ended(run_dir: Path) -> Iterator[None]:
     """
     writes = os.environ.get("RANK", "0") == "0"
     file = run_dir / FILE
-    if writes:
-        with contextlib.suppress(OSError):
-            file.unlink()
     try:
         yield
     except Stopped as stopped:
@@ -34,6 +31,12 @@ def ended(run_dir: Path) -> Iterator[None]:
         raise
     if writes:
         _write(file, 0, None)
+
+
+def begins(run_dir: Path) -> None:
+    """From here on, what an earlier start has left says nothing. On the main process."""
+    with contextlib.suppress(OSError):
+        (run_dir / FILE).unlink()
 
 
 def _write(file: Path, code: int, signal: str | None) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 from prefopt.errors import PrefoptError, in_words
 from prefopt.process import ending
 from prefopt.process.progress import progress
-from prefopt.process.stopping import Stopped, said_of
+from prefopt.process.stopping import Stopped, said_of, stopping
 from prefopt.process.verdicts import Beat, Seen, stuck, verdict
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ _CONNECT_S = 600.0
 # A rank that meets the same error by itself says so in its own words within this time.
 _OWN_WORDS_S = 4.0
 _HEARD_S = 15.0
+_SAVING_S = 600.0
 # A rank whose peer has gone learns within this time whether that one left a reason.
 _SILENT_S = 5.0
 _STACK_AFTER_S = 5.0
@@ -117,8 +118,12 @@ class Ranks(threading.Thread):
                 self._beat()
                 self._look()
             except (RuntimeError, OSError) as error:
-                if not self._over.wait(_OWN_WORDS_S):
+                if not self._over.wait(_OWN_WORDS_S) and not self._over.wait(self._saving_s()):
                     self._end_without_store(error)
+
+    def _saving_s(self) -> float:
+        """A launcher that is told to stop may take its store with it, and leave the ranks to save."""
+        return 0.0 if stopping.number is None else _SAVING_S
 
     def _end_without_store(self, error: Exception) -> None:
         ending.before_end.clear()
@@ -164,7 +169,7 @@ class Ranks(threading.Thread):
                 self._post(self._failure(code, why))
 
     def _connect(self) -> Any:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         # A store that torch's own initialisation finds there again: one server a process and port.
         return TCPStore(

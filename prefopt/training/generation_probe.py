@@ -23,8 +23,10 @@ from prefopt.data.samples import SampleNeeds
 from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
 from prefopt.engines.hf import HFEngine
 from prefopt.errors import ConfigError, EngineError, PrefoptError, TrainingError
+from prefopt.model.distributed import raise_together
 from prefopt.model.end_tokens import end_token_ids, own_end_ids
 from prefopt.model.load import LoadedPolicy
+from prefopt.process.stopping import Stopped, stopping
 from prefopt.recipe.schema import GenerationSection, HFSection, Recipe
 from prefopt.signals.combine import WeightedSignals, build_signals, prompt_fields
 from prefopt.signals.penalties import repeated_frac
@@ -52,6 +54,8 @@ class ProbeParts:
     """Token ids to texts, special tokens left out."""
     signals: WeightedSignals | None
     """What scores the answers, on the main process; None: nothing does."""
+    timeout_s: float = 1800.0
+    """Longest time that generating may take."""
 
 
 class GenerationProbe:
@@ -112,11 +116,18 @@ class GenerationProbe:
         parts, rank = self.parts, self.accelerator.process_index
         numbers = range(rank, len(parts.prompts), self.accelerator.num_processes)
         requests = [Request(parts.prompts[n].ids, (parts.seed + n,)) for n in numbers]
+        found: list[tuple[int, Completion]] | str = []
+        stopped: Stopped | None = None
         try:
-            groups = parts.engine.generate(requests, parts.spec) if requests else []
+            with stopping.interruptible():
+                groups = parts.engine.generate(requests, parts.spec) if requests else []
+            found = [(number, group[0]) for number, group in zip(numbers, groups, strict=True)]
         except PrefoptError as error:  # the others wait for this process's share
-            return str(error)
-        return [(number, group[0]) for number, group in zip(numbers, groups, strict=True)]
+            found = str(error)
+        except Stopped as error:
+            stopped = error
+        raise_together(self.accelerator, stopped, "eval.generation")
+        return found
 
     def _everyones(self, mine: list[tuple[int, Completion]] | str) -> list[Completion]:
         """All answers in the order of the prompts. Raises: TrainingError if a process has none."""
@@ -233,7 +244,9 @@ def build_probe(
         temperature=section.temperature,
         stop_token_ids=end_token_ids(tokenizer, own_end_ids(policy.model)),
     )
-    parts = ProbeParts(engine, prompts, spec, recipe.train.seed, decode, signals)
+    parts = ProbeParts(
+        engine, prompts, spec, recipe.train.seed, decode, signals, recipe.sampled_by.timeout_s
+    )
     return GenerationProbe(parts, accelerator, Path(recipe.run.output_dir))
 
 

@@ -217,7 +217,7 @@ class PreferenceTrainer:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """What there is to measure at ``step``: means over the held-out groups, the probe's answers."""
-        patience = None if self.probe is None else self.probe.parts.engine.timeout_s
+        patience = None if self.probe is None else self.probe.parts.timeout_s
         progress.enter(f"evaluating at step {step}", at_most_s=patience)
         row = {}
         if self.eval_source is not None:

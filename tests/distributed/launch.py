@@ -124,6 +124,27 @@ def accelerate_launch(config: Path, script: str, recipe: Path, *overrides: str) 
     return Launched(done.returncode, done.stderr)
 
 
+@contextlib.contextmanager
+def accelerate_launching(
+    config: Path, script: str, recipe: Path, *overrides: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The launcher of `accelerate_launch` while it runs; what it and its processes say goes to ``log``."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *_options(config)]
+    with (recipe.parent / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, str(ROOT / "recipes" / f"{script}.py"), str(recipe), *overrides],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **_variables(config)},
+            cwd=ROOT,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 def _options(config: Path) -> list[str]:
     return ["--config_file", str(config), "--main_process_port", "0"]
 

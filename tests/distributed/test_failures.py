@@ -11,16 +11,20 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.distributed.launch import (
     Launched,
+    accelerate_launching,
     cpu_config,
     launch,
     write_model,
     write_pairs,
     write_recipe,
 )
+from tests.pipelines.pipelines import wait_until
+from tests.recipes.commands import HANG_S
 
 PLUGIN = """
 import os
@@ -220,3 +224,36 @@ def test_what_fails_between_two_steps_is_said_by_all_and_the_step_is_saved(
         assert own and reason in own[-1], (rank, done.stderr)
     assert steps(tmp_path) == [step]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "number"), [(2, signal.SIGTERM), (1, signal.SIGTERM), (2, signal.SIGUSR1)]
+)
+def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint_and_no_process(
+    processes: int, number: int, inputs: Path, tmp_path: Path
+) -> None:
+    """As a person types it. torchrun passes SIGTERM on; accelerate does not, nor either of them SIGUSR1."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        inputs / "model",
+        inputs / "pairs.jsonl",
+        train={"num_epochs": 5000},
+    )
+    config = cpu_config("ddp" if processes > 1 else "cpu", processes, tmp_path)
+    ended = tmp_path / "run" / "ended.json"
+    with accelerate_launching(config, "dpo", recipe) as launcher:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, "steps")
+        launcher.send_signal(number)
+        launcher.wait(HANG_S)
+        wait_until(ended.exists, "its end")
+    assert json.loads(ended.read_text())["code"] == 128 + signal.SIGTERM
+    assert len(steps(tmp_path)) == 1
+    wait_until(lambda: not is_running(recipe), "the end of every process")
+
+
+def is_running(recipe: Path) -> bool:
+    """Does any process have this recipe on its command line?"""
+    lines = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+    return any(str(recipe) in line for line in lines)

@@ -233,7 +233,7 @@ def _write_store(directory: Path, chunks: Iterable[Chunk], job: _Job) -> None:
     (directory / META).write_text(json.dumps(meta, indent=1), "utf-8")
 
 
-_HINTS = {
+_HINTS: dict[str, str] = {
     Reject.BROKEN_TEXT: "the rows' text was cut within a character; make it again with whole characters",
     Reject.TOO_LONG: "raise data.max_length_tokens",
     Reject.PROMPT_TOO_LONG: "raise data.max_prompt_tokens",
@@ -272,7 +272,7 @@ def _hint(directory: Path, counts: dict[str, int]) -> str:
     with (directory / REJECTS).open(encoding="utf-8") as lines:
         first = next(line for line in map(json.loads, lines) if line["reason"] == reason)
     found = first.get("detail") or first.get("lengths") or "see its text"
-    advice = _HINTS.get(Reject(reason), "check the column map")
+    advice = _HINTS.get(reason, "check the column map")
     return f" Most are {reason}: {advice} (first: {first['file']}:{first['row']}, {found})"
 
 
@@ -282,7 +282,7 @@ def _report(path: str, store: TokenStore) -> None:
     log.info("%s: %d rows, %d rejected %s", path, len(store), lost, dict(store.reject_counts) or "")
     for reason, count in store.reject_counts.items():
         frac = count / (len(store) + lost)
-        hint = _HINTS.get(Reject(reason))
+        hint = _HINTS.get(reason)
         if frac >= _NOTABLE_FRAC and hint:
             log.warning(
                 "%s: %d rows (%.0f%%) rejected as %s: %s", path, count, 100 * frac, reason, hint

@@ -14,7 +14,8 @@ from prefopt.training.metrics import read_metrics
 from prefopt.wiring import train
 from tests.distributed.launch import write_model, write_pairs, write_recipe
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def block(language: str, opening: str) -> str:
@@ -53,3 +54,22 @@ def test_every_objective_is_in_the_table() -> None:
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?:docs/)?[A-Za-z_.]+\.md)\)", README))
 def test_links_lead_somewhere(path: str) -> None:
     assert (Path(__file__).resolve().parents[2] / path).is_file()
+
+
+def test_every_fault_that_the_docs_name_has_its_test() -> None:
+    """docs/what_goes_wrong.md: each cell names files and functions that are there."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in (ROOT / "docs" / "what_goes_wrong.md").read_text().splitlines()
+        if line.startswith("| ") and "| test |" not in line
+    ]
+    assert len(rows) > 90
+    for row in rows:
+        named = re.findall(r"`(tests/[\w./]+)?(?:::(\w+))?`", row[-1])
+        assert len(row) == 3 and named, row
+        file = ""
+        for path, function in named:
+            file = path or file
+            assert (ROOT / file).exists(), row
+            if function:
+                assert f"def {function}(" in (ROOT / file).read_text(), row

@@ -113,7 +113,9 @@ class Ranks(threading.Thread):
             return
         finally:
             self._tried.set()
-        while not self._over.wait(_POLL_S):
+        pause_s = 0.0  # the first beat at once: a rank that is killed a moment later has then said who it is
+        while not self._over.wait(pause_s):
+            pause_s = _POLL_S
             try:
                 self._beat()
                 self._look()

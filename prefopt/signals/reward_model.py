@@ -53,7 +53,8 @@ def reward_model(
         path: directory or hub id of the model, or of a PEFT adapter of one.
         revision: hub revision of ``path``.
         tokenizer: directory or hub id of its tokenizer; default: the model's own.
-        chat_template, chat_template_kwargs: a Jinja file in place of the tokenizer's; its keywords.
+        chat_template: path of a Jinja file that replaces the tokenizer's.
+        chat_template_kwargs: keywords for it.
         template_omits: what it may leave out of the dialogue, as a source's; else the response is NaN.
         format: ``chat``: the model's own chat template over the prompt's messages (a text prompt is one
             user turn) and the response. ``text``: prompt + ``separator`` + response, of a dialogue its

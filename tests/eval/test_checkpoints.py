@@ -82,7 +82,7 @@ def test_every_checkpoint_is_evaluated(tmp_path: Path) -> None:
 def test_a_run_is_evaluated_by_its_final_policy(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "run.json").write_text("{}")
+    (run / "run.json").write_text('{"recipe": {"model": {"path": "base"}}}')
     with pytest.raises(ModelError, match="has not ended"):
         resolve_run(ModelSection(path=str(run)))
     (run / "final").mkdir()

@@ -26,7 +26,8 @@ TOLERANCE = {"rtol": 1e-5, "atol": 0.0}
 
 def stored(run_dir: Path, groups: list[Group]) -> Tensor:
     """(P, 2) summed reference log-probs of chosen and rejected, from the files of the store."""
-    store = ReferenceStore(run_dir / "cache", "0" * 64)  # where and what make_trainer says
+    # where, what and in which precision make_trainer says
+    store = ReferenceStore(run_dir / "cache", "0" * 64, precision="auto")
     sums = []
     for group in groups:
         arrays = store.get(group)

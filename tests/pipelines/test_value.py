@@ -368,7 +368,7 @@ def test_a_run_is_read_as_the_policy_that_it_ended_with(tmp_path: Path, policies
     """The head finds it again by itself, and under the run's name."""
     run = tmp_path / "run"
     shutil.copytree(policies / "first", run / "final")
-    (run / "run.json").write_text("{}")
+    (run / "run.json").write_text('{"recipe": {"model": {"path": "base"}}}')
     folder = build(dev_pipeline(tmp_path, policies, epochs=1, model={"path": str(run)}))
     head = folder / "value" / "head"
     found = rows(build(weigh(tmp_path, mixed(), head=str(head))) / "advantage")

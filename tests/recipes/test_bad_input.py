@@ -62,7 +62,10 @@ def test_misspelt_keys_are_reported_at_once_each_with_its_line_and_the_right_nam
         ("peft.r=big", "peft.r = 'big': must be a whole number (peft's LoraConfig)"),
         ("objective.beta=[1]", "objective.beta: must be a number"),
         ("objective.name=dop", "objective.name = 'dop': unknown; did you mean 'dpo'?"),
-        ("train.precision=fp8", "train.precision = 'fp8': must be 'fp32', 'bf16' or 'fp16'"),
+        (
+            "train.precision=fp8",
+            "train.precision = 'fp8': must be 'auto', 'fp32', 'bf16' or 'fp16'",
+        ),
     ],
 )
 def test_wrong_values_say_what_they_must_be(
@@ -247,13 +250,19 @@ def test_adapter_of_another_base_that_kept_no_hash_is_refused_by_its_name(
 # --- processes -----------------------------------------------------------------------------------
 
 
+_RANK_0 = {
+    "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true",
+}  # fmt: skip
+
+
 def test_batch_that_does_not_divide_names_the_nearest_that_do(
     command: Prefopt, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = "train.global_batch_size = 5: does not divide over 2 processes"
     said = command.refuses("check", recipe, "train.global_batch_size=5", "--num-processes", 2)
     assert message in said and "Use 4 or 6" in said
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as every process of a launch finds it, before they meet
+    for name, value in _RANK_0.items():  # as every process of a launch finds it, before they meet
+        monkeypatch.setenv(name, value)
     said = command.refuses("train", recipe, "train.global_batch_size=5")
     assert message in said and "Use 4 or 6" in said
 

@@ -25,7 +25,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     final = directory / run.RUN_DIR / "sft" / "final"
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
-    (final.parent / "run.json").write_text("{}")
+    (final.parent / "run.json").write_text('{"recipe": {"model": {"path": "base"}}}')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         from_prompts.write_prompts(splits)

@@ -37,6 +37,10 @@ class Bar(tqdm):
                 options["delay"] = LINE_EVERY_S
         super().__init__(*args, **options)
 
+    def set_postfix(self, *args: Any, refresh: bool = True, **values: Any) -> None:
+        """As tqdm's; where nobody watches, it is shown with the next line."""
+        super().set_postfix(*args, refresh=refresh and self._is_watched, **values)
+
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if self._is_watched:
             return bool(super().display(msg, pos))

@@ -117,17 +117,14 @@ def make_policy(seed: int, clock: Clock, *, num_phases: int) -> Any:
 def has_policy(seed: int) -> bool:
     """Did a finished SFT phase leave a policy of today's recipe and this seed?"""
     from prefopt.recipe.load import load_recipe
-    from prefopt.recipe.schema import Recipe
-    from prefopt.recipe.walk import recorded
+    from prefopt.recipe.run_directory import changed_settings
     from prefopt.storage.run_files import read_run
 
     directory = RUN_DIR / "sft"
     if not (directory / "final" / "config.json").is_file():
         return False
     wanted = load_recipe(SFT_RECIPE, [f"train.seed={seed}", f"data.seed={seed}"])
-    record = read_run(directory)
-    today = wanted.model_dump(mode="json")
-    return recorded(Recipe, record["recipe"], "run") == recorded(Recipe, today, "run")
+    return not any(changed_settings(read_run(directory), wanted, strict=True))
 
 
 def launch(script: str, recipe: str, *overrides: str, seed: int) -> None:

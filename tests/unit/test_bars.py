@@ -31,6 +31,7 @@ def test_a_log_gets_lines_and_no_carriage_returns(monkeypatch: pytest.MonkeyPatc
         bar.start_t = bar.last_print_t = 0.0
         for _ in range(1000):
             clock[0] += 0.125
+            bar.set_postfix({"total": "0.5"})
             bar.update(1)
     lines = log.getvalue().splitlines()
     assert "\r" not in log.getvalue()

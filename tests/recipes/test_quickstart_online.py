@@ -152,6 +152,8 @@ def test_an_earlier_policy_is_taken_only_if_this_seed_made_it(
     (tmp_path / "sft" / "final").mkdir(parents=True)
     (tmp_path / "sft" / "final" / "config.json").write_text("{}")
     record = {"recipe": recipe.model_dump(mode="json")}
-    record["recipe"]["train"]["precision"] = "fp32"  # the recipe says `auto`, and the run what that was
+    record["recipe"]["train"]["precision"] = (
+        "fp32"  # the recipe says `auto`, and the run what that was
+    )
     (tmp_path / "sft" / "run.json").write_text(json.dumps(record))
     assert run.has_policy(seed) is made

@@ -171,8 +171,9 @@ def held_out_rows_are_held_out(recipe: Recipe, _: Surroundings) -> Iterator[Find
         if _rows(source) in train:
             yield Finding(
                 f"data.eval.{index}.path",
-                "is also trained on, so its accuracy would say nothing. Take another split, or hold "
-                "out a share with data.eval_frac",
+                "is also trained on, so its numbers say how well it is learnt by heart. To see more, take "
+                "another split, or hold out a share with data.eval_frac",
+                is_note=True,
             )
 
 

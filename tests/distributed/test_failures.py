@@ -181,11 +181,11 @@ def test_a_rank_that_is_stuck_is_named_with_its_stack(
     assert "the run has not got on for more than 20 s (run.stuck_after_s): rank 1 (" in last_line(
         tmp_path, 0
     )
-    assert "training step 3" in last_line(tmp_path, 0)
     if how == "hang":
+        assert "training step 3" in last_line(tmp_path, 0)
         assert "plugin.py" in last_line(tmp_path, 0) and "in hang" in last_line(tmp_path, 0)
         assert "[rank 1] its stack:" in done.stderr
-    else:
+    else:  # what it said last is up to a second old
         assert "does not answer" in last_line(tmp_path, 0)
 
 

@@ -91,9 +91,10 @@ def _content(row: RawRow, name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
     parts = value if isinstance(value, list) else [value]
-    other = next((part for part in parts if not _is_text(part)), None)
-    if other is None:
+    others = [part for part in parts if not _is_text(part)]
+    if not others:
         return "".join(part["text"] for part in parts)
+    other = others[0]
     kind = other.get("type") if isinstance(other, dict) else None
     what = f"has a part of type {kind!r}" if kind is not None else f"is {kind_of(value)}"
     raise DataError(

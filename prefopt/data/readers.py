@@ -169,7 +169,10 @@ def _read_parquet(path: Path) -> Iterator[_Found]:
                 arrow_rows(file.iter_batches(batch_size=_PARQUET_ROWS), str(path)), 1
             ):
                 yield _Found(number, row)
-    except pyarrow.ArrowException as error:
+    except (
+        pyarrow.ArrowException,
+        UnicodeDecodeError,
+    ) as error:  # names of columns, too, may be damaged
         raise DataError(_no_parquet(path, error)) from error
     except OSError as error:  # also what Arrow raises for a page that does not decompress
         if error.errno is not None:

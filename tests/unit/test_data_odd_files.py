@@ -15,6 +15,8 @@ import pytest
 
 from prefopt.cli import main
 from prefopt.data import opening
+from prefopt.data.messages import messages
+from prefopt.data.readers import RawRow, read_rows
 from prefopt.data.sources import first_rows, open_source, sound_rows
 from prefopt.errors import DataError
 from prefopt.recipe.schema import SourceSection
@@ -262,3 +264,23 @@ def test_half_a_surrogate_pair_is_a_counted_reject_of_training(
         (3, "broken_text", "odd.jsonl:3"),
     ]
     assert lines[0]["detail"] == "column 'chosen' holds half of a surrogate pair"
+
+
+def test_a_part_of_a_message_that_is_null_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": [null]}]}\n')
+    row = RawRow("rows.jsonl", 1, json.loads(path.read_text()))
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:1: column 'messages': the content of a message"
+    ):
+        messages(row, "chat", "messages", row.data["messages"], "user")
+
+
+def test_a_column_of_a_parquet_file_whose_name_is_damaged_is_said_of_the_file(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"]}), path)
+    path.write_bytes(path.read_bytes().replace(b"prompt", b"pro\xffpt"))
+    with pytest.raises(DataError, match=r"rows\.parquet"):
+        list(read_rows(path, "rows"))

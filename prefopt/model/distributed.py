@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -20,9 +20,11 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from prefopt.errors import ConfigError, TrainingError, in_words
+from prefopt.errors import ConfigError, PrefoptError, TrainingError, in_words
 from prefopt.process.launch import alone_on, launched, not_set_up
 from prefopt.process.stopping import Stopped
+
+_T = TypeVar("_T")
 
 # A collective that times out names nobody. The ranks' own limit (`run.stuck_after_s`) comes before it, and before
 # that whatever may take long: a checkpoint on slow storage, an hour.
@@ -114,11 +116,13 @@ def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     return total
 
 
-def max_over_processes(accelerator: Accelerator, value: float) -> float:
-    """The largest of the processes' values."""
-    gathered = accelerator.gather(torch.tensor([value], device=accelerator.device))
+def max_over_processes(accelerator: Accelerator, *values: float) -> list[float]:
+    """The largest of the processes' values, one by one. A collective where there are several."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    gathered = accelerator.gather(torch.tensor([values], device=accelerator.device))
     assert isinstance(gathered, Tensor)
-    return gathered.max().item()
+    return gathered.amax(0).tolist()
 
 
 def told_by_main(accelerator: Accelerator, *values: Any) -> list[Any]:
@@ -126,6 +130,21 @@ def told_by_main(accelerator: Accelerator, *values: Any) -> list[Any]:
     found = list(values)
     if accelerator.num_processes > 1:
         broadcast_object_list(found)
+    return found
+
+
+def decided_by_main(accelerator: Accelerator, decide: Callable[[], _T]) -> _T:
+    """What ``decide`` returns or raises (our own errors) on the main process, on every process. A collective."""
+    found: Any = None
+    error: PrefoptError | None = None
+    if accelerator.is_main_process:
+        try:
+            found = decide()
+        except PrefoptError as problem:
+            error = problem
+    found, error = told_by_main(accelerator, found, error)
+    if error is not None:
+        raise error
     return found
 
 
@@ -153,13 +172,6 @@ def _full_tensor(tensor: Tensor) -> Tensor:
             return tensor.detach().clone()
     full = getattr(tensor, "full_tensor", None)  # a DTensor: sharded by FSDP2
     return full() if full is not None else tensor
-
-
-def agreed_signal(accelerator: Accelerator, number: int | None) -> int | None:
-    """The signal that asked any of the processes to end, None where none was asked. A collective."""
-    if accelerator.num_processes == 1:
-        return number
-    return int(max_over_processes(accelerator, float(number or 0))) or None
 
 
 def raise_together(accelerator: Accelerator, error: BaseException | None, what: str) -> None:

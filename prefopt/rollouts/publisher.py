@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from prefopt.engines.base import PolicyFiles
 from prefopt.errors import ModelError
 from prefopt.model.adapters import save_adapter, save_final
-from prefopt.model.distributed import gathered_state, together
+from prefopt.model.distributed import gathered_state, together, told_by_main
 from prefopt.model.load import LoadedPolicy
 from prefopt.model.logps import LogpModel
 from prefopt.storage.checksums import check_weights, write_sums
@@ -54,10 +53,7 @@ class PolicyPublisher:
         self.tokenizer = tokenizer
         self.accelerator = accelerator
         self._engine = cast(LogpModel, accelerator.unwrap_model(model))
-        start = [os.urandom(4).hex()]
-        if accelerator.num_processes > 1:
-            broadcast_object_list(start)
-        self._start = start[0]
+        (self._start,) = told_by_main(accelerator, os.urandom(4).hex())
 
     def write(self, version: int) -> PolicyFiles:
         """The policy of this moment on disk. A collective. Raises: TrainingError if it cannot be written."""

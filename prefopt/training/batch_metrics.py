@@ -128,5 +128,5 @@ def window_row(meter: MeanMeter, accelerator: Any, seconds: float) -> dict[str, 
     row = derived(meter.reduce(accelerator))
     row["time/window_s"] = seconds
     row["tokens/per_s"] = row["tokens/computed"] / seconds
-    row["memory/peak_gib"] = max_over_processes(accelerator, peak_memory_gib(accelerator.device))
+    (row["memory/peak_gib"],) = max_over_processes(accelerator, peak_memory_gib(accelerator.device))
     return row

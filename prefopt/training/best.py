@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from prefopt.errors import ConfigError, suggest
+from prefopt.model.distributed import told_by_main
 from prefopt.recipe.schema import BestSection
 from prefopt.training.metrics import LOSSES
 
@@ -48,7 +47,7 @@ class Best:
         Raises: ConfigError if the metric is not among those that such a row holds.
         """
         name = self.section.metric
-        value = self._told(row.get(name))
+        (value,) = told_by_main(self.accelerator, row.get(name))
         if value is None:
             self._check_name(row)
             return False
@@ -96,12 +95,6 @@ class Best:
             return math.isfinite(value)
         gain = value - self.value if self.section.mode == "max" else self.value - value
         return gain > self.section.min_delta  # False for NaN
-
-    def _told(self, value: float | None) -> float | None:
-        told = [value]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(told)
-        return told[0]
 
     def _check_name(self, row: Mapping[str, Any]) -> None:
         prefix = "eval/" if self.section.metric.startswith("eval/") else ""

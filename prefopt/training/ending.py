@@ -7,8 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from prefopt.errors import ModelError, PrefoptError
-from prefopt.model.distributed import told_by_main
+from prefopt.model.distributed import decided_by_main
 from prefopt.model.load import LoadedPolicy
 from prefopt.model.precision import keeps_masters
 from prefopt.model.rehearsal import rehearse_saving
@@ -21,19 +20,10 @@ def check_ending(
 ) -> None:
     """Returns if the result can be saved, and there is room for it. A collective.
 
-    Raises: ModelError for what cannot be saved or a place that cannot hold it, on every process.
+    Raises: ModelError for what cannot be saved, ConfigError for a place that cannot hold it, on every process.
     """
-    found: PrefoptError | None = None
-    if accelerator.is_main_process:
-        try:
-            _check(recipe, policy, tokenizer, keeps_masters(accelerator))
-        except PrefoptError as error:
-            found = error
-    (problem,) = told_by_main(accelerator, None if found is None else str(found))
-    if found is not None:
-        raise found
-    if problem is not None:
-        raise ModelError(problem)
+    masters = keeps_masters(accelerator)
+    decided_by_main(accelerator, lambda: _check(recipe, policy, tokenizer, masters))
 
 
 def _check(recipe: Recipe, policy: LoadedPolicy, tokenizer: Any, masters: bool) -> None:

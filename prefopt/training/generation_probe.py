@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from prefopt.data import Renderer, load_prompts
 from prefopt.data.groups import GroupSource
@@ -23,7 +23,7 @@ from prefopt.data.samples import SampleNeeds
 from prefopt.engines.base import Completion, Engine, Request, SamplingSpec
 from prefopt.engines.hf import HFEngine
 from prefopt.errors import ConfigError, EngineError, PrefoptError, TrainingError
-from prefopt.model.distributed import raise_together
+from prefopt.model.distributed import decided_by_main, raise_together
 from prefopt.model.end_tokens import end_token_ids, own_end_ids
 from prefopt.model.load import LoadedPolicy
 from prefopt.process.stopping import Stopped, stopping
@@ -80,17 +80,10 @@ class GenerationProbe:
         Raises: TrainingError on every process if one cannot generate, score or write.
         """
         answers = self._everyones(self._share())
-        outcome: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome[0] = self._measured(answers, step)
-            except PrefoptError as error:
-                outcome[1] = str(error)
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(outcome)
-        row, problem = outcome
-        if problem is not None:
-            raise TrainingError(f"evaluation at step {step}: {problem}")
+        try:
+            row = decided_by_main(self.accelerator, lambda: self._measured(answers, step))
+        except PrefoptError as error:
+            raise TrainingError(f"evaluation at step {step}: {error}") from error
         if not self._start:
             self._start = row
         tokens, start = row[f"{PREFIX}/tokens"], self._start[f"{PREFIX}/tokens"]

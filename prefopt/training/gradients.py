@@ -90,7 +90,8 @@ class GradientWatch:
             self._dead = 0
             return
         local = 0.0 if asked is None else float(asked)
-        self._dead = self._dead + 1 if max_over_processes(self._accelerator, local) > 0 else 0
+        (asked_anywhere,) = max_over_processes(self._accelerator, local)
+        self._dead = self._dead + 1 if asked_anywhere > 0 else 0
         if self._dead and self._dead >= self._dead_limit:
             raise TrainingError(
                 f"step {step + 1}: the gradient is exactly 0 for {self._dead} steps in a row, though the "

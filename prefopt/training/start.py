@@ -10,18 +10,22 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from prefopt.data import DataBundle
-from prefopt.errors import ConfigError, PrefoptError
-from prefopt.model.distributed import check_launch, process_group_options
+from prefopt.errors import ConfigError
+from prefopt.model.distributed import (
+    check_launch,
+    decided_by_main,
+    process_group_options,
+)
 from prefopt.model.load import LoadedPolicy
 from prefopt.recipe.run_directory import Change, used_directory
 from prefopt.recipe.schema import Recipe
@@ -34,7 +38,6 @@ logger = logging.getLogger(__name__)
 IN_USE_ADVICE = "Another run.output_dir is free"
 _SEEN_WITHIN_S = 5.0
 _POLL_S = 0.1
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -47,21 +50,6 @@ class Start:
     before: dict[str, Any] | None
     """What run.json says now; None where there is none."""
     is_finished: bool
-
-
-def told(accelerator: Accelerator, decide: Callable[[], _T]) -> _T:
-    """What ``decide`` returns or raises on the main process, on every process. A collective."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = decide()
-        except PrefoptError as error:
-            outcome[1] = error
-    if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 def open_accelerator(recipe: Recipe) -> Accelerator:
@@ -93,7 +81,7 @@ def run_held(accelerator: Accelerator, run_dir: Path) -> Iterator[None]:
     Raises: InUseError if another start has it; ConfigError if a process does not see it.
     """
     with contextlib.ExitStack() as stack:
-        told(
+        decided_by_main(
             accelerator,
             lambda: stack.enter_context(held(run_dir, work="run", advice=IN_USE_ADVICE)),
         )
@@ -106,7 +94,7 @@ def find_start(accelerator: Accelerator, recipe: Recipe, data: DataBundle) -> St
 
     Raises: ConfigError if the directory is of other settings or data, and `train.accept_changes` is not set.
     """
-    return told(accelerator, lambda: _decided(recipe, data))
+    return decided_by_main(accelerator, lambda: _decided(recipe, data))
 
 
 def check_weights(recipe: Recipe, start: Start, policy: LoadedPolicy) -> None:
@@ -167,16 +155,16 @@ def _check_shared(accelerator: Accelerator, run_dir: Path) -> None:
     if accelerator.num_processes == 1:
         return
     # A new name each time: that a file was not there a while ago is remembered by NFS, too.
-    mark = run_dir / told(accelerator, lambda: f".seen-{uuid4().hex}")
+    mark = run_dir / decided_by_main(accelerator, lambda: f".seen-{uuid4().hex}")
     try:
-        told(accelerator, lambda: _make(mark))
+        decided_by_main(accelerator, lambda: _make(mark))
         mine = None if _appears(mark) else (socket.gethostname(), str(run_dir.absolute()))
         blind = [each for each in gather_object([mine]) if each is not None]
     finally:
         if accelerator.is_main_process:
             mark.unlink(missing_ok=True)
     if blind:
-        here = told(accelerator, lambda: f"{socket.gethostname()}:{run_dir.absolute()}")
+        here = decided_by_main(accelerator, lambda: f"{socket.gethostname()}:{run_dir.absolute()}")
         there = ", ".join(sorted({f"{host}:{path}" for host, path in blind}))
         raise ConfigError(
             f"run.output_dir = {run_dir}: is not one directory for all processes: {len(blind)} of "

@@ -238,7 +238,7 @@ class PreferenceTrainer:
             seen = self._seen(groups, output, reference, counts=counts)
             yield seen, self.objective(seen)
             if stopping.is_deferred:
-                self._interrupts.check()
+                self._interrupts.check_between_forwards()
 
     def _start(self) -> None:
         self.model.train()
@@ -280,7 +280,7 @@ class PreferenceTrainer:
         for index, micro_batch in enumerate(window.micro_batches):
             progress.tick(f"micro-batch {index + 1} of {last + 1}")
             if index:  # a whole step may take longer than there is time
-                self._interrupts.check()
+                self._interrupts.check_between_forwards()
             with (
                 memory_for(what, micro_batch.groups, self.limits, backward=checkpointing),
                 sync_gradients(self.accelerator, self.model, index == last),

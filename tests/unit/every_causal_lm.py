@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from tests.unit.tiny_models import draw_wide
+
 WINDOW = 24
 VOCABULARY = 97
 
@@ -270,10 +272,5 @@ def tiny_causal_lm(model_type: str, *, seed: int = 0, **settings: Any) -> PreTra
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim >= 2 and not name.endswith(("A_log", "conv1d.weight")):
-                    parameter.normal_(std=0.2)
-                elif name.endswith(("norm.weight", "bias")) and "dt_proj" not in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        draw_wide(model)
     return model.eval()

@@ -117,10 +117,15 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim >= 2 and not name.endswith(("A_log", "conv1d.weight")):
-                    parameter.normal_(std=0.2)
-                elif name.endswith(("norm.weight", "bias")) and "dt_proj" not in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        draw_wide(model)
     return model.eval()
+
+
+@torch.no_grad()
+def draw_wide(model: torch.nn.Module) -> None:
+    """Draws the weights anew, as `tiny_model` says."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and not name.endswith(("A_log", "conv1d.weight")):
+            parameter.normal_(std=0.2)
+        elif name.endswith(("norm.weight", "bias")) and "dt_proj" not in name:
+            parameter.add_(torch.randn_like(parameter) * 0.1)

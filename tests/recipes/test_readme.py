@@ -73,3 +73,23 @@ def test_every_fault_that_the_docs_name_has_its_test() -> None:
             assert (ROOT / file).exists(), row
             if function:
                 assert f"def {function}(" in (ROOT / file).read_text(), row
+
+
+def test_as_many_models_run_as_the_table_of_architectures_says() -> None:
+    page = (ROOT / "docs" / "architectures.md").read_text()
+    counts = {
+        title: len(
+            re.findall(r"`[\w.-]+`", page.partition(f"\n## {title}\n")[2].partition("\n#")[0])
+        )
+        for title in ("Packed", "Padded", "Refused", "Not tried")
+    }
+    found = re.search(
+        r"(\d+) of transformers' (\d+) text models .*?: (\d+) run packed, (\d+) padded, and say so;\s+"
+        r"(\d+) are refused .*?why (\d+) were not tried",
+        README,
+        re.DOTALL,
+    )
+    assert found is not None
+    tried = counts["Packed"] + counts["Padded"] + counts["Refused"]
+    said = [int(each) for each in found.groups()]
+    assert said == [tried, tried + counts["Not tried"], *counts.values()]

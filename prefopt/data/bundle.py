@@ -14,13 +14,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.prompts import PromptSet
-from prefopt.data.readers import data_suffix
 from prefopt.data.render import Renderer
 from prefopt.data.samples import SampleNeeds, Scaling, scaling_of
-from prefopt.data.sources import is_local
 from prefopt.data.tokenise import tokenise_source
 from prefopt.data.tokens import TokenSet, TokenStore, count_rejects
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.local_paths import data_suffix, is_local_data
 from prefopt.recipe.schema import DataSection, SourceSection
 from prefopt.storage.cache import atomic_write
 
@@ -202,7 +201,7 @@ def source_names(sections: Sequence[SourceSection]) -> list[str]:
 
 def _short_name(section: SourceSection) -> str:
     last = Path(section.path).name
-    if not is_local(section.path) or data_suffix(last) is None:
+    if not is_local_data(section.path) or data_suffix(last) is None:
         return last
     return last.removesuffix(".gz").rpartition(".")[0]
 

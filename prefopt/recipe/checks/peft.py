@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import ConfigError, suggest
-from prefopt.recipe.checks.files import is_local, mistaken_for_hub, read_adapter_config
+from prefopt.recipe.checks.files import mistaken_for_hub, read_adapter_config
 from prefopt.recipe.checks.rules import Finding, Surroundings, rule, was_set
+from prefopt.recipe.local_paths import is_local
 from prefopt.recipe.other_tools import PEFT, family_hint, hint_for, value_hint, written_here
 from prefopt.recipe.peft_unfit import unfit
 from prefopt.recipe.schema import PeftSection, Recipe

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import IA3Config, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -44,9 +44,25 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             f"peft (type {peft_kind(config)!r}) on {type(model).__name__}: {error}"
         ) from error
     assert isinstance(adapted, PeftModel)
+    _name_feedforward(config)
     _check_saved_configuration(config)
     _check_bias(adapted, config)
     return adapted
+
+
+def _name_feedforward(config: PeftConfig) -> None:
+    """Names IA3's feed-forward modules as its targets are named by now, which is what peft reads back.
+
+    Of targets found by ``all-linear`` peft keeps whole names, and wants each feed-forward module to be one of them.
+    """
+    if not isinstance(config, IA3Config):
+        return
+    targets, named = config.target_modules, config.feedforward_modules
+    if not isinstance(targets, set) or not isinstance(named, set) or named <= targets:
+        return
+    found = {name: {target for target in targets if target.endswith(name)} for name in named}
+    if all(found.values()):  # else `_check_saved_configuration` refuses it
+        config.feedforward_modules = sorted(set().union(*found.values()))
 
 
 def _check_bias(model: PeftModel, config: PeftConfig) -> None:

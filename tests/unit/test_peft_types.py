@@ -269,6 +269,26 @@ def test_biases_that_are_not_there_are_refused() -> None:
         add_adapter(tiny_model("llama", VOCABULARY), config)
 
 
+def test_an_ia3_adapter_on_all_linear_layers_is_read_back(tmp_path: Path) -> None:
+    """peft wants its feed-forward modules to be targets by name, and names targets it finds in full."""
+    options = {"target_modules": "all-linear", "feedforward_modules": ["down_proj", "up_proj"]}
+    config = peft_config(PeftSection.model_validate({"type": "ia3", **options}))
+    model = add_adapter(tiny_model("llama", VOCABULARY), config)
+    stir(model)
+    save_adapter(model, tmp_path)
+    again = load_saved_adapter(tiny_model("llama", VOCABULARY), tmp_path, trainable=False)
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
+    assert len(again.peft_config["default"].feedforward_modules) == 4  # two of each layer
+
+
+def test_a_feedforward_module_that_is_no_target_is_refused() -> None:
+    config = peft_config(
+        PeftSection.model_validate({"type": "ia3", "feedforward_modules": ["up_proj"]})
+    )
+    with pytest.raises(ConfigError, match="feedforward_modules.*subset"):
+        add_adapter(tiny_model("llama", VOCABULARY), config)
+
+
 def test_every_type_and_option_of_peft_is_here() -> None:
     types = {str(kind.value).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
     assert types == TYPES.keys() | REFUSED.keys()

@@ -53,12 +53,16 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 def _name_feedforward(config: PeftConfig) -> None:
     """Names IA3's feed-forward modules as its targets are named by now, which is what peft reads back.
 
-    Of targets found by ``all-linear`` peft keeps whole names, and wants each feed-forward module to be one of them.
+    Of targets found by ``all-linear`` peft keeps whole names, and each feed-forward module must be one of them.
     """
     if not isinstance(config, IA3Config):
         return
-    targets, named = config.target_modules, config.feedforward_modules
-    if not isinstance(targets, set) or not isinstance(named, set) or named <= targets:
+    if not all(
+        isinstance(each, set) for each in (config.target_modules, config.feedforward_modules)
+    ):
+        return  # a pattern; peft makes sets of lists
+    targets, named = set(config.target_modules or ()), set(config.feedforward_modules or ())
+    if named <= targets:
         return
     found = {name: {target for target in targets if target.endswith(name)} for name in named}
     if all(found.values()):  # else `_check_saved_configuration` refuses it

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 """Kinds of files that rows are read from."""
 
 
@@ -29,7 +29,7 @@ def is_local_data(path: str) -> bool:
 
 
 def data_suffix(path: str | Path) -> str | None:
-    """``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` (``.gz`` looked through); None for anything else."""
+    """One of `DATA_SUFFIXES` (``.gz`` looked through); None for anything else."""
     name = str(path).lower()
     gzipped = name.endswith(".gz")
     suffix = Path(name.removesuffix(".gz")).suffix

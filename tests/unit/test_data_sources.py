@@ -12,10 +12,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from prefopt.data.readers import READERS
 from prefopt.data.sources import HubRows, open_source
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.checks.files import hub_is_not_asked
 from prefopt.recipe.checks.rules import Surroundings
+from prefopt.recipe.local_paths import DATA_SUFFIXES
 from prefopt.recipe.schema import Recipe, SourceSection
 
 ROWS = [
@@ -244,3 +246,7 @@ def test_check_and_training_agree_what_is_local(
     }  # fmt: skip
     noted = [each.text for each in hub_is_not_asked(Recipe.model_validate(recipe), Surroundings())]
     assert any(path in text.split(": ")[1].split(", ") for text in noted) is not local
+
+
+def test_every_kind_of_file_that_is_read_says_that_a_path_is_meant() -> None:
+    assert set(DATA_SUFFIXES) == READERS.keys()

@@ -285,7 +285,7 @@ def test_a_feedforward_module_that_is_no_target_is_refused() -> None:
     config = peft_config(
         PeftSection.model_validate({"type": "ia3", "feedforward_modules": ["up_proj"]})
     )
-    with pytest.raises(ConfigError, match="feedforward_modules.*subset"):
+    with pytest.raises(ConfigError, match=r"feedforward_modules.*subset"):
         add_adapter(tiny_model("llama", VOCABULARY), config)
 
 

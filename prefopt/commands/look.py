@@ -5,7 +5,6 @@ No weights are read; torch is imported only where a target is not found by the n
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from prefopt.recipe.checks.rules import PROBE_PROMPTS, named_sources
 from prefopt.recipe.local_paths import is_local, is_local_data
 from prefopt.recipe.schema import Recipe, SourceSection
 from prefopt.signals.combine import prompt_fields
+from prefopt.storage.json_text import parse_json
 
 NUM_ROWS = 8
 """Rows looked at of each source: what is wrong with a column map is wrong with the first."""
@@ -165,7 +165,10 @@ def _names_in_weights(home: Path) -> set[str]:
     """Module names by the names of their weights, which an index or a file's header tells at once."""
     index = home / "model.safetensors.index.json"
     if index.is_file():
-        tensors = list(_json(index).get("weight_map", {}))
+        named = _json(index).get("weight_map")
+        tensors = (
+            list(named) if isinstance(named, dict) else []
+        )  # loading says what is wrong with it
     else:
         tensors = [name for file in home.glob("*.safetensors") for name in _header(file)]
     return {name.rpartition(".")[0] for name in tensors}
@@ -211,7 +214,7 @@ def _home(path: str, holds: Callable[[Path], bool]) -> Path | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = parse_json(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -7,7 +7,10 @@ import difflib
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Any
+
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.checks.files import mistaken_for_hub, read_adapter_config
@@ -163,9 +166,42 @@ def _key_problem(key: str, value: Any, fields: set[str], hints: Any, owner: str)
     wrong_type = kind in _PLAIN and not _is(value, kind)
     if wrong_type:
         return f"must be {_PLAIN[kind]} (peft's {owner})"
+    if not _fits(value, kind):
+        return f"must be {_said(kind)} (peft's {owner})"
     if key == "r" and isinstance(value, int) and value < 1:
         return "must be >= 1: a rank of 0 has nothing to train"
     return None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Is it of the type that peft says? A section may stand for a class of its own, which peft makes of it."""
+    if isinstance(value, dict) and _names_a_class(kind):
+        return True
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    except PydanticUserError:  # a type that pydantic has no word for: peft itself will say
+        return True
+    return True
+
+
+def _names_a_class(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or any(map(_names_a_class, typing.get_args(kind)))
+
+
+def _said(kind: Any) -> str:
+    """A type in words as Python has them: ``list[str] | str``."""
+    parts = (
+        typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else [kind]
+    )
+    names = [
+        getattr(part, "__name__", str(part)) if not typing.get_args(part) else str(part)
+        for part in parts
+    ]
+    return " | ".join(
+        "null" if name == "NoneType" else name.replace("typing.", "") for name in names
+    )
 
 
 def _instead(key: str, fields: set[str]) -> str:

@@ -2,7 +2,8 @@
 
 Judges use it here and in evaluation; a server of our own (``vllm`` serves the same protocol) is one more
 base URL. Requests, retries and their waits are the ``openai`` client's; what an answer is, and when to stop
-asking, is decided here and in `prefopt.signals.chat_attempts`, because many servers speak the protocol only nearly.
+asking, is decided here and in `prefopt.signals.chat_attempts`, because many servers speak the protocol only
+nearly.
 
 A request that gets no answer drops what asked it, as a refused one does, if the endpoint answers others; if it
 answers nobody, the run stops. Which of the two it is, is decided by answers: one that came while the request was
@@ -195,8 +196,8 @@ class ChatClient:
             within = f"within deadline_s = {limit_s:g} ({asked.attempts} attempts)"
             raise Unanswered(
                 f"{self.endpoint.url} (model {self.endpoint.model!r}) did not answer a request {within}; last: "
-                f"{asked.problem}. Start or scale the endpoint, lower concurrency, or raise deadline_s; answers so "
-                "far are cached",
+                f"{asked.problem}. Start or scale the endpoint, lower concurrency, or raise deadline_s; answers "
+                "so far are cached",
                 f"no answer {within}; last: {asked.problem}",
                 reached=asked.reached,
             ) from None

@@ -121,7 +121,7 @@ def test_a_stored_winner_counts_where_one_of_llmbars_rules_reads_it(tmp_path: Pa
 @pytest.mark.parametrize(
     ("results", "message"),
     [
-        ([], r"result\.json:1: results = \[\]: must be a list"),
+        ([], r"result\.json:1: results = a list of 0: must be"),
         ([{"swap = False": {"winner": "1"}}], r"json:1: results\[-1\] has no 'swap = True'"),
         ([{"swap = False": {"winner": "3"}, "swap = True": {"winner": "1"}}], r"= '3': must be 1, 2"),
         (["text"], r"has no 'swap = False'"),

@@ -173,6 +173,7 @@ class _Reader:
             fields={k: v for k, v in raw.data.items() if k not in own or k in self.fields},
             given=row.options.given,
             offline_ids=rendered.responses[0] if rendered.responses else None,
+            opened=self.renderer.opened_by(rendered.prompt_ids),
         )
 
     def _line(self, raw: RawRow, reading: Reading, result: Rendered | Refused) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from prefopt.errors import SignalError
 from prefopt.recipe.registry import BoundSignal
 from prefopt.recipe.schema import Recipe
+from prefopt.signals.answers import shown_answers
 from prefopt.signals.base import Replacing, Reporting, Signal
 from prefopt.types import Candidates
 
@@ -170,7 +171,7 @@ def build_signals(entries: Sequence[BoundSignal]) -> WeightedSignals:
         contextlib.ExitStack() as undo
     ):  # a signal that fails must not leave the models before it loaded
         for entry in entries:
-            signal = entry.fn(**entry.params)
+            signal = shown_answers(entry, entry.fn(**entry.params))
             undo.callback(signal.close)
             used[entry.name] += 1
             number = used[entry.name]

@@ -84,7 +84,9 @@ _Parsed = TypeVar("_Parsed")
 
 
 @signal(
-    "judge", source="pairwise: arXiv:2402.04792 (OAIF), both orders; round robin: arXiv:2505.10320"
+    "judge",
+    source="pairwise: arXiv:2402.04792 (OAIF), both orders; round robin: arXiv:2505.10320",
+    reads_answer=True,
 )
 def judge(
     *,

@@ -242,6 +242,8 @@ class Prompt:
     """The data set's own response (its chosen side), terminal EOS included, where the row has one."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """What its chat template is given beside the messages: ``tools``, ``documents``, keywords."""
+    source: str | None = None
+    """What the data source that it is from is called."""
 
     @property
     def text(self) -> str:

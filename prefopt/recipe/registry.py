@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from prefopt.recipe.declared import is_declaration
+from prefopt.recipe.only_where import Rows
 from prefopt.recipe.specs import AnySpec, Registry, Spec
 
 
@@ -61,6 +62,8 @@ class SignalSpec(Spec):
 
     needs_fields: tuple[str, ...]
     """Hyper-parameters that name a column of the prompt data: those columns must be there."""
+    of_form: bool = False
+    """True if it says how an answer is written (length, repetition, its end) and not whether it is good."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,13 @@ class BoundSignal(Bound[SignalSpec]):
         return float(self.given.get("weight", 1.0))
 
     @property
+    def rows(self) -> Rows:
+        """The rows that it scores."""
+        return Rows(self.given.get("only_where"), self.spec.of_form)
+
+    @property
     def columns(self) -> list[str]:
-        """The columns of the prompt data that it reads."""
+        """The columns of the prompt data that it reads in the rows that it is for."""
         found = [self.value(key) for key in self.spec.needs_fields]
         return [name for name in found if isinstance(name, str)]
 
@@ -289,17 +297,20 @@ def credit(
     return register
 
 
-def signal(name: str, *, source: str, needs_fields: tuple[str, ...] = ()) -> Callable[[_Fn], _Fn]:
+def signal(
+    name: str, *, source: str, needs_fields: tuple[str, ...] = (), of_form: bool = False
+) -> Callable[[_Fn], _Fn]:
     """Registers a factory ``(*, hyper-parameters) -> Signal`` (`prefopt.signals.base`).
 
     Args:
         name: the name recipes use in ``signals.N.name``.
         source: what it follows.
         needs_fields: hyper-parameters that name columns of the prompt data.
+        of_form: it says how an answer is written and not whether it is good, so that alone it judges no row.
     """
 
     def register(fn: _Fn) -> _Fn:
-        _SIGNALS.add(SignalSpec(name, fn, source, tuple(needs_fields)))
+        _SIGNALS.add(SignalSpec(name, fn, source, tuple(needs_fields), of_form))
         return fn
 
     return register

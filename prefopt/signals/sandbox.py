@@ -14,7 +14,7 @@ Promised on Linux (x86_64, arm64), with root's rights or without, and tried in t
 - ``privileges``: none, root's neither; no namespace, no clock, no kernel interface for administrators;
 - ``lifetime``: it ends with the process that started it.
 
-A machine where one of these does not hold runs nothing, and says which; `Limits.accept` takes the risk by
+A machine where one of these does not hold runs nothing, and says which; `Limits.accept_risks` takes the risk by
 name. What holds them: an allow list of system calls (seccomp), Landlock, a user or a user namespace of its own.
 
 Not promised: that other files cannot be seen to exist (``stat``), an exact bound on the disk (the parent looks
@@ -68,6 +68,7 @@ Promise = Literal[
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _STARTUP_TIMEOUT_S = 30.0
 _LOOK_EVERY_S = 0.1
+_DEEPEST = 100
 _RESULT_BYTES = 1 << 17
 """More than a child has to say of itself; a program that says more on its pipe is stopped."""
 
@@ -90,8 +91,8 @@ class Limits:
     disk_bytes: int = 64 << 20
     """Most that its files may hold together."""
     files: int = 4096
-    """Most files and directories it may have."""
-    accept: tuple[Promise, ...] = ()
+    """Most files and directories it may have, nested at most 100 deep."""
+    accept_risks: tuple[Promise, ...] = ()
     """Promises without which programs run all the same, should they not hold here."""
     readable: tuple[str, ...] = ()
     """Files and directories that it may read beside Python's libraries."""
@@ -147,7 +148,7 @@ def run_program(program: str, limits: Limits) -> Outcome:
     run = _run(limits, {"program": program, "token": token, "examine": False})
     walls = _walls(run)
     if not run.may_run:
-        raise SignalError(_refusal(walls, limits.accept))
+        raise SignalError(_refusal(walls, limits.accept_risks))
     if walls.attempts:
         _warn(walls.broken)
     verdict = run.verdict
@@ -202,22 +203,24 @@ def _refusal(walls: Walls, accepted: Sequence[str]) -> str:
         note = ", accepted" if promise in accepted else ""
         says = sandbox_promises.PROMISES[promise]
         lines.append(f"  {promise}{note} ({says}): {'; '.join(met[:3])}{more}")
-    missing = [f"{name} ({what})" for name, what in walls.built.items() if what.startswith("not there")]
+    missing = [
+        f"{name} ({what})" for name, what in walls.built.items() if what.startswith("not there")
+    ]
     return (
         "model-written code is not run: this machine does not hold what the sandbox promises\n"
         + "\n".join(lines)
         + (f"\n  missing: {', '.join(missing)}" if missing else "")
         + "\n  what to do: a kernel with Landlock (Linux 5.13, `landlock` in its list of LSMs) and seccomp; "
         "`prefopt doctor` tries all of it. Where something else guards this machine (a virtual machine, a "
-        f"container that holds nothing else), accept the rest by name: accept: [{', '.join(walls.broken)}]"
+        f"container that holds nothing else), accept the rest by name: accept_risks: [{', '.join(walls.broken)}]"
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _warn(broken: tuple[str, ...]) -> None:
     _logger.warning(
         "model-written code runs although the sandbox does not hold here: %s. The settings accept it "
-        "(`accept`); `prefopt doctor` shows what is missing",
+        "(`accept_risks`); `prefopt doctor` shows what is missing",
         ", ".join(broken),
     )
 
@@ -237,13 +240,15 @@ def _run(limits: Limits, orders: dict[str, Any]) -> _Run:
             "memory_bytes": limits.memory_bytes,
             "file_bytes": limits.file_bytes,
             "threads": limits.threads,
-            "accept": limits.accept,
+            "accept_risks": limits.accept_risks,
             "readable": limits.readable,
         }
         process = _start(home, write_fd)
         os.close(write_fd)
         try:
-            verdict, output, result = _watch(process, json.dumps(whole).encode(), read_fd, home, limits)
+            verdict, output, result = _watch(
+                process, json.dumps(whole).encode(), read_fd, home, limits
+            )
         finally:
             _kill(process)
     first, _, rest = result.partition(b"\n")
@@ -289,16 +294,17 @@ def _result_pipe() -> Iterator[tuple[int, int]]:
 
 
 def _start(home: str, result_fd: int) -> subprocess.Popen[bytes]:
-    # Cleared, not filtered: keys of judges and trackers live in the environment. One thread: each thread
-    # of a BLAS takes address space.
+    # Cleared, not filtered: keys of judges and trackers live in the environment. Each thread of a BLAS takes
+    # address space, and each heap of the C library 64 MB of it: fifty threads would not fit.
     environment = {"HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+    environment |= {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     return subprocess.Popen(
         [sys.executable, "-s", "-P", "-B", str(_CHILD)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=home,
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env=environment,
         pass_fds=(result_fd,),
         start_new_session=True,
     )
@@ -315,7 +321,10 @@ def _watch(
     # The clock of the program starts when it does, not while a busy machine starts its interpreter.
     end, started = time.monotonic() + _STARTUP_TIMEOUT_S, False
     verdict: Verdict | None = None
-    with selectors.DefaultSelector() as selector, _Sender(process.stdin, orders, selector) as sender:
+    with (
+        selectors.DefaultSelector() as selector,
+        _Sender(process.stdin, orders, selector) as sender,
+    ):
         for descriptor in received:
             selector.register(descriptor, selectors.EVENT_READ)
         while verdict is None and any(fd in selector.get_map() for fd in received):
@@ -365,12 +374,16 @@ class _Sender:
 
 
 def _overfull(home: str, limits: Limits) -> bool:
-    """Whether there are more or larger files than allowed. What cannot be listed is too much."""
+    """Whether there are more or larger files than allowed. What cannot be listed is too much, and what is nested
+    so deep that looking takes long."""
     count = size = 0
-    folders = [home]
+    folders, deepest = [home], home.count("/") + _DEEPEST
     while folders:
+        folder = folders.pop()
+        if folder.count("/") > deepest:
+            return True
         try:
-            with os.scandir(folders.pop()) as entries:
+            with os.scandir(folder) as entries:
                 for entry in entries:
                     with contextlib.suppress(FileNotFoundError):
                         size += entry.stat(follow_symlinks=False).st_size

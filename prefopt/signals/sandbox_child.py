@@ -47,7 +47,9 @@ def _behind_walls(orders: dict, result: int) -> bool:
         for name in [name for name in sys.modules if name.split(".")[0] == "prefopt"]:
             del sys.modules[name]  # the program imports what it would without us
     broken = [each for each in tried if not each.held]
-    may_run = all(each.promise in orders["accept"] for each in broken) and not orders["examine"]
+    may_run = (
+        all(each.promise in orders["accept_risks"] for each in broken) and not orders["examine"]
+    )
     said = {"may_run": may_run, "built": built, "tried": tried if orders["examine"] else broken}
     os.write(result, json.dumps(said).encode() + b"\n")
     return may_run

@@ -1,42 +1,149 @@
 """The process model-written Python runs in; started by `prefopt.signals.sandbox`, standard library only.
 
-Reads its orders from standard input, gives up every right it does not need, makes sure that they are gone
-(`sandbox_walls.py`), runs the program and, if it ran to its end, writes the token it was given to the result
-pipe.
+Takes its orders from a pipe, gives up every right it does not need, makes sure that they are gone
+(`sandbox_walls.py`), and runs the program as Python runs a file. What it must not know comes only when it ran:
+its tests or the arguments of a call, and behind them the token, which is read when the tests have passed.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
 from importlib.machinery import SourceFileLoader
+from json import dumps, loads
+from os import _exit, read, write
 from types import ModuleType
+
+# What carries messages is imported by name: a program may put functions of its own into a module.
+_FILE = "program.py"
 
 
 def main() -> None:
-    """Runs one program under the orders on standard input."""
-    orders = json.load(sys.stdin)
-    result, walls = int(orders["result_fd"]), _sibling("sandbox_walls")
+    """Runs one program: ``sandbox_child.py ORDERS_FD RESULT_FD``."""
+    orders_fd, result = int(sys.argv[1]), int(sys.argv[2])
+    walls, source, tests = map(_sibling, ("sandbox_walls", "sandbox_source", "sandbox_tests"))
+    order = loads(_message(orders_fd))
     try:
-        walls.limit(orders)
+        walls.limit(order)
         walls.isolate()
         walls.verify()
     except (OSError, RuntimeError) as error:
-        os.write(result, f"cannot isolate: {error}\n".encode())
-        os._exit(1)
-    os.write(result, b"ready\n")
+        write(result, f"cannot isolate: {error}\n".encode())
+        _exit(1)
+    write(result, b"ready\n")
+    if order.get("script"):
+        return _script(order, source)
     try:
-        exec(compile(orders["program"], "<program>", "exec"), {"__name__": "__main__"})
+        _checked(order, source, tests, orders_fd, result)
     except (
         BaseException
     ):  # SystemExit too: a program that leaves before its tests has not passed them
+        _fail()
+    write(result, _message(orders_fd))
+    _exit(0)  # threads and exit handlers of the program get no say
+
+
+def _checked(
+    order: dict, source: ModuleType, tests: ModuleType, orders_fd: int, result: int
+) -> None:
+    """The program, then what comes once it ran: tests, a call, or nothing."""
+    file = os.path.abspath(_FILE)
+    untouched = tests.Untouched(order.get("imports") or [], file)
+    module = _module(order.get("module") or "__main__", file)
+    if order.get("call"):
+        exec(
+            "from typing import *", vars(module)
+        )  # starter code of contests names List and Optional
+    _execute(module, source, source.units(order), file)
+    write(result, b"loaded\n")
+    after = loads(_message(orders_fd))
+    untouched.restore()
+    if "arguments" in after:
+        value = _called(module, order["call"], after["arguments"])
+        write(result, dumps(value, default=_plain).encode() + b"\n")
+    elif after.get("tests") is not None:
+        runs = tests.Runs()
+        exec(compile(after.pop("tests"), "<tests>", "exec", dont_inherit=True), vars(module))
+        runs.check()
+        untouched.check()
+
+
+def _script(order: dict, source: ModuleType) -> None:
+    """A program that reads and prints; ends as Python does, with its buffers written and its threads joined."""
+    file = os.path.abspath(_FILE)
+    module = _module("__main__", file)
+    try:
+        _execute(module, source, source.units(order), file)
+    except SystemExit:
+        raise
+    except BaseException:
+        _fail()
+
+
+def _execute(module: ModuleType, source: ModuleType, units: list, file: str) -> None:
+    """Runs units in a module, in order. An example that fails is passed over."""
+    text, codes = source.compiled(units, file)
+    try:
+        with open(file, "w", encoding="utf-8") as written:  # for tracebacks and inspect
+            written.write(text)
+    except (OSError, UnicodeError):
+        pass
+    for code, must in codes:
+        try:
+            if code is not None:
+                exec(code, vars(module))
+        except BaseException:
+            if must:
+                raise
+
+
+def _module(name: str, file: str) -> ModuleType:
+    """The module that the program runs in: what pickle, dataclasses, unittest and doctest look up."""
+    module = ModuleType(name)
+    vars(module).update(__file__=file, __builtins__=sys.modules["builtins"])
+    sys.modules["__main__"] = sys.modules[name] = module
+    sys.argv = [file]
+    return module
+
+
+def _called(module: ModuleType, name: str, arguments: list) -> object:
+    function = vars(module).get(name)
+    if function is None:
+        function = getattr(vars(module)["Solution"](), name)
+    return function(*arguments)
+
+
+def _plain(value: object) -> object:
+    """What JSON has no word for: arrays and numbers of numpy by their own methods, and any other sequence."""
+    for method in ("tolist", "item"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    return list(value)  # type: ignore[call-overload]
+
+
+def _fail() -> None:
+    try:
         traceback.print_exc()
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
-    os.write(result, orders["token"].encode())
-    os._exit(0)  # threads and exit handlers of the program get no say
+    finally:
+        _exit(1)
+
+
+def _message(descriptor: int) -> bytes:
+    """The next message: eight bytes of length, then as many bytes. No more is read: what follows stays unseen."""
+    return _exactly(descriptor, int.from_bytes(_exactly(descriptor, 8), "big"))
+
+
+def _exactly(descriptor: int, size: int) -> bytes:
+    found = b""
+    while len(found) < size:
+        chunk = read(descriptor, size - len(found))
+        if not chunk:
+            raise EOFError("the orders ended early")
+        found += chunk
+    return found
 
 
 def _sibling(name: str) -> ModuleType:

@@ -227,7 +227,7 @@ def _reads(_libc: ctypes.CDLL, orders: dict[str, Any]) -> Iterator[Attempt]:
     }  # fmt: skip
 
     def inherited() -> None:
-        kept = {0, 1, 2, int(orders["result_fd"])}
+        kept = {0, 1, 2, *orders["kept"]}
         for handle in range(256):
             if handle not in kept:
                 try:

@@ -49,7 +49,7 @@ def isolate(orders: dict[str, Any]) -> dict[str, str]:
 
     Args:
         orders: ``parent`` (process number), ``outside`` (a file beside the working directory that must not be
-            reached), ``result_fd``, ``readable``, and the limits.
+            reached), ``kept`` (descriptors), ``readable``, and the limits.
 
     Returns: what was built, by the name of each wall; "not there: …" where this machine has no such wall.
     Raises: RuntimeError where the machine is none that we know the system calls of.
@@ -60,9 +60,10 @@ def isolate(orders: dict[str, Any]) -> dict[str, str]:
             f"needs Linux on x86_64 or arm64 (seccomp); this is {sys.platform} on {machine}"
         )
     libc = ctypes.CDLL(None, use_errno=True)
-    kept = int(orders["result_fd"])
-    os.closerange(3, kept)
-    os.closerange(kept + 1, 1 << 16)
+    below = 2
+    for kept in (*sorted(orders["kept"]), 1 << 16):
+        os.closerange(below + 1, kept)
+        below = kept
     readable = readable_paths(orders["readable"])
     built: dict[str, str] = {}
     own_count, modes = _identity(libc, orders, readable, built)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from prefopt.errors import SignalError
-from prefopt.signals import sandbox, sandbox_promises, sandbox_syscalls
+from prefopt.signals import sandbox, sandbox_process, sandbox_promises, sandbox_syscalls
 from prefopt.signals.sandbox import Limits, Outcome, Promise, examine, run_program
 from tests.signals.machines import on_machine
 
@@ -369,7 +369,7 @@ def test_nothing_outlives_a_killed_trainer(last_words: str, tmp_path: Path) -> N
     program = last_words.replace("import prctl_reset", "pass") + "\nimport time\ntime.sleep(60)"
     trainer = os.fork()
     if trainer == 0:
-        sandbox.tempfile.tempdir = str(tmp_path)
+        sandbox_process.tempfile.tempdir = str(tmp_path)
         run(program, wall_s=60.0)
         os._exit(0)
     found = _eventually(lambda: _children(trainer))
@@ -384,7 +384,7 @@ def test_nothing_outlives_a_killed_trainer(last_words: str, tmp_path: Path) -> N
     ("program", "verdict"),
     [
         ("import os, sys\nfor fd in range(3, 64):\n    try:\n        while True: os.write(fd, b'x' * 65536)\n"
-         "    except OSError: pass", "output"),
+         "    except OSError: pass", "failed"),
         ("import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'{\"may_run\": 1}\\n\\xff\\0[[[')\n"
          "    except OSError: pass", "failed"),
         ("import os\nwhile True: os.write(1, b'\\xff' * 65536)", "output"),
@@ -413,8 +413,8 @@ def test_the_parent_survives_whatever_a_program_does(
 
 
 def test_a_child_that_does_not_read_its_orders_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_CHILD", Path(__file__).with_name("deaf_child.py"))
-    monkeypatch.setattr(sandbox, "_STARTUP_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(sandbox_process, "_CHILD", Path(__file__).with_name("deaf_child.py"))
+    monkeypatch.setattr(sandbox_process, "_STARTUP_TIMEOUT_S", 0.5)
     with pytest.raises(SignalError, match="did not get ready"):
         run("#" * (1 << 22))
 

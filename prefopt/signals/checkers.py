@@ -18,6 +18,7 @@ from prefopt.errors import DataError
 from prefopt.recipe.registry import signal
 from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal, column
+from prefopt.signals.markdown_code import readings
 from prefopt.signals.sandbox import Limits, run_program
 from prefopt.types import Candidates
 
@@ -25,7 +26,7 @@ Vote: TypeAlias = bool | None
 """What a checker says of a text; None if it raised, ran too long, or gave neither true nor false."""
 
 _HARNESS = """
-def _check(source, texts, mark, timeout_s):
+def _check(sources, texts, mark, timeout_s):
     import os, signal
     out, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1), os.dup2(nowhere, 2)  # what a checker prints is no vote
@@ -54,8 +55,17 @@ def _check(source, texts, mark, timeout_s):
 
     signal.signal(signal.SIGALRM, ring)
     names = {"__name__": "checker"}
+
+    def code():
+        for source in sources:  # the ways in which a text may hold it: the first that is Python
+            try:
+                return compile(source, "<checker>", "exec")
+            except (SyntaxError, ValueError) as error:
+                found = error
+        raise found
+
     try:
-        timed(lambda: exec(compile(source, "<checker>", "exec"), names))
+        timed(lambda: exec(code(), names))
         evaluate = names["evaluate"]
     except BaseException:
         return say("unusable")
@@ -84,7 +94,7 @@ def run_checker(source: str, texts: Sequence[str], limits: CheckerLimits) -> lis
     A call that cannot be interrupted takes the rest of its texts with it: their votes are None.
 
     Args:
-        source: Python that defines ``evaluate(response) -> bool``.
+        source: Python that defines ``evaluate(response) -> bool``, in a Markdown fence or bare.
         texts: responses.
         limits: of each call.
 
@@ -92,7 +102,8 @@ def run_checker(source: str, texts: Sequence[str], limits: CheckerLimits) -> lis
     Raises: SignalError where code cannot be isolated.
     """
     mark = secrets.token_hex(8)  # a checker that writes to descriptor 1 itself does not know it
-    orders = f"_check({source!r}, {list(texts)!r}, {mark!r}, {limits.timeout_s!r})\n"
+    ways = ["\n\n".join(each for each, _ in reading) for reading in readings(source)]
+    orders = f"_check({ways!r}, {list(texts)!r}, {mark!r}, {limits.timeout_s!r})\n"
     whole_s = limits.timeout_s * (len(texts) + 1) + 1.0
     outcome = run_program(
         _HARNESS + orders,

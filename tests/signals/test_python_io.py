@@ -177,7 +177,7 @@ def test_columns_that_do_not_fit_are_an_error_of_their_row(columns: dict, said: 
         ("def add(a, b):\n    return a + b", {"inputs": [[2, 3]], "outputs": [5]}, 1.0),
         ("def add(a, b):\n    return a + b", {"inputs": [[2, 3]], "outputs": [[5]]}, 1.0),
         ("def add(a, b):\n    return a - b", {"inputs": [[2, 3]], "outputs": [5]}, 0.0),
-        ("class Solution:\n    def add(self, a: List[int]): return sum(a)", {"inputs": [[[2, 3]]], "outputs": [5]}, 1.0),
+        ("class Solution:\n    def add(self, a: List[int]): return a[0]", {"inputs": [[[5]]], "outputs": [5]}, 1),
         ("def add(a):\n    return (a, {1: a})", {"inputs": [[2]], "outputs": [[2, {"1": 2}]]}, 1.0),
         ("import numpy\ndef add(a):\n    return numpy.arange(a)", {"inputs": [[2]], "outputs": [[0, 1]]}, 1.0),
         ("def add(a):\n    print(5)\n    return 'x' * a", {"inputs": [[3]], "outputs": ["xxx"]}, 1.0),

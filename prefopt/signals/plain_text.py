@@ -17,17 +17,26 @@ _TABLE = str.maketrans(
 )  # fmt: skip
 _SUPER = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _SUB = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_SUPERS, _SUBS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+"), re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _OTHER_DIGIT = re.compile(r"[^\x00-\x7f]")
-_LATEX = (
+_SPACING = (
     (re.compile(r"\{([,.])\}"), r"\1"),
-    (re.compile(r"\\(?:!|left|right|displaystyle|negthinspace)(?![a-zA-Z])"), ""),
-    (re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace|space)(?![a-zA-Z])|(?<!\\)~"), " "),
+    (re.compile(r"\\(?:!|negthinspace(?![a-zA-Z]))"), ""),
+    (
+        re.compile(
+            r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace|space)(?![a-zA-Z])|(?<!\\)~"
+        ),
+        " ",
+    ),
+)
+_OF_NUMBERS = (
+    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])"), ""),
     (re.compile(r"\\([$%#])"), r"\1"),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])"), "°"),
     (re.compile(r"\\[dtc]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}"), r" \1/\2"),
     (re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)"), r" \1/\2"),
     (re.compile(r"([=(:] *)- +(?=[.\d])"), r"\1-"),
-)  # fmt: skip
+)
 _WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|texttt|textrm|textsf|textnormal|mathrm|mathbf|mathit|mathsf|mathtt|mathbb|mbox|"
     r"operatorname\*?|emph|bold|boldsymbol|bm|underline|hbox)\s*\{([^{}]*)\}"
@@ -35,17 +44,23 @@ _WRAPPER = re.compile(
 _SWITCH = re.compile(r"\\(?:bf|rm|it|sf|tt|bfseries|mathstrut)(?![a-zA-Z])\s*")
 
 
-def plain(text: str) -> str:
+def spelled(text: str) -> str:
     """``text`` with ASCII digits, minus signs, spaces and separators; superscripts as ``^``, LaTeX's spacing as
     spaces."""
     if _OTHER_DIGIT.search(text):
-        text = re.sub(
-            "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda found: f"^{{{found.group().translate(_SUPER)}}}", text
-        )
-        text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda found: f"_{{{found.group().translate(_SUB)}}}", text)
+        text = _SUPERS.sub(lambda found: "^" + _braced(found.group().translate(_SUPER)), text)
+        text = _SUBS.sub(lambda found: "_" + _braced(found.group().translate(_SUB)), text)
         text = text.translate(_TABLE)
         text = _OTHER_DIGIT.sub(lambda found: _ascii(found.group()), text)
-    for pattern, spelling in _LATEX:
+    for pattern, spelling in _SPACING:
+        text = pattern.sub(spelling, text)
+    return text
+
+
+def plain(text: str) -> str:
+    """`spelled`, and without LaTeX's ways of writing a plain number: simple fractions, degrees, escaped signs."""
+    text = spelled(text)
+    for pattern, spelling in _OF_NUMBERS:
         text = pattern.sub(spelling, text)
     return text
 
@@ -58,6 +73,10 @@ def without_wrappers(text: str) -> str:
     text = _SWITCH.sub("", text)
     text = re.sub(r"\\[()\[\]]", " ", text)
     return re.sub(r"\*\*|__|`", "", text)
+
+
+def _braced(digits: str) -> str:
+    return digits if len(digits) == 1 else f"{{{digits}}}"
 
 
 def _ascii(character: str) -> str:

@@ -16,6 +16,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from prefopt.errors import suggest
+from prefopt.recipe.only_where import OnlyWhere
 from prefopt.recipe.other_tools import OBJECTIVES
 from prefopt.recipe.registry import REGISTRIES, Bound, BoundCredit, BoundObjective, BoundSignal
 from prefopt.recipe.specs import Spec
@@ -30,7 +31,9 @@ _BOUND: Mapping[str, type[Bound[Any]]] = {
     "signals": BoundSignal,
 }
 # What a recipe may say of an entry beside its own hyper-parameters.
-_SHARED_KEYS: Mapping[str, Mapping[str, Any]] = {"signals": {"weight": (float, 1.0)}}
+_SHARED_KEYS: Mapping[str, Mapping[str, Any]] = {
+    "signals": {"weight": (float, 1.0), "only_where": (OnlyWhere | None, None)}
+}
 _OF_ANSWERS: Mapping[str, Any] = {"thinking": (Thinking, DEFAULT_TAGS)}
 """Further keys of a signal that reads answers."""
 

@@ -148,7 +148,7 @@ ABSENT = {
     "activation_offloading": "not there; train.gradient_checkpointing, or DeepSpeed's offload "
     "(accelerate_configs/zero2_offload.yaml)",
     "center_rewards_coefficient": "not there; columns.margin is the one addition to Bradley-Terry",
-    "ddp_find_unused_parameters": "not there; every trained weight is in every backward pass",
+    "ddp_find_unused_parameters": "not there; DDP looks for weights that no text reaches in every run",
     "deepspeed": _LAUNCH,
     "discopop_tau": "not there; an objective of your own is a function in a file under plugins",
     "f_divergence_type": "not there: references are compared by the reverse KL; an objective of your own is a "

@@ -112,7 +112,8 @@ def test_half_a_batch_on_each_of_two_processes_is_two_halves_on_one(
     inputs: Path, tmp_path: Path
 ) -> None:
     """Rows as long as each other, dealt back and forth: the first is there twice, so that the halves agree."""
-    texts = [("red one", " cat", " dog"), ("blue two", " sun", " moon"), ("green six", " a", " b")]
+    prompts, ends = ("red one two", "red two one"), (" cat", " dog")
+    texts = [(prompts[0], *ends), (prompts[1], *ends[::-1]), (prompts[0], *ends[::-1])]
     rows = [
         dict(zip(("prompt", "chosen", "rejected"), texts[i], strict=True)) for i in (0, 1, 0, 2)
     ]

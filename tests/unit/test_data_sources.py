@@ -215,7 +215,8 @@ def test_a_hub_data_set_that_does_not_exist_says_so(monkeypatch: pytest.MonkeyPa
     [
         ("org/pairs", False), ("pairs", False), ("org/pairs.v2", False), ("org-1/a_b", False),
         ("pairs.jsonl", True), ("org/pairs.json.gz", True), ("a/b/c", True), ("data/*.parquet", True),
-        ("my pairs", True), ("./pairs", True), ("~/pairs", True), ("/pairs", True), ("here", True), ("s3://b/k", True),
+        ("my pairs", True), ("./pairs", True), ("~/pairs", True), ("/pairs", True), ("here", True),
+        ("s3://b/k", True),
         ("org/train-[0-9]", True),
     ],
 )  # fmt: skip

@@ -18,6 +18,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, c
 from prefopt.errors import suggest
 from prefopt.recipe.only_where import OnlyWhere
 from prefopt.recipe.other_tools import OBJECTIVES
+from prefopt.recipe.plugin_code import why_unknown
 from prefopt.recipe.registry import REGISTRIES, Bound, BoundCredit, BoundObjective, BoundSignal
 from prefopt.recipe.specs import Spec
 
@@ -104,7 +105,8 @@ def _no_such_name(section: str, name: Any) -> ValidationError:
     else:
         elsewhere = OBJECTIVES.get(str(name).lower()) if section == "objective" else None
         said = f"{elsewhere}. Known: {', '.join(sorted(known))}." if elsewhere else None
-        kind, message = UNKNOWN_NAME, said or f"unknown; {suggest(str(name), known)}"
+        unknown = f"unknown; {suggest(str(name), known)}{why_unknown()}"
+        kind, message = UNKNOWN_NAME, said or unknown
     error = PydanticCustomError(kind, "{message}", {"message": message})  # type: ignore[arg-type]
     return ValidationError.from_exception_data(
         section, [{"type": error, "loc": ("name",), "input": name}]

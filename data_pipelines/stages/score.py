@@ -30,7 +30,7 @@ logger = logging.getLogger("prefopt.data")
 
 _TAKEN = frozenset(
     {
-        "text", "tokens", "ended", "ids", "model", "seed", "temperature", "offline", "scores",
+        "text", "tokens", "ended", "ids", "model", "seed", "temperature", "offline", "scores", "opened",
     }
 )  # fmt: skip
 """What a response's keys mean already."""
@@ -125,7 +125,9 @@ class Score(StageSettings):
         return Needs(stays=bool(models), num_gpus=int(on_gpu))
 
     def code(self) -> tuple[Any, ...]:
-        return (candidates, *(entry.fn for entry in self.signals))
+        from prefopt.signals.thinking import answer_of
+
+        return (candidates, answer_of, *(entry.fn for entry in self.signals))
 
     def open(self, place: Place) -> ScoreWorker:
         """Loads the signals. Raises: SignalError, ModelError for one that cannot be set up."""

@@ -37,11 +37,12 @@ class _Entries(Section):
 
 @task(
     "signals",
-    version="1",
+    version="2",
     kind="generate",
     headline="reward",
     source="this project's: the reward of an online run, on any prompts",
     data="an option",
+    whole_responses=True,
 )
 def signals(
     *,
@@ -206,6 +207,7 @@ def _candidates(example: Example, answers: Sequence[Answer], source: str) -> Can
         tuple(answer.text for answer in answers),
         tuple(_RESPONSE_IDS if answer.ids is None else answer.ids for answer in answers),
         tuple(not answer.ended for answer in answers),
+        tuple(answer.opened for answer in answers),
     )
 
 

@@ -189,6 +189,7 @@ class _Reader:
             fields={k: v for k, v in raw.data.items() if k not in own or k in named},
             given=row.options.given,
             offline_ids=rendered.responses[0] if rendered.responses else None,
+            opened=self.renderer.opened_by(rendered.prompt_ids),
             source=source,
         )
 

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from prefopt.recipe.declared import is_declaration
 from prefopt.recipe.only_where import Rows
 from prefopt.recipe.specs import AnySpec, Registry, Spec
+from prefopt.recipe.thinking import DEFAULT_TAGS, Tags, tags_of
 
 
 class Need(enum.Enum):
@@ -62,7 +63,11 @@ class SignalSpec(Spec):
 
     needs_fields: tuple[str, ...]
     """Hyper-parameters that name a column of the prompt data: those columns must be there."""
-    of_form: bool = False
+    reads_answer: bool = field(default=False, kw_only=True)
+    """True: it is shown what a response says outside its thinking; False: the whole response."""
+    no_answer: float | None = field(default=None, kw_only=True)
+    """Its score of a response that never leaves its thinking; None: whatever it says of an empty one."""
+    of_form: bool = field(default=False, kw_only=True)
     """True if it says how an answer is written (length, repetition, its end) and not whether it is good."""
 
 
@@ -146,6 +151,13 @@ class BoundSignal(Bound[SignalSpec]):
     def weight(self) -> float:
         """Of its score in the reward."""
         return float(self.given.get("weight", 1.0))
+
+    @property
+    def thinking(self) -> Tags:
+        """The marks of the thinking that it is not shown; None: it reads whole responses."""
+        if not self.spec.reads_answer:
+            return None
+        return tags_of(self.given["thinking"]) if "thinking" in self.given else DEFAULT_TAGS
 
     @property
     def rows(self) -> Rows:
@@ -298,7 +310,13 @@ def credit(
 
 
 def signal(
-    name: str, *, source: str, needs_fields: tuple[str, ...] = (), of_form: bool = False
+    name: str,
+    *,
+    source: str,
+    needs_fields: tuple[str, ...] = (),
+    reads_answer: bool = False,
+    no_answer: float | None = None,
+    of_form: bool = False,
 ) -> Callable[[_Fn], _Fn]:
     """Registers a factory ``(*, hyper-parameters) -> Signal`` (`prefopt.signals.base`).
 
@@ -306,11 +324,23 @@ def signal(
         name: the name recipes use in ``signals.N.name``.
         source: what it follows.
         needs_fields: hyper-parameters that name columns of the prompt data.
+        reads_answer: it judges what a response says after its thinking, and is shown that alone; its entry in a
+            recipe then has the key ``thinking``.
+        no_answer: its score of a response that never leaves its thinking; None: what it says of an empty one.
         of_form: it says how an answer is written and not whether it is good, so that alone it judges no row.
     """
 
     def register(fn: _Fn) -> _Fn:
-        _SIGNALS.add(SignalSpec(name, fn, source, tuple(needs_fields), of_form))
+        spec = SignalSpec(
+            name,
+            fn,
+            source,
+            tuple(needs_fields),
+            reads_answer=reads_answer,
+            no_answer=no_answer,
+            of_form=of_form,
+        )
+        _SIGNALS.add(spec)
         return fn
 
     return register

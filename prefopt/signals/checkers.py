@@ -184,7 +184,11 @@ class _Checkers:
 
 
 @signal(
-    "checkers", source="AutoIF (arXiv:2406.13542): execution feedback", needs_fields=("checkers",)
+    "checkers",
+    source="AutoIF (arXiv:2406.13542): execution feedback",
+    needs_fields=("checkers",),
+    reads_answer=True,
+    no_answer=0.0,
 )
 def checkers(
     *,

@@ -15,6 +15,7 @@ from prefopt.recipe.only_where import Rows, nobody_judges
 from prefopt.recipe.registry import BoundSignal
 from prefopt.recipe.scored_rows import part_names
 from prefopt.shown import redacted
+from prefopt.signals.answers import shown_answers
 from prefopt.signals.base import Replacing, Reporting, Signal
 from prefopt.types import Candidates
 
@@ -205,7 +206,7 @@ def build_signals(entries: Sequence[BoundSignal]) -> WeightedSignals:
         contextlib.ExitStack() as undo
     ):  # a signal that fails must not leave the models before it loaded
         for entry, name in zip(entries, part_names(entries), strict=True):
-            signal = entry.fn(**entry.params)
+            signal = shown_answers(entry, entry.fn(**entry.params))
             undo.callback(signal.close)
             parts.append(Part(name, entry.weight, signal, entry.rows))
         undo.pop_all()

@@ -28,6 +28,7 @@ from prefopt.model.end_tokens import end_token_ids, own_end_ids
 from prefopt.model.load import LoadedPolicy
 from prefopt.process.stopping import Stopped, stopping
 from prefopt.recipe.schema import GenerationSection, HFSection, Recipe
+from prefopt.recipe.thinking import mark_at_end
 from prefopt.signals.combine import WeightedSignals, build_signals
 from prefopt.signals.penalties import repeated_frac
 from prefopt.storage.cache import atomic_write
@@ -153,7 +154,9 @@ class GenerationProbe:
         if self.parts.signals is None:
             return {}, [None] * len(answers)
         groups = [
-            Candidates(prompt, (text,), (answer.ids,), (answer.stop_reason == "length",))
+            Candidates(
+                prompt, (text,), (answer.ids,), (answer.stop_reason == "length",), (prompt.opened,)
+            )
             for prompt, text, answer in zip(self.parts.prompts, texts, answers, strict=True)
         ]
         scored = self.parts.signals.score(groups)
@@ -289,5 +292,6 @@ def _prompts(
             break
         group = held_out.group(index)
         ids = tuple(map(int, group.prompt_ids))
-        prompts.setdefault(ids, Prompt(group.id, ids, tokenizer.decode(list(ids))))
+        text = tokenizer.decode(list(ids))
+        prompts.setdefault(ids, Prompt(group.id, ids, text, opened=mark_at_end(text)))
     return list(prompts.values())

@@ -78,7 +78,7 @@ def parameters(spec: Spec, shared: Mapping[str, Any] | None = None) -> type[Base
         shared: further keys, as ``{name: (type, default)}``.
     """
     config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    fields: Any = {**spec.fields, **(shared or {})}
+    fields: Any = {**(shared or {}), **spec.fields}
     return create_model(f"{spec.name}_hyperparameters", __config__=config, **fields)
 
 
@@ -98,7 +98,8 @@ def bind(section: str, value: Any) -> Any:
     found = schema.model_validate(given)
     spec = REGISTRIES[section].declared(value["name"])
     shared = _shared_keys(section, spec)
-    params = {key: getattr(found, key) for key in given if key not in shared}
+    # A signal that also declares a shared key is given it: a judge thinks, too.
+    params = {key: getattr(found, key) for key in given if key not in shared or key in spec.fields}
     if "thinking" in shared:
         _refuse_marks(params, getattr(found, "thinking"))  # noqa: B009 - the model is made at run time
     return _BOUND[section](spec, params, dict(value))

@@ -34,7 +34,7 @@ PROMISES = {
     "privileges": "no rights of root, no namespace, no clock, no kernel interface for administrators",
     "lifetime": "it ends with the process that started it",
 }
-"""Name -> what is promised. The names are what `Limits.accept` takes."""
+"""Name -> what is promised. The names are what `Limits.accept_risks` takes."""
 
 REFUSALS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EROFS, errno.EXDEV}
 """How a wall says no; any other error means that the call got behind it."""
@@ -211,7 +211,7 @@ def _others(libc: ctypes.CDLL, orders: dict[str, Any]) -> Iterator[Attempt]:
     }
     for name, call in calls.items():
         yield Attempt("other_processes", name, call)
-    for name in ("environ", "mem", "maps", "cmdline", "root/", "cwd/", "fd/"):
+    for name in ("environ", "mem", "maps", "root/", "cwd/"):
         path = f"/proc/{parent}/{name}"
         yield Attempt("other_processes", f"the parent's {name}", lambda p=path: _read(p))
     yield Attempt(
@@ -222,10 +222,12 @@ def _others(libc: ctypes.CDLL, orders: dict[str, Any]) -> Iterator[Attempt]:
 
 
 def _reads(_libc: ctypes.CDLL, orders: dict[str, Any]) -> Iterator[Attempt]:
-    given = {"HOME", "TMPDIR", "LANG", "LC_CTYPE", "PYTHONHASHSEED", "OMP_NUM_THREADS"}
+    given = {
+        "HOME", "TMPDIR", "LANG", "LC_CTYPE", "PYTHONHASHSEED", "OMP_NUM_THREADS", "MALLOC_ARENA_MAX",
+    }  # fmt: skip
 
     def inherited() -> None:
-        kept = {0, 1, 2, int(orders["result_fd"])}
+        kept = {0, 1, 2, *orders["kept"]}
         for handle in range(256):
             if handle not in kept:
                 try:
@@ -235,7 +237,9 @@ def _reads(_libc: ctypes.CDLL, orders: dict[str, Any]) -> Iterator[Attempt]:
                 return
         _refuse_unless(True)
 
-    outside = orders["outside"]
+    outside, parent = orders["outside"], orders["parent"]
+    yield Attempt("reads", "the parent's command line", lambda: _read(f"/proc/{parent}/cmdline"))
+    yield Attempt("reads", "the parent's list of open files", lambda: _read(f"/proc/{parent}/fd/"))
     yield Attempt("reads", "a file outside", lambda: _read(outside))
     yield Attempt("reads", "the directory it lies in", lambda: _read(os.path.dirname(outside)))
     yield Attempt("reads", "what is in /", lambda: _read("/"))

@@ -49,7 +49,7 @@ def isolate(orders: dict[str, Any]) -> dict[str, str]:
 
     Args:
         orders: ``parent`` (process number), ``outside`` (a file beside the working directory that must not be
-            reached), ``result_fd``, ``readable``, and the limits.
+            reached), ``kept`` (descriptors), ``readable``, and the limits.
 
     Returns: what was built, by the name of each wall; "not there: …" where this machine has no such wall.
     Raises: RuntimeError where the machine is none that we know the system calls of.
@@ -60,9 +60,10 @@ def isolate(orders: dict[str, Any]) -> dict[str, str]:
             f"needs Linux on x86_64 or arm64 (seccomp); this is {sys.platform} on {machine}"
         )
     libc = ctypes.CDLL(None, use_errno=True)
-    kept = int(orders["result_fd"])
-    os.closerange(3, kept)
-    os.closerange(kept + 1, 1 << 16)
+    below = 2
+    for kept in (*sorted(orders["kept"]), 1 << 16):
+        os.closerange(below + 1, kept)
+        below = kept
     readable = readable_paths(orders["readable"])
     built: dict[str, str] = {}
     own_count, modes = _identity(libc, orders, readable, built)
@@ -132,8 +133,10 @@ def _identity(
     Returns: whether the kernel counts the threads of this program alone; whether all files but its own are
         another's, so that it may change modes.
     """
-    user = _free_user() if _capabilities(libc) & _NEEDED_CAPS == _NEEDED_CAPS else None
-    spaces = _CLONE_NEWNET | _CLONE_NEWIPC | (0 if user is not None else _CLONE_NEWUSER)
+    spaces = _CLONE_NEWNET | _CLONE_NEWIPC
+    user = _other_user(libc, orders["outside"])
+    if user is None:
+        spaces |= _CLONE_NEWUSER
     apart = libc.unshare(spaces) == 0
     built["namespaces"] = ("" if apart else "not there: ") + (
         "network, ipc" if user is not None else "user, network, ipc"
@@ -143,12 +146,7 @@ def _identity(
         _set_capabilities(libc, 0)
         # before 5.14, a namespace had no count of its own
         return apart and _kernel() >= (5, 14), False
-    os.chmod(os.path.dirname(orders["outside"]), 0o711)
-    os.chown(os.getcwd(), user, user)
-    _call(libc.prctl, _PR_SET_KEEPCAPS, 1, 0, 0, 0)
-    os.setgroups([])
-    os.setresgid(user, user, user)
-    os.setresuid(user, user, user)
+    _set_capabilities(libc, 0, _DAC_READ_SEARCH)
     # Root's Python often lies where only root may look (/root/.pyenv). Landlock bounds what this reads.
     hidden = [path for path in (*readable, os.getcwd()) if not os.access(path, os.R_OK)]
     _set_capabilities(libc, _DAC_READ_SEARCH if hidden else 0)
@@ -156,6 +154,28 @@ def _identity(
         ", which may look into directories" if hidden else ""
     )
     return True, True
+
+
+def _other_user(libc: ctypes.CDLL, outside: str) -> int | None:
+    """Becomes a user that nobody is, who owns the working directory; None without the rights to.
+
+    The capabilities are kept for what must come after.
+    """
+    had = _capabilities(libc)
+    user = _free_user() if had & _NEEDED_CAPS == _NEEDED_CAPS else None
+    if user is None:
+        return None
+    _call(libc.prctl, _PR_SET_KEEPCAPS, 1, 0, 0, 0)
+    try:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    except OSError:  # not this number, or not under this container's rules
+        return None
+    _set_capabilities(libc, had)
+    os.chmod(os.path.dirname(outside), 0o711)
+    os.chown(os.getcwd(), user, user)
+    return user
 
 
 def _free_user() -> int | None:
@@ -183,8 +203,8 @@ def _capabilities(libc: ctypes.CDLL) -> int:
     return struct.unpack("6I", data.raw)[0]
 
 
-def _set_capabilities(libc: ctypes.CDLL, mask: int) -> None:
-    wanted = struct.pack("6I", mask, mask, 0, 0, 0, 0)
+def _set_capabilities(libc: ctypes.CDLL, effective: int, permitted: int | None = None) -> None:
+    wanted = struct.pack("6I", effective, effective if permitted is None else permitted, 0, 0, 0, 0)
     _call(libc.syscall, _CAPSET, struct.pack("Ii", 0x20080522, 0), wanted)
 
 
@@ -212,7 +232,12 @@ def _landlock(libc: ctypes.CDLL, readable: list[str]) -> int:
     ruleset = _call(libc.syscall, create, attributes, ctypes.c_size_t(len(attributes)), 0)
     rules = [(path, _READ_FILE | _READ_DIR) for path in readable]
     for path, allowed in (*rules, (os.getcwd(), own), ("/dev/null", _READ_FILE | write)):
-        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except (
+            PermissionError
+        ):  # below a directory that this user may not enter: without a rule it is as shut
+            continue
         if not os.path.isdir(path):
             allowed &= _READ_FILE | write
         _call(libc.syscall, add_rule, ruleset, 1, struct.pack("=Qi", allowed, handle), 0)

@@ -19,6 +19,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, c
 from prefopt.errors import suggest
 from prefopt.recipe.only_where import OnlyWhere
 from prefopt.recipe.other_tools import value_hint
+from prefopt.recipe.plugin_code import why_unknown
 from prefopt.recipe.registry import REGISTRIES, Bound, BoundCredit, BoundObjective, BoundSignal
 from prefopt.recipe.specs import Spec
 from prefopt.recipe.thinking import DEFAULT_TAGS, Tags, Thinking, names_a_mark
@@ -144,7 +145,7 @@ def _no_such_name(section: str, name: Any) -> ValidationError:
     elif isinstance(name, list | tuple | Mapping):
         message = f"must be one name. {listed}"
     else:
-        message = f"unknown; {suggest(str(name), known)}"
+        message = f"unknown; {suggest(str(name), known)}{why_unknown()}"
     return _refused("name", name, kind, message)
 
 

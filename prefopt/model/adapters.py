@@ -137,6 +137,7 @@ def merged_into_base(model: PeftModel) -> PreTrainedModel:
 
     Raises: ModelError for an adapter type that cannot be merged, or a merge that gives non-finite weights.
     """
+    _untie_adapted(model)
     try:
         merged: Any = model.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
@@ -145,6 +146,21 @@ def merged_into_base(model: PeftModel) -> PreTrainedModel:
             f"this adapter (type {kind!r}) cannot be merged into its base: {error}"
         ) from error
     return merged
+
+
+def _untie_adapted(model: PeftModel) -> None:
+    """Gives the head weights of its own where it shares the input embedding's and one of the two is adapted.
+
+    Under an adapter they are read apart, each with its own change; merged into one tensor, each change would reach
+    both. peft sees to the configuration (``tie_word_embeddings``).
+    """
+    base: Any = model.get_base_model()
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if not any(hasattr(end, "base_layer") for end in ends):
+        return
+    first, head = (getattr(end, "base_layer", end) for end in ends)
+    if getattr(head, "weight", None) is first.weight:
+        head.weight = nn.Parameter(first.weight.detach().clone(), requires_grad=False)
 
 
 def saved_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:

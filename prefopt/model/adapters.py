@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -46,7 +47,20 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     assert isinstance(adapted, PeftModel)
     _check_saved_configuration(config)
     _check_bias(adapted, config)
+    _check_patterns(adapted, config)
     return adapted
+
+
+def _check_patterns(model: PeftModel, config: PeftConfig) -> None:
+    """Raises ConfigError for ranks or scales of modules that the adapter is not on: peft leaves them unread."""
+    names = [name for name, each in model.named_modules() if hasattr(each, "base_layer")]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key, None) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                raise ConfigError(
+                    f"peft.{key}.{pattern}: no module that the adapter is put on is called so, and it would be "
+                    f"ignored; it is on {', '.join(sorted({name.rpartition('.')[2] for name in names}))}"
+                )
 
 
 def _check_bias(model: PeftModel, config: PeftConfig) -> None:
@@ -193,26 +207,29 @@ def save_full(
 ) -> None:
     state = dict(state_dict) if state_dict is not None else None
     _refuse_empty(state if state is not None else dict(model.named_parameters()))
-    use_cache = getattr(model.config, "use_cache", None)
-    try:
-        if use_cache is not None:
-            model.config.use_cache = (
-                True  # off while training; whoever loads this wants to generate
-            )
-        if (
-            state is not None
-        ):  # the buffers a state of parameters lacks; sharded tensors it replaces
+    with _as_it_came(model):
+        if state is not None:  # buffers a state of parameters lacks; sharded tensors it replaces
             state = {**dict(_persistent_buffers(model)), **state}
         with _generation_settings_aside(model):
             model.save_pretrained(directory, state_dict=state)
         write_generation_config(model, directory)
         if state_dict is not None:
             _record_dtype(directory, model, state_dict)
-    finally:
-        if use_cache is not None:
-            model.config.use_cache = use_cache
     own = state_dict if state_dict is not None else dict(model.named_parameters())
     _compare(directory, model, own)
+
+
+@contextlib.contextmanager
+def _as_it_came(model: Any) -> Iterator[None]:
+    """The configuration without what training set in it: no dropout, and no cache, with which one generates."""
+    settings = vars(model.config)
+    came = {**getattr(model, "prefopt_dropout", {}), "use_cache": True}
+    now = {name: settings[name] for name in came if name in settings}
+    settings.update({name: came[name] for name in now})
+    try:
+        yield
+    finally:
+        settings.update(now)
 
 
 def write_generation_config(model: PreTrainedModel, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -12,11 +13,17 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForSequenceClassification,
+)
 
+from prefopt.cli import main
 from tests.distributed.launch import write_model, write_recipe
 from tests.recipes.commands import Prefopt
-from tests.unit.tiny_models import tiny_model
+from tests.unit.tiny_models import tiny_config, tiny_model
 from tests.unit.tiny_tokenizers import make_tokenizer
 
 STEADY = {"num_epochs": None, "max_steps": 1, "warmup_frac": 0.0, "lr_scheduler": "constant"}
@@ -170,3 +177,61 @@ def test_check_sees_missing_shards_a_broken_template_and_ids_without_rows(
     assert "the chat template is broken: line 1" in said
     assert "files that its index names, e.g. model-00002-of-" in said
     assert "the model has 390 embedding rows (vocab_size), and the tokenizer in" in said
+
+
+def test_a_classifier_of_several_labels_is_no_reward_model(
+    command: Prefopt, inputs: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "classifier"
+    make_tokenizer().save_pretrained(path)
+    LlamaForSequenceClassification(tiny_config("llama", 400, num_labels=3)).save_pretrained(path)
+    recipe = write_recipe(
+        tmp_path / "r.yaml", path, inputs / "pairs.jsonl", train=STEADY, peft=None, objective=None
+    )
+    recipe.write_text(recipe.read_text() + "stage: reward_model\n")
+    said = command.refuses("train", recipe, code=1)
+    assert "a LlamaForSequenceClassification with 3 labels, and a reward model has one" in said
+
+
+def test_the_dropout_of_a_configuration_is_saved_as_it_came(
+    command: Prefopt, inputs: Path, tmp_path: Path
+) -> None:
+    """It is off in training; whoever fine-tunes the result further would have lost it without a word."""
+    model = saved(tmp_path / "model", attention_dropout=0.25)
+    recipe = write_recipe(
+        tmp_path / "r.yaml", model, inputs / "pairs.jsonl", train=STEADY, peft=None
+    )
+    assert command("train", recipe)[0] == 0
+    config = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
+    assert config["attention_dropout"] == 0.25
+    assert config["use_cache"] is True
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_rank_of_modules_that_are_not_there_is_refused(
+    key: str, command: Prefopt, recipe: Path
+) -> None:
+    said = command.refuses("train", recipe, f"peft.{key}={{'q_proj': 2, 'w_proj': 8}}")
+    assert f"peft.{key}.w_proj: no module that the adapter is put on is called so" in said
+    assert command("train", recipe, f"peft.{key}={{'layers.0.*q_proj': 2}}")[0] == 0
+
+
+def test_paths_that_mean_something_else_are_told(
+    command: Prefopt, recipe: Path, inputs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert command("train", recipe)[0] == 0
+    for override, said in {
+        "run.output_dir=$SCRATCH/run": "a directory would be called $SCRATCH: variables are not filled in",
+        "model.path=${HUB}/llama": "no such directory: it is looked for under ${HUB}",
+        f"run.output_dir={tmp_path / 'link'}": f"is a link to {tmp_path / 'nowhere'}, which is not there",
+        f"model.path={tmp_path / 'run'}": f"its result is the adapter {tmp_path / 'run' / 'final'}",
+        f"model.path={inputs / 'model' / 'model.safetensors'}": "is a file, and a directory is needed",
+    }.items():
+        assert said in command.refuses("check", recipe, override)
+
+
+@pytest.mark.parametrize("count", ["0", "-2", "2.5"])
+def test_a_number_of_processes_is_a_number(count: str, recipe: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["check", str(recipe), "--num-processes", count])

@@ -286,7 +286,7 @@ def _home(path: str, holds: Callable[[Path], bool]) -> Path | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except (OSError, ValueError):  # loading says what is wrong with it
         return ""
 

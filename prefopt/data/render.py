@@ -155,8 +155,7 @@ class Renderer:
         """The prompt's text, then prompt + response for each response; the same of each earlier turn."""
         if not isinstance(request.prompt, str) and self.template.fault is not None:
             raise ModelError(
-                f"{self.template.fault}. Set model.chat_template to a Jinja file that opens an answer where "
-                "add_generation_prompt is true, and only there"
+                f"{self.template.fault}. Set model.chat_template to a Jinja file without that"
             )
         refused = self._controls(request)
         if refused is not None:

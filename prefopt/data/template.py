@@ -66,7 +66,7 @@ class ChatTemplate:
 
     @cached_property
     def fault(self) -> str | None:
-        """What is wrong with how the template opens an answer, whatever the row; None where nothing is.
+        """What is wrong with what the template writes between turns, whatever the row; None where nothing is.
 
         A policy generates after what ``add_generation_prompt`` asks for. A template that does not read it opens an
         answer always, so that every response would end with a further one, or never, so that the opening would
@@ -83,6 +83,11 @@ class ChatTemplate:
         if any(isinstance(each, Refused) for each in (*told, longer)):
             return None  # it takes no such dialogue: what it makes of it says nothing
         bare, opened, whole, reopened = map(str, told)
+        if r"\n" in opened:
+            return (
+                r"the chat template writes a backslash and an n (\n) where it means a line break, as in a copy "
+                "out of JSON: the policy would be trained on those two characters"
+            )
         before, _, after = whole.partition("zqtwo")
         opening = before.removeprefix(opened)
         if bare == opened and before.startswith(opened) and opening.strip():

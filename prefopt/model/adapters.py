@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from prefopt.errors import ConfigError, ModelError, TrainingError
+from prefopt.model.adapter_names import check_names, check_patterns
 from prefopt.model.end_tokens import write_end_tokens
 from prefopt.recipe.peft_unfit import unfit
 from prefopt.storage.cache import atomic_directory
@@ -38,6 +38,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """``model`` under a new adapter. Raises: ConfigError where the two do not fit."""
+    check_names(model, config)
     try:
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, LookupError, RuntimeError, ImportError) as error:
@@ -47,20 +48,8 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     assert isinstance(adapted, PeftModel)
     _check_saved_configuration(config)
     _check_bias(adapted, config)
-    _check_patterns(adapted, config)
+    check_patterns(adapted, config)
     return adapted
-
-
-def _check_patterns(model: PeftModel, config: PeftConfig) -> None:
-    """Raises ConfigError for ranks or scales of modules that the adapter is not on: peft leaves them unread."""
-    names = [name for name, each in model.named_modules() if hasattr(each, "base_layer")]
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, key, None) or {}:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
-                raise ConfigError(
-                    f"peft.{key}.{pattern}: no module that the adapter is put on is called so, and it would be "
-                    f"ignored; it is on {', '.join(sorted({name.rpartition('.')[2] for name in names}))}"
-                )
 
 
 def _check_bias(model: PeftModel, config: PeftConfig) -> None:

@@ -120,7 +120,7 @@ def load_tokenizer(model: ModelSection) -> Any:
         ) from error
     if model.chat_template is not None:
         try:
-            tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(model.chat_template).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"model.chat_template = {model.chat_template!r}: {error}") from error
     if model.chat_template_kwargs:

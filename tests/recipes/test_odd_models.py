@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import stat
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,9 @@ from transformers import (
 
 from prefopt.cli import main
 from tests.distributed.launch import write_model, write_recipe
-from tests.recipes.commands import Prefopt
+from tests.recipes.commands import Prefopt, run
 from tests.unit.tiny_models import tiny_config, tiny_model
-from tests.unit.tiny_tokenizers import make_tokenizer
+from tests.unit.tiny_tokenizers import TEMPLATES, make_tokenizer
 
 STEADY = {"num_epochs": None, "max_steps": 1, "warmup_frac": 0.0, "lr_scheduler": "constant"}
 
@@ -235,3 +238,56 @@ def test_paths_that_mean_something_else_are_told(
 def test_a_number_of_processes_is_a_number(count: str, recipe: Path) -> None:
     with pytest.raises(SystemExit):
         main(["check", str(recipe), "--num-processes", count])
+
+
+@pytest.mark.parametrize(
+    ("key", "known"), [("target_modules", "did you mean 'q_proj'"), ("modules_to_save", "lm_head")]
+)
+def test_training_refuses_a_module_that_is_not_there_beside_some_that_are(
+    key: str, known: str, command: Prefopt, recipe: Path
+) -> None:
+    said = command.refuses("train", recipe, f"peft.{key}=[lm_head, q_prj]")
+    assert f"peft.{key}: no module of the model is called 'q_prj'" in said and known in said
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("checkpoints", "directory"), ("metrics.jsonl", "file"), ("run.json", "file")],
+)
+def test_what_is_in_the_way_of_a_run_is_found_before_its_first_step(
+    name: str, kind: str, command: Prefopt, recipe: Path
+) -> None:
+    path = recipe.parent / "run" / name
+    path.parent.mkdir()
+    path.mkdir() if kind == "file" else path.write_text("mine")
+    assert f"{path} stands where the run writes a {kind}, and is none" in command.refuses(
+        "check", recipe
+    )
+
+
+def test_a_byte_order_mark_of_a_chat_template_is_no_part_of_the_prompts(
+    command: Prefopt, inputs: Path, recipe: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    template = recipe.parent / "chat.jinja"
+    template.write_text("\ufeff" + TEMPLATES["chatml"], encoding="utf-8")
+    for name in ("with", "without"):
+        chosen = [f"model.chat_template={template}", "data.train.0.format=chat"]
+        assert main(["show", str(recipe), "--no-color", "-n", "1", *chosen]) == 0
+        said = capfd.readouterr().out
+        assert "ï»¿" not in said.replace("│", "") and "prompt (" in said, name
+        template.write_text(TEMPLATES["chatml"], encoding="utf-8")
+
+
+def test_output_that_a_terminal_cannot_write_is_escaped(recipe: Path) -> None:
+    """A locale that is not UTF-8, or a pipe that is told to be ASCII: a traceback amid a page."""
+    log = recipe.parent / "log"
+    code, said = run("keys", log=log, entry=_in_ascii)
+    assert code == 0, said
+    assert "\\u2026" in said and "run.stuck_after_s" in said
+
+
+def _in_ascii(arguments: Sequence[str]) -> int:
+    sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="ascii")
+    code = main(arguments)
+    sys.stdout.flush()
+    return code

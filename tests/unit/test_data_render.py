@@ -63,6 +63,7 @@ TURNS = (
             TURNS + "<|im_start|>assistant\n",
             "after an answer that nothing follows: it opens another one",
         ),
+        (TURNS.replace("\n", "\\n"), r"a backslash and an n \(\\n\) where it means a line break"),
         # as old tools wrote it: without special tokens
         (
             "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}### assistant:\n",
@@ -70,7 +71,9 @@ TURNS = (
         ),
     ],
 )
-def test_a_template_that_opens_an_answer_always_or_never_is_refused(chat: str, said: str) -> None:
+def test_a_template_that_writes_what_no_policy_should_learn_is_refused(
+    chat: str, said: str
+) -> None:
     """Else the opening would carry loss: at the start of every response, or after the end of each."""
     with pytest.raises(ModelError, match=said):
         render(make_tokenizer(chat), PROMPT, CHOSEN)

@@ -15,6 +15,7 @@ from prefopt.recipe.checks.rules import Finding, Surroundings, named_sources, ru
 from prefopt.recipe.run_directory import FINAL
 from prefopt.recipe.schema import ModelReference, Recipe, SourceSection
 from prefopt.storage import model_files as storage
+from prefopt.storage.run_files import METRICS_FILE, RUN_FILE
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What training tools call the directories of a run: no hub repository is called so.
@@ -115,6 +116,7 @@ def output_directory_is_writable(recipe: Recipe, _: Surroundings) -> Iterator[Fi
         return
     if variable := _VARIABLE.search(recipe.run.output_dir):
         yield Finding("run.output_dir", f"a directory would be called {_unfilled(variable[0])}")
+    yield from _in_the_way(directory)
     existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     if not existing.is_dir():
         yield Finding("run.output_dir", f"cannot be made: {existing} is a file")
@@ -123,6 +125,19 @@ def output_directory_is_writable(recipe: Recipe, _: Surroundings) -> Iterator[Fi
             "run.output_dir",
             f"cannot be written: no permission in {existing}. Choose another place",
         )
+
+
+def _in_the_way(directory: Path) -> Iterator[Finding]:
+    """What stands under a name that the run writes to, and is of another kind."""
+    wanted = {FINAL: "directory", "checkpoints": "directory"}
+    wanted |= dict.fromkeys((RUN_FILE, METRICS_FILE, "rejects.jsonl"), "file")
+    for name, kind in wanted.items():
+        path = directory / name
+        if path.exists() and path.is_dir() != (kind == "directory"):
+            yield Finding(
+                "run.output_dir",
+                f"{path} stands where the run writes a {kind}, and is none. Move it away, or choose another place",
+            )
 
 
 def _model_findings(key: str, path: str) -> Iterator[Finding]:
@@ -181,6 +196,8 @@ def _matches(path: str) -> bool:
 def _missing(kind: str, path: str) -> str:
     """``no such file``, with the nearest name beside it and where a relative path was looked for."""
     full = Path(path).expanduser()
+    if kind == "file" and full.is_dir():
+        return "is a directory, and a file is needed"
     if kind == "directory" and full.is_file():
         return "is a file, and a directory is needed: name the one that holds it"
     if (variable := _VARIABLE.search(path)) is not None:

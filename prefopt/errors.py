@@ -7,13 +7,15 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+from prefopt.shown import redacted, visible
+
 
 class PrefoptError(Exception):
     """Base of every error this project raises on purpose; the command line prints it without a traceback."""
 
     def __str__(self) -> str:
-        """The message, which can be written anywhere: it may quote half of a surrogate pair from a file."""
-        return super().__str__().encode("utf-8", "backslashreplace").decode("utf-8")
+        """The message, which can be written anywhere: it quotes files, servers and settings of others."""
+        return visible(redacted(super().__str__()))
 
 
 class ConfigError(PrefoptError):

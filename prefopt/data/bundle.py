@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.data.prompts import PromptSet
 from prefopt.data.render import Renderer
 from prefopt.data.samples import SampleNeeds, Scaling, scaling_of
+from prefopt.data.sources import source_name
 from prefopt.data.tokenise import tokenise_source
 from prefopt.data.tokens import TokenSet, TokenStore, count_rejects
 from prefopt.errors import ConfigError, DataError
-from prefopt.recipe.local_paths import data_suffix, is_local_data
 from prefopt.recipe.schema import DataSection, SourceSection
 from prefopt.storage.cache import atomic_write
 
@@ -190,20 +190,13 @@ def _mix(
 
 def source_names(sections: Sequence[SourceSection]) -> list[str]:
     """What metrics call each source: its ``name``, else its file's or data set's; numbered where two are alike."""
-    names = [section.name or _short_name(section) for section in sections]
+    names = [*map(source_name, sections)]
     alike, seen = Counter(names), Counter[str]()
     for place, name in enumerate(names):
         seen[name] += 1
         if alike[name] > 1:
             names[place] = f"{name}-{seen[name]}"
     return names
-
-
-def _short_name(section: SourceSection) -> str:
-    last = Path(section.path).name
-    if not is_local_data(section.path) or data_suffix(last) is None:
-        return last
-    return last.removesuffix(".gz").rpartition(".")[0]
 
 
 def _unweighted(section: SourceSection) -> SourceSection:

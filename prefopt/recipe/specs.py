@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.declared import is_declaration, run_declaration
+from prefopt.recipe.plugin_code import why_unknown
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class Registry(Generic[AnySpec]):
         if name not in self._specs and name in self.table:
             importlib.import_module(self.table[name])
         if name not in self._specs:
-            raise ConfigError(f"{self.key} = {name!r}: unknown; {suggest(name, self.names())}")
+            raise ConfigError(
+                f"{self.key} = {name!r}: unknown; {suggest(name, self.names())}{why_unknown()}"
+            )
         return self._specs[name]
 
     def declared(self, name: str) -> AnySpec:

@@ -22,7 +22,7 @@ ABSENT = {
     "compile": "not there: ragged packed batches would be compiled again and again",
     "compute_metrics": "not there: `prefopt eval` has tasks, and one of your own is a file",
     "critic": "not there: no value model is trained; rloo and grpo do without",
-    "ddp_find_unused_parameters": "not there; every trained weight is in every backward pass",
+    "ddp_find_unused_parameters": "not there; DDP looks for weights that no text reaches in every run",
     "debug": "not there: `prefopt check` and `prefopt show` say what a recipe does before it runs",
     "deepspeed": LAUNCH,
     "delta": "not there: grpo clips by objective.epsilon_low and objective.epsilon_high",

@@ -9,12 +9,13 @@ from pydantic import PositiveInt
 
 from eval.base import Answer, Conversations, Decoding, Example, Judgments, Row, Summary
 from eval.registry import task
-from eval.responses import answer_of, model_of, response_of, response_rows
+from eval.responses import answer_of, answered, model_of, response_of, response_rows
 from eval.sources import benchmark_rows, keyed, require, text_key
 from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import DataError
-from prefopt.signals.math import extract_number
+from prefopt.recipe.thinking import DEFAULT_TAGS, Tags
+from prefopt.signals.numbers import extract_number, gold_number
 
 INSTRUCTION = "Solve the problem step by step. End with the answer as a plain number after ####."
 _PROBLEM = ("question", "prompt", "key")
@@ -23,7 +24,7 @@ _PROBLEM = ("question", "prompt", "key")
 
 @task(
     "gsm8k",
-    version="1",
+    version="2",
     kind="generate",
     headline="accuracy",
     source="Cobbe et al. 2021, arXiv:2110.14168; exact match of the final number, greedy",
@@ -33,7 +34,7 @@ def gsm8k(*, data: str | None = None, max_new_tokens: PositiveInt = 1024) -> Gsm
     """Accuracy in percent on the 1,319 test problems, zero-shot with an instruction to end in ``#### n``.
 
     The final number is the first after the last marker (``####``, ``A:``, ``\\boxed{``, ``answer is``), else
-    the last of the text, compared as decimals: what `prefopt signals final_number` does.
+    the last of the text, compared exactly as decimals: what `prefopt signals final_number` does.
 
     Args:
         data: file with columns ``question`` and ``answer`` in place of the hub's.
@@ -69,14 +70,15 @@ class Gsm8k:
         counts = {"n": len(rows), "n_correct": int(sum(right)), **problem_counts(rows)}
         return Summary({"accuracy": mean_metric(right, 100)}, counts)
 
-    def read(self, path: Path) -> dict[str, list[Row]]:
+    def read(self, path: Path, thinking: Tags = DEFAULT_TAGS) -> dict[str, list[Row]]:
         """OpenAI's file of model solutions (a column a model), or rows with ``response`` and ``answer``."""
         found: dict[str, list[Row]] = {}
         for raw in response_rows(path, *_PROBLEM):
             gold = str(require(raw, "ground_truth", "answer"))
             key = text_key(str(require(raw, *_PROBLEM)))
-            for model, answer in _responses(raw).items():
-                found.setdefault(model, []).append(_row(key, gold, answer))
+            for model, response in _responses(raw).items():
+                row = _row(key, gold, answered(response, thinking))
+                found.setdefault(model, []).append(row)
         return found
 
 
@@ -88,11 +90,12 @@ def _example(row: RawRow) -> Example:
 
 def _row(key: str, gold: str, answer: Answer) -> Row:
     """Right or wrong; a response that is not there is wrong, and counted."""
-    expected, given = extract_number(gold), extract_number(answer.text)
+    expected = gold_number(gold)
     if expected is None:
-        raise DataError(f"gsm8k: the gold answer of {key} holds no number: {gold[-80:]!r}")
+        raise DataError(f"gsm8k: the gold answer of {key} is no decimal number: {gold[-80:]!r}")
+    given = extract_number(answer.text, decimal_comma=expected.decimal_comma)
     problem = answer.problem or ("no_number" if given is None else None)
-    return Row(key, {"accuracy": float(given == expected)}, problem=problem)
+    return Row(key, {"accuracy": float(given == expected.value)}, problem=problem)
 
 
 def _responses(raw: RawRow) -> dict[str, Answer]:

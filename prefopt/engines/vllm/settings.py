@@ -42,6 +42,8 @@ class ServedModel:
     """Longest prompt + response in tokens."""
     context: int | None = None
     """Longest sequence the model itself takes, in tokens."""
+    vocab_size: int | None = None
+    """Rows of its embedding that are tokens."""
     revision: str | None = None
     trust_remote_code: bool = False
     lora_rank: int | None = None

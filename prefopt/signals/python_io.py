@@ -139,6 +139,8 @@ class _PythonIO:
     "python_io",
     source="inputs and outputs, as APPS's (arXiv:2105.09938)",
     needs_fields=("inputs", "outputs", "function", "prefix"),
+    reads_answer=True,
+    no_answer=0.0,
 )
 def python_io(
     *,

@@ -17,7 +17,7 @@ from prefopt.recipe.registry import signal
 from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal, column
 from prefopt.signals.markdown_code import readings
-from prefopt.signals.sandbox import Limits, Program, run_program
+from prefopt.signals.sandbox import Limits, Program, Promise, run_program
 from prefopt.signals.sandbox_source import only_defines
 from prefopt.types import Candidates
 
@@ -74,6 +74,8 @@ class _PythonTests:
     "python_tests",
     source="unit tests, as HumanEval's (arXiv:2107.03374)",
     needs_fields=("tests", "prefix"),
+    reads_answer=True,
+    no_answer=0.0,
 )
 def python_tests(
     *,
@@ -82,6 +84,8 @@ def python_tests(
     timeout_s: PositiveFloat = 10.0,
     memory_mib: PositiveInt = 1024,
     num_workers: Annotated[PositiveInt, NoEffect()] = 2,
+    accept_risks: tuple[Promise, ...] = (),
+    readable: tuple[str, ...] = (),
 ) -> Signal:
     """1.0 if the response's code followed by the row's tests runs to its end, else 0.0.
 
@@ -98,10 +102,18 @@ def python_tests(
         timeout_s: longest wall and CPU time of one program.
         memory_mib: address space of one program, MiB.
         num_workers: programs run at a time.
+        accept_risks: what the sandbox promises and need not hold here; ``prefopt doctor`` shows what does.
+        readable: files and directories that a program may read beside Python's libraries.
 
-    Raises: SignalError where code cannot be isolated (no Linux seccomp).
+    Raises: SignalError where code cannot be isolated, naming what is missing.
     """
-    limits = Limits(wall_s=timeout_s, cpu_s=timeout_s, memory_bytes=memory_mib << 20)
+    limits = Limits(
+        wall_s=timeout_s,
+        cpu_s=timeout_s,
+        memory_bytes=memory_mib << 20,
+        accept_risks=accept_risks,
+        readable=readable,
+    )
     run_program("", limits)
     return _PythonTests(tests, prefix, limits, num_workers)
 

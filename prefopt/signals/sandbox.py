@@ -1,59 +1,54 @@
 """Runs model-written Python in a process that can hurt nobody: what holds, and what does not.
 
-Guaranteed on Linux (x86_64, arm64), with or without privileges, tried in the child before each program:
+Promised on Linux (x86_64, arm64), with root's rights or without, and tried in the child before each program
+(`prefopt.signals.sandbox_promises` is the list; ``prefopt doctor`` shows it):
 
-- wall time, CPU time, address space, size of a file, number of open files, amount of output;
-- no network: ``socket()`` is denied by a seccomp filter (and the network namespace is empty where the
-  kernel permits one), so it holds against ``ctypes`` too;
-- no new process, so no fork bomb and nothing that outlives the kill;
-- no signal, ptrace or limit set on any other process, the parent included;
-- an empty environment (no keys), a working directory of its own that is removed afterwards.
+- ``limits``: wall and CPU time, memory, size and number of open files, amount of output; ``threads``;
+- ``network``: no socket but a connected pair within the program;
+- ``new_processes``: no fork, no other program;
+- ``other_processes``: none is signalled, read, written, traced or set, the parent included;
+- ``reads``: its own directory and Python's libraries, nothing else: no keys, no data, no source of the run. An
+  empty environment, no descriptor of the parent;
+- ``changes``: nothing outside its directory; mode, owner, times, attributes and locks of no file at all (but for
+  the record locks that SQLite takes, exclusive ones on its own files only);
+- ``privileges``: none, root's neither; no namespace, no clock, no kernel interface for administrators;
+- ``lifetime``: it ends with the process that started it.
 
-Where the kernel has Landlock (5.13 and later), files outside that directory cannot be changed; elsewhere
-their permissions protect them. Not prevented: reading files that the user may read (with nowhere to send
-them), filling the disk with many small files within the time limit, kernel exploits, and a response that
-attacks its own test harness from inside: a reward hack, not an escape. For hostile code use a container.
+A machine where one of these does not hold runs nothing, and says which; `Limits.accept_risks` takes the risk by
+name. What holds them: an allow list of system calls (seccomp), Landlock, a user or a user namespace of its own.
+
+Not promised: that other files cannot be seen to exist (``stat``), an exact bound on the disk (the parent looks
+ten times a second), a bug of the kernel, and a response that attacks its own test harness from inside: a reward
+hack, not an escape. For hostile code use a virtual machine or gVisor as well: docs/sandbox.md.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
-import math
-import os
+import logging
 import secrets
-import selectors
 import signal
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from prefopt.errors import SignalError
+from prefopt.signals.sandbox_process import Limits, Promise, Running, Verdict, message, start
 
-Verdict = Literal["passed", "failed", "timeout", "output"]
+if sys.platform != "win32":  # compiled here, once: the child writes no bytecode
+    from prefopt.signals import sandbox_promises, sandbox_source, sandbox_tests, sandbox_walls  # noqa: F401
+
+__all__ = [
+    "Attempt", "Limits", "Outcome", "Program", "Promise", "Reading", "Verdict", "Walls", "examine", "run_program",
+    "source_program",
+]  # fmt: skip
+
+_logger = logging.getLogger(__name__)
+
 Reading: TypeAlias = tuple[tuple[str, bool], ...]
 """One way to read a response: sources in order, each with whether it is said to be Python."""
-_CHILD = Path(__file__).with_name("sandbox_child.py")
-_STARTUP_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a program may use."""
-
-    wall_s: float = 10.0
-    cpu_s: float = 10.0
-    memory_bytes: int = 1 << 30
-    """Address space, the interpreter's own (some 30 MB) and every thread's stack included."""
-    file_bytes: int = 1 << 20
-    """Largest file it may write."""
-    output_bytes: int = 1 << 16
-    """Most it may print, standard error included."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,8 @@ class Outcome:
     """How a program ended."""
 
     verdict: Verdict
-    """``passed``: it ran to its end. ``failed``: it raised, left early, or was killed by a limit."""
+    """``passed``: it ran to its end. ``failed``: it raised, left early, or was killed by a limit. ``output``: it
+    printed, or wrote into files, more than it may."""
     output: str
     """What it printed, cut to ``output_bytes``; of a program with ``stdin`` without standard error."""
     value: Any = None
@@ -119,6 +115,31 @@ class Outcome:
         return self.verdict == "passed"
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One thing that must not be possible behind the walls, and what became of it here."""
+
+    promise: str
+    what: str
+    held: bool
+    how: str
+    """The error that it met, or "possible"."""
+
+
+@dataclass(frozen=True)
+class Walls:
+    """What the sandbox is made of on this machine, and whether it holds."""
+
+    built: dict[str, str]
+    """Wall -> what it is here; "not there: …" where there is none."""
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Promises that do not hold, in order."""
+        return tuple(dict.fromkeys(each.promise for each in self.attempts if not each.held))
+
+
 def run_program(program: str | Program, limits: Limits) -> Outcome:
     """Runs Python to its end, or to one of its limits. Safe to call from several threads.
 
@@ -126,35 +147,28 @@ def run_program(program: str | Program, limits: Limits) -> Outcome:
         program: a source as it is, or what a model wrote and what comes before and after it.
         limits: of the whole run, tests included.
 
-    Raises: SignalError if a process cannot be started or isolated here.
+    Raises: SignalError if a process cannot be started, or a promise that ``limits`` does not accept is not held
+        here.
     """
     if isinstance(program, str):
         program = source_program(program)
-    with _process(program.stdin) as running:
-        token = secrets.token_bytes(16)
-        running.say(
-            {
-                **program.order(),
-                "cpu_s": math.ceil(limits.cpu_s),
-                "memory_bytes": limits.memory_bytes,
-                "file_bytes": limits.file_bytes,
-            }
-        )
-        verdict = running.watch(
-            limits, _message(json.dumps(program.later()).encode()) + _message(token)
-        )
-    first, _, rest = running.result.partition(b"\n")
-    if first != b"ready":
-        reason = (first or running.output).decode(errors="replace").strip()
-        raise SignalError(f"python_tests cannot run model-written code safely here: {reason}")
+    token = secrets.token_bytes(16)
+    later = message(json.dumps(program.later()).encode()) + message(token)
+    with start(program.stdin, limits, {**program.order(), "examine": False}) as running:
+        verdict = running.watch(limits, later)
+    walls, may_run = _walls(running)
+    if not may_run:
+        raise SignalError(_refusal(walls, limits.accept_risks))
+    if walls.attempts:
+        _warn(walls.broken)
     if running.returncode == -signal.SIGXCPU:
         verdict = "timeout"
     value = None
     if verdict is None and program.stdin is not None:
         verdict = "passed" if running.returncode == 0 else "failed"
     elif verdict is None:
-        told = rest.removeprefix(b"loaded\n").removesuffix(token)
-        passed = rest == b"loaded\n" + told + token
+        told = running.said.removeprefix(b"loaded\n").removesuffix(token)
+        passed = running.said == b"loaded\n" + told + token
         if passed and program.call is not None:
             value, passed = _value(told)
         elif told:
@@ -171,125 +185,58 @@ def _value(told: bytes) -> tuple[Any, bool]:
         return None, False
 
 
-def _message(content: bytes) -> bytes:
-    return len(content).to_bytes(8, "big") + content
+def examine(limits: Limits | None = None) -> Walls:
+    """What the sandbox is made of here, and every attempt on it.
+
+    Raises: SignalError if a process cannot be started or isolated at all.
+    """
+    limits = limits or Limits()
+    with start(None, limits, {**source_program("").order(), "examine": True}) as running:
+        running.watch(limits, b"")
+    return _walls(running)[0]
 
 
-class _Running:
-    """One process, what it is to be told and what it said."""
-
-    def __init__(self, process: subprocess.Popen[bytes], orders_fd: int, result_fd: int) -> None:
-        self.process = process
-        self.orders_fd = orders_fd
-        self.result_fd = result_fd
-        self.waiting = b""
-        self.output = b""
-        self.result = b""
-        self.returncode: int | None = None
-
-    def say(self, orders: dict[str, Any]) -> None:
-        self.waiting += _message(json.dumps(orders).encode())
-
-    def watch(self, limits: Limits, later: bytes) -> Verdict | None:
-        """None once the program ended; or that it took too long or said too much.
-
-        ``later`` is sent when the program says that it ran.
-        """
-        assert self.process.stdout is not None
-        stdout = self.process.stdout.fileno()
-        # The clock of the program starts when it does, not while a busy machine starts its interpreter.
-        end, started, told = time.monotonic() + _STARTUP_TIMEOUT_S, False, False
-        with selectors.DefaultSelector() as selector:
-            selector.register(stdout, selectors.EVENT_READ)
-            selector.register(self.result_fd, selectors.EVENT_READ)
-            selector.register(self.orders_fd, selectors.EVENT_WRITE)
-            open_ends = {stdout, self.result_fd}
-            while open_ends:
-                for key, _ in selector.select(max(0.0, end - time.monotonic())):
-                    if key.fd == self.orders_fd:
-                        if not self._send():
-                            selector.unregister(self.orders_fd)
-                    elif not self._receive(key.fd):
-                        selector.unregister(key.fd)
-                        open_ends.discard(key.fd)
-                if not started and b"\n" in self.result:
-                    started, end = True, time.monotonic() + limits.wall_s
-                if not told and self.result.startswith(b"ready\nloaded\n"):
-                    told = True
-                    self.waiting += later
-                    if self.orders_fd not in selector.get_map():
-                        selector.register(self.orders_fd, selectors.EVENT_WRITE)
-                if time.monotonic() >= end:
-                    return "timeout"
-                if max(len(self.output), len(self.result)) > limits.output_bytes:
-                    return "output"
-        return None
-
-    def _send(self) -> bool:
-        """Writes what fits into the pipe; False when nothing waits, or nobody reads any more."""
-        try:
-            self.waiting = self.waiting[os.write(self.orders_fd, self.waiting[:65536]) :]
-        except BlockingIOError:
-            return True
-        except BrokenPipeError:
-            self.waiting = b""
-        return bool(self.waiting)
-
-    def _receive(self, descriptor: int) -> bool:
-        chunk = os.read(descriptor, 65536)
-        if descriptor == self.result_fd:
-            self.result += chunk
-        else:
-            self.output += chunk
-        return bool(chunk)
+def _walls(running: Running) -> tuple[Walls, bool]:
+    """What a process said of its walls, all of it or what does not hold; whether it went on to the program."""
+    try:
+        said = json.loads(running.first)
+    except ValueError:  # it ended before it could say anything
+        said = {}
+    if "tried" in said:
+        tried = tuple(Attempt(*each) for each in said["tried"])
+        return Walls(said["built"], tried), bool(said["may_run"])
+    reason = said.get("unable") or running.output.decode(errors="replace").strip()[-2000:]
+    raise SignalError(
+        f"model-written code is not run: the sandbox's process did not get ready: {reason or 'it ended'}"
+    )
 
 
-@contextlib.contextmanager
-def _process(stdin: str | None) -> Iterator[_Running]:
-    """A process in a directory of its own; it is dead, and the directory gone, afterwards."""
-    with contextlib.ExitStack() as stack:
-        home = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix="prefopt-sandbox-", ignore_cleanup_errors=True)
-        )
-        orders_out, orders_in, result_out, result_in = (*os.pipe(), *os.pipe())
-        for descriptor in (orders_in, result_out):
-            stack.callback(os.close, descriptor)
-        os.set_blocking(orders_in, False)
-        try:
-            process = _start(home, (orders_out, result_in), stdin)
-        finally:
-            os.close(orders_out)
-            os.close(result_in)
-        running = _Running(process, orders_in, result_out)
-        try:
-            yield running
-        finally:
-            _kill(process)
-            running.returncode = process.returncode
+def _refusal(walls: Walls, accepted: Sequence[str]) -> str:
+    """What does not hold, and what to do."""
+    lines = []
+    for promise in walls.broken:
+        met = [f"{a.what} ({a.how})" for a in walls.attempts if a.promise == promise and not a.held]
+        more = f" and {len(met) - 3} more" if len(met) > 3 else ""
+        note = ", accepted" if promise in accepted else ""
+        says = sandbox_promises.PROMISES[promise]
+        lines.append(f"  {promise}{note} ({says}): {'; '.join(met[:3])}{more}")
+    missing = [
+        f"{name} ({what})" for name, what in walls.built.items() if what.startswith("not there")
+    ]
+    return (
+        "model-written code is not run: this machine does not hold what the sandbox promises\n"
+        + "\n".join(lines)
+        + (f"\n  missing: {', '.join(missing)}" if missing else "")
+        + "\n  what to do: a kernel with Landlock (Linux 5.13, `landlock` in its list of LSMs) and seccomp; "
+        "`prefopt doctor` tries all of it. Where something else guards this machine (a virtual machine, a "
+        f"container that holds nothing else), accept the rest by name: accept_risks: [{', '.join(walls.broken)}]"
+    )
 
 
-def _start(home: str, descriptors: tuple[int, int], stdin: str | None) -> subprocess.Popen[bytes]:
-    # Cleared, not filtered: keys of judges and trackers live in the environment. One thread: each thread
-    # of a BLAS takes address space.
-    environment = {"HOME": home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile() as given:  # a file, not a pipe: programs ask for its size
-        given.write((stdin or "").encode(errors="surrogatepass"))
-        given.seek(0)
-        return subprocess.Popen(
-            [sys.executable, "-s", "-P", "-B", str(_CHILD), *map(str, descriptors)],
-            stdin=given,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if stdin is None else subprocess.DEVNULL,
-            cwd=home,
-            env=environment,
-            pass_fds=descriptors,
-            start_new_session=True,
-        )
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+@functools.cache
+def _warn(broken: tuple[str, ...]) -> None:
+    _logger.warning(
+        "model-written code runs although the sandbox does not hold here: %s. The settings accept it "
+        "(`accept_risks`); `prefopt doctor` shows what is missing",
+        ", ".join(broken),
+    )

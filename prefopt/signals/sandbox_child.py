@@ -1,8 +1,9 @@
 """The process model-written Python runs in; started by `prefopt.signals.sandbox`, standard library only.
 
-Takes its orders from a pipe, gives up every right it does not need, makes sure that they are gone
-(`sandbox_walls.py`), and runs the program as Python runs a file. What it must not know comes only when it ran:
-its tests or the arguments of a call, and behind them the token, which is read when the tests have passed.
+Takes its orders from a pipe, gives up every right it does not need, tries whether they are gone
+(`sandbox_walls`, `sandbox_promises`), and runs the program as Python runs a file. What it must not know comes
+only when it ran: its tests or the arguments of a call, and behind them the token, which is read when the tests
+have passed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from importlib.machinery import SourceFileLoader
 from json import dumps, loads
 from os import _exit, read, write
 from types import ModuleType
@@ -22,16 +22,15 @@ _FILE = "program.py"
 def main() -> None:
     """Runs one program: ``sandbox_child.py ORDERS_FD RESULT_FD``."""
     orders_fd, result = int(sys.argv[1]), int(sys.argv[2])
-    walls, source, tests = map(_sibling, ("sandbox_walls", "sandbox_source", "sandbox_tests"))
+    _know_siblings()
+    from prefopt.signals import sandbox_promises, sandbox_source, sandbox_tests, sandbox_walls
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "prefopt"]:
+        del sys.modules[name]  # the program imports what it would without us
+    source, tests = sandbox_source, sandbox_tests
     order = loads(_message(orders_fd))
-    try:
-        walls.limit(order)
-        walls.isolate()
-        walls.verify()
-    except (OSError, RuntimeError) as error:
-        write(result, f"cannot isolate: {error}\n".encode())
+    if not _behind_walls(order, result, sandbox_walls, sandbox_promises):
         _exit(1)
-    write(result, b"ready\n")
     if order.get("script"):
         return _script(order, source)
     try:
@@ -146,12 +145,31 @@ def _exactly(descriptor: int, size: int) -> bytes:
     return found
 
 
-def _sibling(name: str) -> ModuleType:
-    """A module of this folder, by its file: the folder on ``sys.path`` would hide modules such as ``math``."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{name}.py")
-    module = ModuleType(name)
-    SourceFileLoader(name, path).exec_module(module)
-    return module
+def _behind_walls(order: dict, result: int, walls: ModuleType, promises: ModuleType) -> bool:
+    """Isolates this process and says on the result pipe what holds; whether the program may run."""
+    try:
+        built = walls.isolate(order)
+        tried = promises.try_all(order)
+    except (OSError, RuntimeError) as error:
+        write(result, dumps({"unable": str(error)}).encode() + b"\n")
+        return False
+    broken = [each for each in tried if not each.held]
+    may_run = all(each.promise in order["accept_risks"] for each in broken) and not order["examine"]
+    said = {"may_run": may_run, "built": built, "tried": tried if order["examine"] else broken}
+    write(result, dumps(said).encode() + b"\n")
+    return may_run
+
+
+def _know_siblings() -> None:
+    """Makes the modules beside this one importable by their names, and nothing else of the package.
+
+    The folder on ``sys.path`` would hide modules such as ``math``; the package may not be installed, and its
+    own `__init__` is none of a program's business.
+    """
+    here = os.path.dirname(os.path.abspath(__file__))
+    for name, folder in (("prefopt", os.path.dirname(here)), ("prefopt.signals", here)):
+        sys.modules[name] = package = ModuleType(name)
+        package.__path__ = [folder]
 
 
 if __name__ == "__main__":

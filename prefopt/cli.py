@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_keys(commands)
     _add_registries(commands)
+    _add_doctor(commands)
     for name, point in sorted(_siblings().items()):
         commands.add_parser(name, help=point.load().SUMMARY)
     return parser
@@ -256,6 +257,20 @@ def _add_registries(commands: argparse._SubParsersAction[argparse.ArgumentParser
         parser.add_argument("name", nargs="?", metavar="NAME", help="only this one, in full")
 
 
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "What the sandbox of model-written code holds on this machine, each item tried; exit code 1 if signals "
+        "that run code would refuse.",
+        "prefopt doctor",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="for programs: every attempt with what it met"
+    )
+
+
 def _check(arguments: argparse.Namespace) -> None:
     from prefopt.commands.look import examine_and_look
 
@@ -349,6 +364,12 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     merge_adapter(arguments.source, arguments.output, trust_remote_code=arguments.trust_remote_code)
     print(f"wrote {arguments.output}")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from prefopt.commands.doctor import show_doctor
+
+    show_doctor(as_json=arguments.json)
 
 
 def _keys(arguments: argparse.Namespace) -> None:

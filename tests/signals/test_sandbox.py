@@ -484,6 +484,19 @@ def test_what_a_machine_lacks_is_found_by_trying(
     assert missing >= set(lacks) & {"landlock", "seccomp"}
 
 
+@pytest.mark.parametrize("root", [True, False])
+def test_a_container_with_dockers_default_rights_holds_all_and_runs_programs(root: bool) -> None:
+    """No CAP_DAC_READ_SEARCH, no CAP_SYS_ADMIN, no user namespaces: the commonest place of all."""
+
+    def tried() -> tuple[tuple[str, ...], str]:
+        outcome = run(
+            "import json, sqlite3, decimal, numpy\nopen('x', 'w').close()", wall_s=60.0, cpu_s=60.0
+        )
+        return examine().broken, outcome.output + outcome.verdict
+
+    assert on_machine(tried, root=root, docker=True, lacks=("unshare",)) == ((), "passed")
+
+
 def _told() -> str:
     try:
         run_program("print('it ran')", LIMITS)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipelines.base import Dropped
 from data_pipelines.rows import Row, RowKind, asked_options, responses_of, user_fields
 from prefopt.errors import DataError
+from prefopt.recipe.thinking import mark_at_end
 from prefopt.signals.base import UnknownIds
 from prefopt.storage.packed import unpack_ids
 from prefopt.types import Candidates, Prompt
@@ -84,13 +85,20 @@ def _candidates(
         content=content if isinstance(content, str) else tuple(content),
         fields=user_fields(row),
         given=asked_options(row).given,
+        source=row.get("source"),
     )
     return Candidates(
         prompt,
         tuple(each["text"] for each in responses),
         tuple(_ids(each, rendered, unknown) for each in responses),
         tuple(each.get("ended") is False for each in responses),
+        tuple(_opened(each, content) for each in responses),
     )
+
+
+def _opened(response: Mapping[str, Any], content: Any) -> str:
+    """The mark after which a response was sampled: `sample` keeps a template's own, a plain text shows its end."""
+    return response.get("opened") or (mark_at_end(content) if isinstance(content, str) else "")
 
 
 def _ids(response: Mapping[str, Any], rendered: Iterator[Any] | None, unknown: Any) -> Any:

@@ -63,6 +63,8 @@ class Answer:
     """Token ids, the end token included; None for a published response."""
     problem: str | None = None
     """Why there is no answer (``prompt_too_long``, a `Reject`, ``null_response``); None if there is."""
+    opened: str = ""
+    """The mark that its prompt's rendering ended with (``<think>``), "" where it ended with none."""
 
 
 Conversation = tuple[Answer, ...]
@@ -264,6 +266,8 @@ class Readable(Task, Protocol):
 
     def read(self, path: Path) -> dict[str, list[Row]]:
         """Rows by model name; a file that names no model has the one name ``""``.
+
+        A task of kind ``generate`` is also given the marks of the thinking in these responses (`Tags`).
 
         Aligned by key, never by position. Missing rows, duplicates and null responses are counted where they
         matter (``Row.problem`` or the summary's counts and notes), never dropped in silence.

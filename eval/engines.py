@@ -135,7 +135,11 @@ class Generator:
     def sample(self, requests: Sequence[Request], spec: SamplingSpec) -> list[list[Answer]]:
         """The answers to prompts that are token ids already, of one sampling. Raises: EngineError."""
         assert self._engine is not None, "start() comes first"
-        return [self._answers(group) for group in self._engine.generate(requests, spec)]
+        found = self._engine.generate(requests, spec)
+        return [
+            self._answers(group, self.renderer.opened_by(request.prompt_ids))
+            for request, group in zip(requests, found, strict=True)
+        ]
 
     def spec(self, decoding: Decoding) -> SamplingSpec:
         """How the engine samples: ``decoding``, up to what ends a turn, a text, or the model's own generation."""
@@ -176,10 +180,10 @@ class Generator:
             return Answer("", 0, False, None, str(found.reason))
         return found.prompt_ids
 
-    def _answers(self, group: Sequence[Completion]) -> list[Answer]:
+    def _answers(self, group: Sequence[Completion], opened: str) -> list[Answer]:
         texts = self.tokenizer.batch_decode([list(c.ids) for c in group], skip_special_tokens=True)
         return [
-            Answer(text, len(c.ids), c.stop_reason == "eos", c.ids)
+            Answer(text, len(c.ids), c.stop_reason == "eos", c.ids, opened=opened)
             for text, c in zip(texts, group, strict=True)
         ]
 
@@ -193,7 +197,8 @@ def answer_record(answer: Answer) -> dict[str, Any]:
     """An answer as JSON; see `answer_from`."""
     ids = None if answer.ids is None else pack_ids(answer.ids)
     record = {"text": answer.text, "tokens": answer.num_tokens, "ended": answer.ended, "ids": ids}
-    return record | ({"problem": answer.problem} if answer.problem else {})
+    said = {"problem": answer.problem, "opened": answer.opened}
+    return record | {name: value for name, value in said.items() if value}
 
 
 def answer_from(record: Mapping[str, Any]) -> Answer:
@@ -205,4 +210,5 @@ def answer_from(record: Mapping[str, Any]) -> Answer:
         record["ended"],
         None if ids is None else unpack_ids(ids),
         record.get("problem"),
+        record.get("opened", ""),
     )

@@ -32,11 +32,12 @@ from eval.provenance import (
     without_none,
 )
 from eval.registry import TaskSpec
-from eval.responses import answers_from_file
+from eval.responses import Answered, answers_from_file
 from eval.results import metrics_json
 from eval.rows import count_answers, row_from, score_batches, score_rows, write_examples
 from eval.settings import EvalSettings
 from eval.store import Store
+from prefopt.recipe.thinking import pairs_of
 
 logger = logging.getLogger("prefopt.eval")
 
@@ -100,7 +101,7 @@ class TaskRun:
                 entry, rows = self._score_models(task, examples, folder, base)
                 samples = None
             else:
-                entry, rows, samples = self._generated(name, task, examples, folder, base)
+                entry, rows, samples = self._generated(spec, task, examples, folder, base)
         finally:
             if spec.kind != "model":
                 close_task(task)
@@ -124,34 +125,43 @@ class TaskRun:
         self._generators.clear()
 
     def _generated(
-        self, name: str, task: Any, examples: list[Example], folder: Path, base: dict[str, Any]
+        self, spec: TaskSpec, task: Any, examples: list[Example], folder: Path, base: dict[str, Any]
     ) -> tuple[dict[str, Any], list[Row], Samples]:
-        decoding = self._decoding(task)
+        name, decoding = spec.name, self._decoding(task)
         decodings = [decoding(example) for example in examples]
         generator = self._generator("policy")
         how = self._how(generator, decodings)
         with Store(folder / "generations.jsonl", {**base, **how}) as store:
             self._fill(generator, examples, decoding, store, name)
         samples = Samples(store, [example.key for example in examples])
+        answers, how["thinking"] = self._answers(spec, samples)
         entry: dict[str, Any] = {
             "decoding": describe_decodings(decodings)["presets"],
             "decoding_hash": how["decoding"],
             "chat_template_hash": how["chat_template"],
             "template": _template(task),
             "answers": count_answers(samples.values()),
+            "thinking": how["thinking"],
             "usage": {},
         }
         judged: dict[str, dict[str, Any]] = {}
         if isinstance(task, JudgedTask):
             judged, extra = self._judged(
-                name, task, examples, samples, decoding, folder, base | how
+                name, task, examples, answers, decoding, folder, base | how
             )
             entry["usage"] |= extra.pop("usage")
             entry |= extra
         depends = {name: entry.get(name) for name in ("template", "baseline", "judge")}
         with Store(folder / "rows.jsonl", {**base, **how, **depends}) as store:
-            rows = score_rows(task, examples, samples, judged, store)
+            rows = score_rows(task, examples, answers, judged, store)
         return entry, rows, samples
+
+    def _answers(
+        self, spec: TaskSpec, samples: Samples
+    ) -> tuple[Mapping[str, list[Conversation]], list[list[str]] | None]:
+        """What the task is given of each response, and the marks of thinking that are looked for, as JSON."""
+        tags = None if spec.whole_responses else self.settings.thinking
+        return Answered(samples, tags), [[each.begin, each.end] for each in pairs_of(tags)] or None
 
     def _judged(
         self,
@@ -166,7 +176,8 @@ class TaskRun:
         """The judge's answers by example, and what the result says of baseline, judge and template."""
         section = self.models.judge
         assert section is not None, "the plan checks it"
-        baseline, whose = self._baseline(name, task, examples, decoding, folder, base)
+        found, whose = self._baseline(name, task, examples, decoding, folder, base)
+        baseline = found and Answered(found, self.settings.thinking)
         questions = {
             example.key: task.questions(
                 example, samples[example.key], baseline[example.key] if baseline else None

@@ -48,6 +48,8 @@ class TaskSpec(Spec):
     """Where its examples come from by default, in words: a hub data set, or ``an option``."""
     direction: Literal["higher", "lower", "none"]
     """Which headline is better; ``none`` for one that only describes (KL, length)."""
+    whole_responses: bool = False
+    """True: it is given responses with their thinking, and decides itself what of them it reads."""
 
 
 _TASKS: Registry[TaskSpec] = Registry("--tasks", TASKS)
@@ -64,6 +66,7 @@ def task(
     source: str,
     data: str,
     direction: Literal["higher", "lower", "none"] = "higher",
+    whole_responses: bool = False,
 ) -> Callable[[_Fn], _Fn]:
     """Registers a factory ``(*, options) -> Task``.
 
@@ -76,10 +79,12 @@ def task(
         source: paper or repository.
         data: where its examples come from.
         direction: which headline is better.
+        whole_responses: it is given what a model thinks as well.
     """
 
     def register(fn: _Fn) -> _Fn:
-        _TASKS.add(TaskSpec(name, fn, source, version, kind, headline, data, direction))
+        spec = TaskSpec(name, fn, source, version, kind, headline, data, direction, whole_responses)
+        _TASKS.add(spec)
         return fn
 
     return register

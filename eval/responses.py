@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from eval.base import Answer, Conversation, Example
 from eval.sources import columns, file_rows, keyed
 from prefopt.data.readers import RawRow
 from prefopt.errors import DataError
+from prefopt.recipe.thinking import Tags
+from prefopt.signals import thinking
 
 _KEYS = ("key", "id", "question_id", "instruction", "prompt")
 _ANSWERS = ("answer", "response", "output", "completion")
@@ -56,6 +59,45 @@ def answer_of(value: Any, where: str) -> Answer:
     if not isinstance(value, str):
         raise DataError(f"{where} is {type(value).__name__}: must be text, or null for no answer")
     return Answer(value)
+
+
+UNENDED = "unended_thinking"
+"""The problem of a response that never leaves its thinking: it has no answer."""
+
+
+def answered(response: Answer, tags: Tags) -> Answer:
+    """What a response says outside its thinking; one that never leaves it is empty, and has that problem."""
+    if response.problem is not None:
+        return response
+    text = thinking.answer_of(response.text, tags, response.opened)
+    return (
+        replace(response, text="", problem=UNENDED)
+        if text is None
+        else replace(response, text=text)
+    )
+
+
+class Answered(Mapping[str, list[Conversation]]):
+    """The answers in the samples of every example, made when asked for.
+
+    Args:
+        samples: whole responses.
+        tags: the marks of the thinking; None takes responses as they are.
+    """
+
+    def __init__(self, samples: Mapping[str, list[Conversation]], tags: Tags) -> None:
+        self._samples = samples
+        self._tags = tags
+
+    def __getitem__(self, key: str) -> list[Conversation]:
+        found = self._samples[key]
+        return [tuple(answered(each, self._tags) for each in turns) for turns in found]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
 
 
 def answers_from_file(path: Path, examples: Sequence[Example]) -> dict[str, list[Conversation]]:

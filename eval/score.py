@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.base import Readable
-from eval.registry import get_task, make_task
+from eval.registry import TaskSpec, get_task, make_task
 from eval.results import flat
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.thinking import DEFAULT_TAGS, Tags, tags_of
 
 _MOST_COLUMNS, _MOST_METRICS = 3, 2
 
@@ -27,7 +28,8 @@ def score_file(
         that is not in it.
     """
     spec = get_task(name)
-    task: Any = make_task(name, options)
+    own, tags = _split_thinking(spec, options)
+    task: Any = make_task(name, own)
     if not isinstance(task, Readable):
         raise ConfigError(
             f"{name}: reads no published files; run it: prefopt eval MODEL --tasks {name}"
@@ -36,7 +38,8 @@ def score_file(
         raise DataError(
             f"{path}: {'is a directory' if path.is_dir() else 'no such file'}; give one file"
         )
-    found = task.read(path)
+    further = (tags,) if _reads_responses(spec) else ()
+    found = task.read(path, *further)
     if model is not None:
         if model not in found:
             raise DataError(f"{path}: no model {model!r}; it has: {', '.join(sorted(found))}")
@@ -49,6 +52,28 @@ def score_file(
         (only, summary), *_ = summaries.items()
         return {**head, **({"model": only} if only else {}), **flat(summary)}
     return {**head, "models": {each: flat(summary) for each, summary in summaries.items()}}
+
+
+def _reads_responses(spec: TaskSpec) -> bool:
+    """Does it score responses in files, and not what judges said of them?"""
+    return spec.kind == "generate" and not spec.whole_responses
+
+
+def _split_thinking(spec: TaskSpec, options: Mapping[str, Any]) -> tuple[dict[str, Any], Tags]:
+    """The task's own options, and the marks of thinking that ``thinking`` names, as a whole evaluation has it."""
+    own = dict(options)
+    if "thinking" not in own:
+        return own, DEFAULT_TAGS
+    value = own.pop("thinking")
+    if not _reads_responses(spec):
+        raise ConfigError(
+            f"thinking = {value!r}: would be ignored: what {spec.name} reads from files holds no responses. Leave "
+            "it out"
+        )
+    try:
+        return own, tags_of(value)
+    except ValueError as error:
+        raise ConfigError(f"thinking = {value!r}: {error}") from error
 
 
 def print_score(result: Mapping[str, Any], *, as_json: bool) -> None:

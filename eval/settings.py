@@ -24,6 +24,7 @@ from prefopt.recipe.schema import (
     PathText,
     Section,
 )
+from prefopt.recipe.thinking import DEFAULT_TAGS, Thinking
 from prefopt.recipe.yaml_file import Document, apply_overrides, read_yaml
 
 
@@ -86,6 +87,11 @@ class EvalSettings(Section):
     """In place of the tasks' presets."""
     tasks: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Options by task: `tasks: {gsm8k: {max_new_tokens: 512}}`. `prefopt eval list TASK` shows them."""
+    thinking: Thinking = DEFAULT_TAGS
+    """The marks between which the model thinks, `["<think>", "</think>"]` or a list of such pairs: what stands
+    outside them is the answer that tasks score and judges see, and a response that never leaves its thinking has
+    none (`unended_thinking`). Default: the marks of the usual models. `null` takes responses as they are. The task
+    `signals` goes by each signal's own `thinking`."""
     seed: int = 0
     """Of sampling: every example, sample and turn has a seed of its own made from it."""
     limit: PositiveInt | None = None

@@ -242,6 +242,10 @@ class Prompt:
     """The data set's own response (its chosen side), terminal EOS included, where the row has one."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """What its chat template is given beside the messages: ``tools``, ``documents``, keywords."""
+    opened: str = ""
+    """The mark that its rendering ends with (``<think>``), where it has one: a response goes on within it."""
+    source: str | None = None
+    """What the data source that it is from is called."""
 
     @property
     def text(self) -> str:
@@ -260,3 +264,6 @@ class Candidates:
     ids: tuple[tuple[int, ...], ...]
     truncated: tuple[bool, ...]
     """True where generation hit its length limit: no end token."""
+    opened: tuple[str, ...] = ()
+    """For each response, the mark (``<think>``) that the rendered prompt before it ended with, "" for none; empty
+    where none ended with any."""

@@ -295,6 +295,7 @@ class SampleWorker:
                 "seed": draw.seed,
                 "temperature": draw.temperature,
                 "ids": pack_ids(answer.ids or ()),
+                **({"opened": answer.opened} if answer.opened else {}),
             }
             for answer, draw in zip(group, draws, strict=True)
         ]

@@ -27,6 +27,7 @@ _KEY_COLUMNS = ("id", "key", "question_id")
 @task(
     "diversity",
     version="1",
+    whole_responses=True,
     kind="generate",
     headline="distinct_2",
     source="arXiv:1510.03055 (distinct-n), arXiv:1802.01886 (self-BLEU), arXiv:2305.14718 (A-LoL)",

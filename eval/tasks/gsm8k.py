@@ -9,11 +9,12 @@ from pydantic import PositiveInt
 
 from eval.base import Answer, Conversations, Decoding, Example, Judgments, Row, Summary
 from eval.registry import task
-from eval.responses import answer_of, model_of, response_of, response_rows
+from eval.responses import answer_of, answered, model_of, response_of, response_rows
 from eval.sources import benchmark_rows, keyed, require, text_key
 from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import DataError
+from prefopt.recipe.thinking import DEFAULT_TAGS, Tags
 from prefopt.signals.math import extract_number
 
 INSTRUCTION = "Solve the problem step by step. End with the answer as a plain number after ####."
@@ -23,7 +24,7 @@ _PROBLEM = ("question", "prompt", "key")
 
 @task(
     "gsm8k",
-    version="1",
+    version="2",
     kind="generate",
     headline="accuracy",
     source="Cobbe et al. 2021, arXiv:2110.14168; exact match of the final number, greedy",
@@ -69,14 +70,15 @@ class Gsm8k:
         counts = {"n": len(rows), "n_correct": int(sum(right)), **problem_counts(rows)}
         return Summary({"accuracy": mean_metric(right, 100)}, counts)
 
-    def read(self, path: Path) -> dict[str, list[Row]]:
+    def read(self, path: Path, thinking: Tags = DEFAULT_TAGS) -> dict[str, list[Row]]:
         """OpenAI's file of model solutions (a column a model), or rows with ``response`` and ``answer``."""
         found: dict[str, list[Row]] = {}
         for raw in response_rows(path, *_PROBLEM):
             gold = str(require(raw, "ground_truth", "answer"))
             key = text_key(str(require(raw, *_PROBLEM)))
-            for model, answer in _responses(raw).items():
-                found.setdefault(model, []).append(_row(key, gold, answer))
+            for model, response in _responses(raw).items():
+                row = _row(key, gold, answered(response, thinking))
+                found.setdefault(model, []).append(row)
         return found
 
 

@@ -14,11 +14,12 @@ from pydantic import PositiveFloat, PositiveInt
 
 from eval.base import Answer, Conversations, Decoding, Example, Judgments, Row, Summary
 from eval.registry import task
-from eval.responses import model_of, response_of
+from eval.responses import answered, model_of, response_of
 from eval.sources import benchmark_rows, file_rows, keyed, require
 from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.thinking import DEFAULT_TAGS, Tags
 from prefopt.signals.markdown_code import readings
 from prefopt.signals.python_tests import read_tests
 from prefopt.signals.sandbox import Limits, Program, Promise, run_program, source_program
@@ -156,7 +157,7 @@ class HumanEval:
         note = f"{missing} of {len(rows)} problems have no answer: the numbers are of the other {len(ran)}"
         return Summary(metrics, counts, notes=(note,) if missing else ())
 
-    def read(self, path: Path) -> dict[str, list[Row]]:
+    def read(self, path: Path, thinking: Tags = DEFAULT_TAGS) -> dict[str, list[Row]]:
         """human-eval's samples: rows ``{task_id, completion}``, any number a problem; problems come from ``data``.
 
         A completion is run as it is, right after its prompt; a ``response`` in its place as a chat answer.
@@ -171,12 +172,15 @@ class HumanEval:
                     f"{next(iter(examples))!r}"
                 )
             files.setdefault(model_of(raw), {}).setdefault(key, []).append(raw)
-        return {model: self._read(examples, rows) for model, rows in files.items()}
+        return {model: self._read(examples, rows, thinking) for model, rows in files.items()}
 
-    def _read(self, examples: Mapping[str, Example], raws: Mapping[str, list[RawRow]]) -> list[Row]:
+    def _read(
+        self, examples: Mapping[str, Example], raws: Mapping[str, list[RawRow]], thinking: Tags
+    ) -> list[Row]:
         """One model's rows; all programs share the workers, so that one slow problem holds up no other."""
         answers = {
-            key: [_published(examples[key], raw) for raw in rows] for key, rows in raws.items()
+            key: [_published(examples[key], raw, thinking) for raw in rows]
+            for key, rows in raws.items()
         }
         verdicts = iter(self._run([program for each in answers.values() for _, program in each]))
         ran = {
@@ -242,12 +246,12 @@ def _tested(example: Example, program: Program) -> Program:
     return replace(program, module=_MODULE, tests=tests.source, imports=tests.imports)
 
 
-def _published(example: Example, raw: RawRow) -> tuple[Answer, Program | None]:
+def _published(example: Example, raw: RawRow, thinking: Tags) -> tuple[Answer, Program | None]:
     """An answer of a file and its program; which column it is in says what it is."""
     name, program = "completion", completion_program
     if name not in raw.data and "response" in raw.data:
         name, program = "response", chat_program
-    answer = response_of(raw, name)
+    answer = answered(response_of(raw, name), thinking)
     return answer, None if answer.problem else program(example, answer.text)
 
 

@@ -11,9 +11,11 @@ from pydantic import PositiveInt
 
 from eval.base import Conversations, Decoding, Example, Judgments, Row, Summary
 from eval.registry import task
+from eval.responses import answer_of, answered
 from eval.statistics import clustered_mean, mean_metric, problem_counts, values_of
-from eval.tasks._ifeval_files import Item, items_of, read_responses
+from eval.tasks._ifeval_files import Item, Response, items_of, read_responses
 from prefopt.errors import DataError
+from prefopt.recipe.thinking import DEFAULT_TAGS, Tags
 from prefopt.signals.constraint_checks import NEEDS_LANGUAGE
 from prefopt.signals.instructions import SENTENCES, Instruction, instruction
 from prefopt.signals.language import SEED, detector_factory
@@ -24,7 +26,7 @@ Sentences = Literal["rules", "punkt"]
 
 @task(
     "ifeval",
-    version="1",
+    version="2",
     kind="generate",
     headline="prompt_strict",
     source="Zhou et al. 2023, arXiv:2311.07911; checks as published by google-research",
@@ -98,7 +100,7 @@ class Ifeval:
         }
         return Summary(metrics, counts, _families(scored), self._notes(rows, scored))
 
-    def read(self, path: Path) -> dict[str, list[Row]]:
+    def read(self, path: Path, thinking: Tags = DEFAULT_TAGS) -> dict[str, list[Row]]:
         """Files of responses: columns ``response`` and ``prompt`` (or ``key``), ``model`` where there are several.
 
         What a prompt instructs is read from its own row if that has ``instruction_id_list`` and ``kwargs``, else
@@ -111,16 +113,7 @@ class Ifeval:
         split = self._split()
         return {
             model: [
-                _missing(each.item)
-                if each.missing
-                else _row(
-                    each.item.key,
-                    each.item.instructions,
-                    each.text or "",
-                    "null_response" if each.text is None else None,
-                    split,
-                    source=each.source,
-                )
+                _missing(each.item) if each.missing else _published(each, split, thinking)
                 for each in responses
             ]
             for model, responses in found.items()
@@ -191,6 +184,14 @@ def _row(
     if problem is None and not text.strip():
         problem = "empty_response"
     return Row(key, values, details, problem)
+
+
+def _published(response: Response, split: Splitter, thinking: Tags) -> Row:
+    item = response.item
+    answer = answered(answer_of(response.text, item.where), thinking)
+    return _row(
+        item.key, item.instructions, answer.text, answer.problem, split, source=response.source
+    )
 
 
 def _missing(item: Item) -> Row:

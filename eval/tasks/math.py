@@ -11,11 +11,12 @@ from pydantic import PositiveFloat, PositiveInt
 
 from eval.base import Answer, Conversations, Decoding, Example, Judgments, Row, Summary
 from eval.registry import task
-from eval.responses import model_of, response_of, response_rows
+from eval.responses import answered, model_of, response_of, response_rows
 from eval.sources import benchmark_rows, keyed, require, text_key
 from eval.statistics import group_means, mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import DataError
+from prefopt.recipe.thinking import DEFAULT_TAGS, Tags
 from prefopt.signals.math import math as math_verify
 from prefopt.types import Candidates, Prompt
 
@@ -26,7 +27,7 @@ _KEY, _PROBLEM = ("unique_id", "id", "key"), ("problem", "question", "prompt")
 
 @task(
     "math",
-    version="1",
+    version="2",
     kind="generate",
     headline="accuracy",
     source="MATH-500: Lightman et al. 2023, arXiv:2305.20050, from Hendrycks et al. 2021; scored by math-verify",
@@ -86,13 +87,13 @@ class Math500:
         }
         return Summary({"accuracy": mean_metric(right, 100)}, counts, groups)
 
-    def read(self, path: Path) -> dict[str, list[Row]]:
+    def read(self, path: Path, thinking: Tags = DEFAULT_TAGS) -> dict[str, list[Row]]:
         """Rows with ``response`` and ``answer``, or a ``solution`` that boxes it; and ``model`` for several."""
         found: dict[str, list[Row]] = {}
         try:
             for raw in response_rows(path, *_KEY, *_PROBLEM):
                 fields = {**raw.data, "answer": require(raw, "answer", "solution")}
-                row = self._row(str(_key(raw.data)), fields, response_of(raw))
+                row = self._row(str(_key(raw.data)), fields, answered(response_of(raw), thinking))
                 found.setdefault(model_of(raw), []).append(row)
         finally:
             self.close()

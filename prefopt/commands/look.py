@@ -14,13 +14,13 @@ from typing import Any
 from prefopt.data.formats import Reading, canonical, prompt_reading, prompt_row, resolve
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import column
-from prefopt.data.sources import first_rows, open_source
+from prefopt.data.sources import first_rows, open_source, source_name
 from prefopt.errors import ConfigError, DataError, PrefoptError, suggest
 from prefopt.recipe.checks import examine
 from prefopt.recipe.checks.files import is_local, is_local_data, read_adapter_config
 from prefopt.recipe.checks.rules import PROBE_PROMPTS, named_sources
 from prefopt.recipe.schema import Recipe, SourceSection
-from prefopt.signals.combine import prompt_fields
+from prefopt.recipe.scored_rows import columns_read, part_names, unjudged
 
 NUM_ROWS = 8
 """Rows looked at of each source: what is wrong with a column map is wrong with the first."""
@@ -45,11 +45,12 @@ def examine_and_look(
 def look(recipe: Recipe) -> tuple[list[str], list[str]]:
     """Problems of a checked recipe with what is on this machine, each with its key; and what was not looked at."""
     problems, chats, notes = [], [], []
+    scored = _Scored(recipe)
     for key, source in named_sources(recipe):
         if not is_local_data(source):
             continue
         try:
-            reading = _read_first(recipe, key, source)
+            reading = _read_first(recipe, key, source, scored)
         except PrefoptError as error:
             problems.append(f"{key}: {error}")
             continue
@@ -58,19 +59,58 @@ def look(recipe: Recipe) -> tuple[list[str], list[str]]:
             continue
         if reading.format != "text":
             chats.append(key)
+    notes += scored.notes()
     problems += [*_missing_template(recipe, chats), *_missing_targets(recipe)]
     return problems, notes
 
 
-def _read_first(recipe: Recipe, key: str, source: SourceSection) -> Reading:
+class _Scored:
+    """Which of the first rows of the prompts are scored, and by which signals."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.signals = recipe.signals
+        self._used: set[int] = set()
+        self._missed: dict[str, tuple[int, int, str]] = {}
+        self._sources: list[str] = []
+
+    def add(self, key: str, source: SourceSection, rows: Sequence[RawRow]) -> None:
+        """Raises: DataError for a row without a column that a signal for it reads."""
+        name = source_name(source)
+        self._sources.append(name)
+        for row in rows:
+            self._used |= {i for i, s in enumerate(self.signals) if s.rows.include(row.data, name)}
+            why = unjudged(self.signals, row.data, name)
+            if why is not None:
+                count, _, first = self._missed.get(key, (0, 0, f"{row.where}: {why}"))
+                self._missed[key] = (count + 1, len(rows), first)
+            for column_name in columns_read(self.signals, row.data, name):
+                column(row, column_name)
+
+    def notes(self) -> Iterator[str]:
+        for key, (count, total, first) in self._missed.items():
+            yield (
+                f"{key}: no signal is for {count} of its first {total} rows: such rows are left out and counted "
+                f"(no_signal). {first}"
+            )
+        for index, name in enumerate(part_names(self.signals)) if self._sources else ():
+            if index not in self._used:
+                yield (
+                    f"signals.{index}.only_where ({name}): holds for none of the first rows of "
+                    f"{', '.join(self._sources)}. If that is a slip, the signal scores nothing"
+                )
+
+
+def _read_first(recipe: Recipe, key: str, source: SourceSection, scored: _Scored) -> Reading:
     """Reads the first rows as the run will. Raises: DataError, ConfigError for what they lack."""
     rows = list(first_rows(open_source(source), min(source.max_rows or NUM_ROWS, NUM_ROWS)))
     if not rows:
         raise DataError(f"{source.path} holds no rows")
-    return _prompts(recipe, key, source, rows) or _responses(recipe, source, rows)
+    return _prompts(recipe, key, source, rows, scored) or _responses(recipe, source, rows)
 
 
-def _prompts(recipe: Recipe, key: str, source: SourceSection, rows: list[RawRow]) -> Reading | None:
+def _prompts(
+    recipe: Recipe, key: str, source: SourceSection, rows: list[RawRow], scored: _Scored
+) -> Reading | None:
     """Of a source of prompts: their reading, and that what the signals read is there."""
     of_probe = key.startswith(PROBE_PROMPTS)
     regime = recipe.rollouts
@@ -78,11 +118,12 @@ def _prompts(recipe: Recipe, key: str, source: SourceSection, rows: list[RawRow]
     if not (of_probe or key.startswith("data.prompts") or as_prompts):
         return None
     reading = prompt_reading(source, rows[0])
-    fields = [] if of_probe else prompt_fields(recipe)
     for row in rows:
         prompt_row(row, reading)
-        for name in (*fields, *_id_column(source)):
+        for name in _id_column(source):
             column(row, name)
+    if not of_probe:
+        scored.add(key, source, rows)
     return None if regime is not None and as_prompts and regime.offline_pairs else reading
 
 

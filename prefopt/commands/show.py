@@ -13,9 +13,9 @@ from rich.text import Text
 from prefopt.data import DataBundle, PromptSet
 from prefopt.model.load import load_tokenizer
 from prefopt.recipe.schema import Recipe
+from prefopt.recipe.scored_rows import columns_read
 from prefopt.rollouts.setup import load_run_data
 from prefopt.signals.base import column
-from prefopt.signals.combine import prompt_fields
 from prefopt.types import Group, Prompt, Response, TokenIds
 
 HEAD_TOKENS, TAIL_TOKENS = 200, 60
@@ -53,7 +53,8 @@ def show(recipe: Recipe, n: int = 2, *, color: bool = True) -> None:
     data = load_run_data(recipe, tokenizer)
     if data.prompts is not None:
         for prompt in data.prompts.prompts[:n]:
-            _print_prompt(console, prompt, prompt_fields(recipe), tokenizer)
+            fields = columns_read(recipe.signals, prompt.fields, prompt.source)
+            _print_prompt(console, prompt, fields, tokenizer)
     if data.train is not None:
         for index in range(min(n, len(data.train))):
             _print_group(console, data.train.group(index), tokenizer)

@@ -19,11 +19,14 @@ from prefopt.data.rows import Message, Refused, Reject
 from prefopt.data.said import missing_from_prompt, missing_from_response, not_taken
 from prefopt.data.template import ANSWER, CALL, ChatTemplate
 from prefopt.errors import DataError, ModelError
+from prefopt.recipe.thinking import mark_at_end
 
 RENDERER_VERSION = 2
 """Raise whenever the ids of some row change: it is part of the key tokenised data is cached under."""
 
 Prompt = str | list[Message]
+_TAIL_TOKENS = 32
+"""More than a mark of thinking is ever split into."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,10 @@ class Renderer:
         """Ids a policy generates after. Raises: DataError where it is refused; ModelError without a template."""
         (found,) = self.render_batch([Request(prompt, (), options=options)])
         return _accepted(found).prompt_ids
+
+    def opened_by(self, prompt_ids: Sequence[int]) -> str:
+        """The mark that a rendered prompt ends with, as `mark_at_end` finds it: ``<think>``, or "" for none."""
+        return mark_at_end(self.tokenizer.decode([*prompt_ids[-_TAIL_TOKENS:]]))
 
     def stop_ids(self, *, chat: bool) -> tuple[int, ...]:
         """What ends a response: the tokens that end one in training, of a chat also one that calls a tool, and the

@@ -107,6 +107,16 @@ def is_local(path: str) -> bool:
     return looks or Path(path).exists()
 
 
+def source_name(section: SourceSection) -> str:
+    """What a source is called: its ``name``, else its file's without the ending, or its data set's."""
+    last = Path(section.path).name
+    if section.name:
+        return section.name
+    if not is_local(section.path) or data_suffix(last) is None:
+        return last
+    return last.removesuffix(".gz").rpartition(".")[0]
+
+
 def first_rows(source: Source, max_rows: int | None) -> Iterator[RawRow]:
     """The first ``max_rows`` rows, or all; `canonical` and `prompt_row` refuse those with a flaw."""
     return islice(source.rows(), max_rows)

@@ -16,9 +16,11 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from prefopt.errors import suggest
+from prefopt.recipe.only_where import OnlyWhere
 from prefopt.recipe.other_tools import OBJECTIVES
 from prefopt.recipe.registry import REGISTRIES, Bound, BoundCredit, BoundObjective, BoundSignal
 from prefopt.recipe.specs import Spec
+from prefopt.recipe.thinking import DEFAULT_TAGS, Tags, Thinking, names_a_mark
 
 MISSING_NAME, UNKNOWN_NAME = "missing_name", "unknown_name"
 """Types of the errors about an entry's ``name``; their message is a whole sentence."""
@@ -29,7 +31,11 @@ _BOUND: Mapping[str, type[Bound[Any]]] = {
     "signals": BoundSignal,
 }
 # What a recipe may say of an entry beside its own hyper-parameters.
-_SHARED_KEYS: Mapping[str, Mapping[str, Any]] = {"signals": {"weight": (float, 1.0)}}
+_SHARED_KEYS: Mapping[str, Mapping[str, Any]] = {
+    "signals": {"weight": (float, 1.0), "only_where": (OnlyWhere | None, None)}
+}
+_OF_ANSWERS: Mapping[str, Any] = {"thinking": (Thinking, DEFAULT_TAGS)}
+"""Further keys of a signal that reads answers."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class Entry:
         registry = REGISTRIES[self.section]
         if not isinstance(name, str) or name not in registry.names():
             return None
-        return parameters(registry.declared(name), _SHARED_KEYS.get(self.section))
+        spec = registry.declared(name)
+        return parameters(spec, _shared_keys(self.section, spec))
 
 
 def parameters(spec: Spec, shared: Mapping[str, Any] | None = None) -> type[BaseModel]:
@@ -88,10 +95,29 @@ def bind(section: str, value: Any) -> Any:
         raise _no_such_name(section, value.get("name"))
     given = {key: each for key, each in value.items() if key != "name"}
     found = schema.model_validate(given)
-    shared = _SHARED_KEYS.get(section, {})
-    params = {key: getattr(found, key) for key in given if key not in shared}
     spec = REGISTRIES[section].declared(value["name"])
+    shared = _shared_keys(section, spec)
+    params = {key: getattr(found, key) for key in given if key not in shared}
+    if "thinking" in shared:
+        _refuse_marks(params, getattr(found, "thinking"))  # noqa: B009 - the model is made at run time
     return _BOUND[section](spec, params, dict(value))
+
+
+def _shared_keys(section: str, spec: Spec) -> Mapping[str, Any]:
+    shared = _SHARED_KEYS.get(section, {})
+    return {**shared, **_OF_ANSWERS} if getattr(spec, "reads_answer", False) else shared
+
+
+def _refuse_marks(params: Mapping[str, Any], tags: Tags) -> None:
+    """Raises: ValidationError for a key that looks for a mark of the thinking, which is cut off before."""
+    for key, value in params.items():
+        mark = names_a_mark(value, tags) if isinstance(value, str) else None
+        if mark is not None:
+            message = (
+                f"looks for {mark}, and thinking is taken off before a response is read: it would never be there. "
+                "Set thinking: null in this entry to read whole responses, or name other marks"
+            )
+            raise _refused(key, value, "thinking_mark", message)
 
 
 def _no_such_name(section: str, name: Any) -> ValidationError:
@@ -102,7 +128,11 @@ def _no_such_name(section: str, name: Any) -> ValidationError:
         elsewhere = OBJECTIVES.get(str(name).lower()) if section == "objective" else None
         said = f"{elsewhere}. Known: {', '.join(sorted(known))}." if elsewhere else None
         kind, message = UNKNOWN_NAME, said or f"unknown; {suggest(str(name), known)}"
+    return _refused("name", name, kind, message)
+
+
+def _refused(key: str, value: Any, kind: str, message: str) -> ValidationError:
     error = PydanticCustomError(kind, "{message}", {"message": message})  # type: ignore[arg-type]
     return ValidationError.from_exception_data(
-        section, [{"type": error, "loc": ("name",), "input": name}]
+        "entry", [{"type": error, "loc": (key,), "input": value}]
     )

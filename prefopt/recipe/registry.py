@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from prefopt.recipe.declared import is_declaration
+from prefopt.recipe.only_where import Rows
 from prefopt.recipe.specs import AnySpec, Registry, Spec
+from prefopt.recipe.thinking import DEFAULT_TAGS, Tags, tags_of
 
 
 class Need(enum.Enum):
@@ -61,6 +63,12 @@ class SignalSpec(Spec):
 
     needs_fields: tuple[str, ...]
     """Hyper-parameters that name a column of the prompt data: those columns must be there."""
+    reads_answer: bool = field(default=False, kw_only=True)
+    """True: it is shown what a response says outside its thinking; False: the whole response."""
+    no_answer: float | None = field(default=None, kw_only=True)
+    """Its score of a response that never leaves its thinking; None: whatever it says of an empty one."""
+    of_form: bool = field(default=False, kw_only=True)
+    """True if it says how an answer is written (length, repetition, its end) and not whether it is good."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +153,20 @@ class BoundSignal(Bound[SignalSpec]):
         return float(self.given.get("weight", 1.0))
 
     @property
+    def thinking(self) -> Tags:
+        """The marks of the thinking that it is not shown; None: it reads whole responses."""
+        if not self.spec.reads_answer:
+            return None
+        return tags_of(self.given["thinking"]) if "thinking" in self.given else DEFAULT_TAGS
+
+    @property
+    def rows(self) -> Rows:
+        """The rows that it scores."""
+        return Rows(self.given.get("only_where"), self.spec.of_form)
+
+    @property
     def columns(self) -> list[str]:
-        """The columns of the prompt data that it reads."""
+        """The columns of the prompt data that it reads in the rows that it is for."""
         found = [self.value(key) for key in self.spec.needs_fields]
         return [name for name in found if isinstance(name, str)]
 
@@ -221,6 +241,7 @@ SIGNALS: dict[str, str] = {
     "regex": "prefopt.signals.matching",
     "constraints": "prefopt.signals.constraints",
     "python_tests": "prefopt.signals.python_tests",
+    "python_io": "prefopt.signals.python_io",
     "checkers": "prefopt.signals.checkers",
     "reward_model": "prefopt.signals.reward_model",
     "judge": "prefopt.signals.judge",
@@ -289,17 +310,38 @@ def credit(
     return register
 
 
-def signal(name: str, *, source: str, needs_fields: tuple[str, ...] = ()) -> Callable[[_Fn], _Fn]:
+def signal(
+    name: str,
+    *,
+    source: str,
+    needs_fields: tuple[str, ...] = (),
+    reads_answer: bool = False,
+    no_answer: float | None = None,
+    of_form: bool = False,
+) -> Callable[[_Fn], _Fn]:
     """Registers a factory ``(*, hyper-parameters) -> Signal`` (`prefopt.signals.base`).
 
     Args:
         name: the name recipes use in ``signals.N.name``.
         source: what it follows.
         needs_fields: hyper-parameters that name columns of the prompt data.
+        reads_answer: it judges what a response says after its thinking, and is shown that alone; its entry in a
+            recipe then has the key ``thinking``.
+        no_answer: its score of a response that never leaves its thinking; None: what it says of an empty one.
+        of_form: it says how an answer is written and not whether it is good, so that alone it judges no row.
     """
 
     def register(fn: _Fn) -> _Fn:
-        _SIGNALS.add(SignalSpec(name, fn, source, tuple(needs_fields)))
+        spec = SignalSpec(
+            name,
+            fn,
+            source,
+            tuple(needs_fields),
+            reads_answer=reads_answer,
+            no_answer=no_answer,
+            of_form=of_form,
+        )
+        _SIGNALS.add(spec)
         return fn
 
     return register

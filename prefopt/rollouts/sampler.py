@@ -138,11 +138,13 @@ class Sampler:
         prompt: Prompt = self.plan.prompts[group.start.row]
         ids = [group.start.prefix + c.ids for c in group.completions]
         texts, truncated = list(group.texts), [c.stop_reason == "length" for c in group.completions]
+        opened = [prompt.opened] * len(texts)
         if group.offline_ids is not None:
+            opened.append("")  # the data's own says all that it says
             ids.append(group.offline_ids)
             texts += self._decode([group.offline_ids])
             truncated.append(False)
-        return Candidates(prompt, tuple(texts), tuple(ids), tuple(truncated))
+        return Candidates(prompt, tuple(texts), tuple(ids), tuple(truncated), tuple(opened))
 
     def _labelled(self, group: RolloutGroup, step: int) -> RolloutGroup:
         if group.failed is not None:

@@ -17,6 +17,8 @@ from prefopt.storage.json_text import parse_json
 Messages = Sequence[Mapping[str, Any]]
 _KEY_VERSION = 1
 _MOST_TOKENS = 2**53
+_ROUNDED_ONE = 1e-3
+"""The log-prob of a certain token, as half-precision arithmetic may round it."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,12 @@ class ReplyCache:
             reply = Reply(**parse_json(self._path(key).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
-        # Empty is also what some gateways send for a failure of theirs, with status 200.
-        return replace(reply, cached=True) if _is_reply(reply) and reply.text else None
+        return replace(reply, cached=True) if _is_reply(reply) and _says_something(reply) else None
 
     def put(self, key: str, reply: Reply) -> None:
-        """Raises: OSError if it cannot be written."""
+        """Keeps a reply with text. Raises: OSError if it cannot be written."""
+        if not _says_something(reply):
+            return
         with self._lock, atomic_write(self._path(key)) as file:
             file.write_text(json.dumps(asdict(reply)), encoding="utf-8")
 
@@ -63,9 +66,10 @@ def parse_reply(content: bytes) -> Reply | None:
     """The reply in a chat completion; None if it is none (a proxy's page, say)."""
     try:
         data = parse_json(content.decode("utf-8-sig"), twice=True)
-        choice = data["choices"][0]
+        choice = _first_choice(data["choices"])
         text = _text(choice["message"].get("content"))
-        usage = data.get("usage") or {}
+        given = data.get("usage")
+        usage = given if isinstance(given, dict) else {}
         prompt_tokens, completion_tokens = (
             _count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")
         )
@@ -79,6 +83,35 @@ def parse_reply(content: bytes) -> Reply | None:
     return Reply(
         text, reason, prompt_tokens, completion_tokens, top_logprobs=_first_token(logprobs)
     )
+
+
+def no_reply(content: bytes, content_type: str | None) -> tuple[str, bool]:
+    """What stands in the place of a chat completion, and whether it is one without a choice that can be read.
+
+    The latter is what many endpoints say of a prompt that they will not answer; anything else may pass.
+    """
+    start = repr(content[:100].decode("utf-8", "replace"))
+    try:
+        data = parse_json(content.decode("utf-8-sig"), twice=True)
+    except ValueError:
+        return f"{content_type or 'no content type'}, {start}", False
+    if not isinstance(data, dict) or "choices" not in data:
+        return f"JSON without choices, {start}", False
+    choices = data["choices"]
+    if not isinstance(choices, list) or not choices:
+        return f"choices is {json.dumps(choices)[:100]}", True
+    return f"a choice without a message that has text, {json.dumps(choices[0])[:100]}", True
+
+
+def _first_choice(choices: Any) -> Any:
+    """The choice of index 0, wherever it stands; the first where none says."""
+    numbered = (each for each in choices if isinstance(each, dict) and each.get("index") == 0)
+    return next(numbered, choices[0])
+
+
+def _says_something(reply: Reply) -> bool:
+    """Nothing is also what some gateways send for a failure of theirs, with status 200."""
+    return bool(reply.text.strip())
 
 
 def _text(content: Any) -> str | None:
@@ -111,14 +144,16 @@ def _is_reply(reply: Reply) -> bool:
 def _first_token(logprobs: Any) -> dict[str, float]:
     """Log-prob by token of the first position; of two tokens that read alike the likelier. Empty if none came.
 
-    Another protocol's shape is none, too: whoever needs log-probs counts that, and no retry would change it.
+    Another protocol's shape is none, too, and so are values of which one is no log-prob (NaN, above 0): whoever
+    needs log-probs counts that, and no retry would change it.
     """
     found: dict[str, float] = {}
     try:
         for top in logprobs["content"][0]["top_logprobs"]:
-            token, value = str(top["token"]), float(top["logprob"])
-            if not math.isnan(value):
-                found[token] = max(value, found.get(token, value))
+            token, value = str(top["token"]), top["logprob"]
+            if isinstance(value, bool) or not value <= _ROUNDED_ONE:
+                return {}
+            found[token] = max(float(value), found.get(token, -math.inf))
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError):
         return {}
     return found

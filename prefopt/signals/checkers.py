@@ -17,6 +17,7 @@ from prefopt.errors import DataError
 from prefopt.recipe.registry import signal
 from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal, column
+from prefopt.signals.markdown_code import readings
 from prefopt.signals.sandbox import Limits, Promise, run_program
 from prefopt.types import Candidates
 
@@ -24,7 +25,7 @@ Vote: TypeAlias = bool | None
 """What a checker says of a text; None if it raised, ran too long, or gave neither true nor false."""
 
 _HARNESS = """
-def _check(source, texts, timeout_s):
+def _check(sources, texts, timeout_s):
     import os, signal
     out, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1), os.dup2(nowhere, 2)  # what a checker prints is no vote
@@ -53,8 +54,18 @@ def _check(source, texts, timeout_s):
 
     signal.signal(signal.SIGALRM, ring)
     names = {"__name__": "checker"}
+
+    def code():
+        for source in sources:  # the ways in which a text may hold it: the first that is Python
+            try:
+                found = compile(source, "<checker>", "exec")
+            except (SyntaxError, ValueError):
+                continue
+            if "evaluate" in source:
+                return found
+
     try:
-        timed(lambda: exec(compile(source, "<checker>", "exec"), names))
+        timed(lambda: exec(code(), names))
         evaluate = names["evaluate"]
     except BaseException:
         return say("unusable")
@@ -99,14 +110,15 @@ def run_checker(source: str, texts: Sequence[str], limits: CheckerLimits) -> lis
     A call that cannot be interrupted takes the rest of its texts with it: their votes are None.
 
     Args:
-        source: Python that defines ``evaluate(response) -> bool``.
+        source: Python that defines ``evaluate(response) -> bool``, in a Markdown fence or bare.
         texts: responses.
         limits: of each call.
 
     Returns: a vote a text; None if the source does not run or defines no ``evaluate``.
     Raises: SignalError where code cannot be isolated.
     """
-    orders = f"_check({source!r}, {list(texts)!r}, {limits.timeout_s!r})\n"
+    ways = ["\n\n".join(each for each, _ in reading) for reading in readings(source)]
+    orders = f"_check({ways!r}, {list(texts)!r}, {limits.timeout_s!r})\n"
     outcome = run_program(_HARNESS + orders, limits.for_calls(len(texts) + 1))
     return read_votes(outcome.output, len(texts))
 
@@ -212,7 +224,11 @@ class _Checkers:
 
 
 @signal(
-    "checkers", source="AutoIF (arXiv:2406.13542): execution feedback", needs_fields=("checkers",)
+    "checkers",
+    source="AutoIF (arXiv:2406.13542): execution feedback",
+    needs_fields=("checkers",),
+    reads_answer=True,
+    no_answer=0.0,
 )
 def checkers(
     *,

@@ -12,7 +12,13 @@ from prefopt.signals.instructions import Instruction, instruction
 from prefopt.types import Prompt
 
 
-@signal("constraints", source="IFEval, arXiv:2311.07911", needs_fields=("constraints",))
+@signal(
+    "constraints",
+    source="IFEval, arXiv:2311.07911",
+    needs_fields=("constraints",),
+    reads_answer=True,
+    no_answer=0.0,
+)
 def constraints(
     *, constraints: str = "constraints", reward: Literal["all", "share"] = "all"
 ) -> Signal:

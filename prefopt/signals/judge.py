@@ -18,6 +18,7 @@ from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal
 from prefopt.signals.chat_client import ChatClient, Endpoint
 from prefopt.signals.chat_replies import Messages, Reply, ReplyCache
+from prefopt.signals.thinking import DEFAULT_TAGS, ThinkingTags, answer_of
 from prefopt.signals.verdicts import (
     OrderStats,
     Verdict,
@@ -76,12 +77,16 @@ REMINDERS = {
     "pointwise": "There is no rating in that. Reply with a rating from 1 to 10 as [[5]] and nothing else.",
 }
 """What a judge is told whose answer has no verdict."""
+CUT_REMINDER = "Your reply was cut off before its end. "
+"""What stands before that, where the answer was cut."""
 
 _Parsed = TypeVar("_Parsed")
 
 
 @signal(
-    "judge", source="pairwise: arXiv:2402.04792 (OAIF), both orders; round robin: arXiv:2505.10320"
+    "judge",
+    source="pairwise: arXiv:2402.04792 (OAIF), both orders; round robin: arXiv:2505.10320",
+    reads_answer=True,
 )
 def judge(
     *,
@@ -107,7 +112,8 @@ def judge(
     disagreement between the orders or a tie 0.5; the score is the mean over a response's games, in [0, 1].
     Equal texts tie unasked. A group of K costs K(K-1) requests. ``pointwise``: a rating from 1 to 10.
 
-    An answer without a verdict is asked again, ``max_asks`` times in all, then its responses are NaN.
+    An answer without a verdict is asked again, ``max_asks`` times in all, then its responses are NaN. What the
+    judge says within its thinking is no verdict, nor is anything in a reply that was cut at ``max_tokens``.
     Answers are cached by hash of model, messages and sampling; nothing of the key is stored or logged.
 
     Args:
@@ -241,17 +247,24 @@ class Asker:
     Args:
         reminder: what a judge is told whose answer could not be read.
         prices: US dollars per million prompt and completion tokens.
+        tags: of the judge's own thinking, in which nothing is a verdict; None reads all of a reply.
     """
 
     def __init__(
-        self, client: ChatClient, reminder: str, max_asks: int, prices: tuple[float, float]
+        self,
+        client: ChatClient,
+        reminder: str,
+        max_asks: int,
+        prices: tuple[float, float],
+        tags: ThinkingTags | None = DEFAULT_TAGS,
     ) -> None:
         self.client = client
         self.reminder = reminder
         self.max_asks = max_asks
         self.prices = prices
-        self._counts: Counter[str] = Counter(answers=0, unparsed=0, cut=0, gave_up=0)
-        self._warned = False
+        self.tags = tags
+        self._counts: Counter[str] = Counter(answers=0, unparsed=0, cut=0, gave_up=0, gave_up_cut=0)
+        self._warned: set[str] = set()
 
     def ask(
         self, requests: Sequence[Messages], parse: Callable[[str], _Parsed | None]
@@ -259,19 +272,20 @@ class Asker:
         """What ``parse`` reads in the answer to each request; None where it never read anything."""
         results: list[_Parsed | None] = [None] * len(requests)
         pending = dict(enumerate(requests))
+        cut: set[int] = set()
         for _ in range(self.max_asks):
             replies = self.client.complete_all(list(pending.values()))
             again: dict[int, Messages] = {}
             for index, reply in zip(pending, replies, strict=True):
                 if not isinstance(reply, Reply):
-                    self._warn(str(reply))
+                    self._warn("refused", f"gets no answer to a request: {reply}")
                     continue
-                results[index] = parse(reply.text)
-                self._count(reply, results[index] is not None)
+                results[index] = self._read(reply, parse)
                 if results[index] is None:
                     again[index] = self._remind(pending[index], reply)
+                    (cut.add if _was_cut(reply) else cut.discard)(index)
             pending = again
-        self._counts["gave_up"] += len(pending)
+        self._give_up(len(pending), len(cut & pending.keys()))
         return results
 
     def report(self) -> dict[str, float]:
@@ -280,23 +294,42 @@ class Asker:
         usd = sum(price * count / 1e6 for price, count in zip(self.prices, tokens, strict=True))
         return {**counts, **self._counts, "usd": usd}
 
+    def _read(self, reply: Reply, parse: Callable[[str], _Parsed | None]) -> _Parsed | None:
+        # A judge that was cut may have named a verdict on its way to another one.
+        said = None if _was_cut(reply) else answer_of(reply.text, self.tags)
+        found = None if said is None else parse(said)
+        self._counts["answers"] += 1
+        self._counts["unparsed"] += found is None
+        self._counts["cut"] += _was_cut(reply)
+        return found
+
     def _remind(self, request: Messages, reply: Reply) -> Messages:
         # The same question at temperature 0 would get the same answer; the reminder also makes it another
-        # entry of the cache.
-        answer = {"role": "assistant", "content": reply.text or "…"}
-        return [*request, answer, {"role": "user", "content": self.reminder}]
+        # entry of the cache. What a judge thought is no part of a dialogue.
+        said = answer_of(reply.text, self.tags)
+        answer = {"role": "assistant", "content": said if said and said.strip() else "…"}
+        reminder = f"{CUT_REMINDER}{self.reminder}" if _was_cut(reply) else self.reminder
+        return [*request, answer, {"role": "user", "content": reminder}]
 
-    def _count(self, reply: Reply, parsed: bool) -> None:
-        self._counts["answers"] += 1
-        self._counts["unparsed"] += not parsed
-        self._counts["cut"] += reply.finish_reason == "length"
-
-    def _warn(self, reason: str) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "the judge's endpoint refuses a request (its group is dropped): %s", reason
+    def _give_up(self, num_requests: int, num_cut: int) -> None:
+        self._counts.update(gave_up=num_requests, gave_up_cut=num_cut)
+        if num_cut:
+            limits = {name: value for name, value in self.client.sampling.items() if "max" in name}
+            self._warn(
+                "cut",
+                f"was cut each of {self.max_asks} times before its reply had an end, and what is cut is no "
+                f"verdict ({limits or 'the server sets the limit'}). Raise signals judge.max_tokens",
             )
+
+    def _warn(self, kind: str, what: str) -> None:
+        """Once a kind: a run may drop a few groups at every step."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("the judge %s; its group is dropped", what)
+
+
+def _was_cut(reply: Reply) -> bool:
+    return reply.finish_reason == "length"
 
 
 def conversation(prompt: Prompt) -> str:

@@ -16,6 +16,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 _MARK = re.compile(r"`{3,}|~{3,}")
+_MOST = 16
+"""Fences that may end what the prompt opened: as many readings are tried."""
 _PYTHON = re.compile(r"(i?python|py|sage)[\d.]*", re.IGNORECASE)
 _SESSION = re.compile(r"\s*>>>( |$)", re.MULTILINE)
 _FIRST_LINE = re.compile(r"[ \t]*([\w.+#-]*)[^\n]*\n")
@@ -50,8 +52,8 @@ def readings(text: str) -> list[Reading]:
     1. All of it: code without fences, fences inside its docstrings included.
     2. Its fences as Markdown has them: all that say Python, in order; unmarked ones too.
     3. From the first fence to the last, or to the end: a docstring of the code holds fences.
-    4. Fences that do not stand on a line of their own: after a word, or at the end of a line of code.
-    5. What stands before the first fence: the prompt opened it.
+    4. What stands before a fence: the prompt opened it. The last one first, for docstrings.
+    5. Fences that do not stand on a line of their own: after a word, or at the end of a line of code.
     6. What is indented by four spaces, where there is no fence.
     """
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
@@ -65,8 +67,8 @@ def readings(text: str) -> list[Reading]:
     outer: list[Reading] = [
         ((text[start : max(start, end)], True),) for end in (marks[-1].start(), len(text))
     ]
-    before: Reading = ((text[: marks[0].start()], True),)
-    return [whole, _python(blocks(text)), *outer, _python(_loose(text)), before]
+    before: list[Reading] = [((text[: mark.start()], True),) for mark in marks[:_MOST][::-1]]
+    return [whole, _python(blocks(text)), *outer, *before, _python(_loose(text))]
 
 
 def sources(text: str, language: str) -> list[str]:

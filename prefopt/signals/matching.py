@@ -27,7 +27,13 @@ Pattern = Annotated[str, AfterValidator(_compiles)]
 NumChoices = Annotated[int, Field(ge=2, le=26)]
 
 
-@signal("exact_match", source="string equality", needs_fields=("answer",))
+@signal(
+    "exact_match",
+    source="string equality",
+    needs_fields=("answer",),
+    reads_answer=True,
+    no_answer=0.0,
+)
 def exact_match(
     *, answer: str = "answer", extract: Pattern | None = None, ignore_case: bool = False
 ) -> Signal:
@@ -53,7 +59,7 @@ def exact_match(
     return per_response(score)
 
 
-@signal("regex", source="regular expression")
+@signal("regex", source="regular expression", reads_answer=True, no_answer=0.0)
 def regex(*, pattern: Pattern, timeout_s: PositiveFloat = REGEX_TIMEOUT_S) -> Signal:
     """1.0 if the pattern is found in the response, else 0.0. ``^`` and ``$`` are the ends of the whole text.
 
@@ -73,7 +79,13 @@ def regex(*, pattern: Pattern, timeout_s: PositiveFloat = REGEX_TIMEOUT_S) -> Si
     return per_response(score)
 
 
-@signal("multiple_choice", source="letter extraction", needs_fields=("answer",))
+@signal(
+    "multiple_choice",
+    source="letter extraction",
+    needs_fields=("answer",),
+    reads_answer=True,
+    no_answer=0.0,
+)
 def multiple_choice(*, answer: str = "answer", num_choices: NumChoices = 4) -> Signal:
     r"""1.0 if the response chooses the gold letter, else 0.0; see `extract_choice` for how it is read.
 

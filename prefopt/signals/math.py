@@ -58,6 +58,8 @@ class _Math:
     "math",
     source="math-verify, the reward of arXiv:2506.21495 on verifiable prompts",
     needs_fields=("answer",),
+    reads_answer=True,
+    no_answer=0.0,
 )
 def math(
     *,
@@ -82,6 +84,8 @@ def math(
     "final_number",
     source="GSM8K, github.com/openai/grade-school-math: exact match of the last number",
     needs_fields=("answer",),
+    reads_answer=True,
+    no_answer=0.0,
 )
 def final_number(*, answer: str = "answer") -> Signal:
     r"""1.0 if the response's final number equals the gold one, else 0.0; for GSM8K-like problems.

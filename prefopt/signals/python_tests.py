@@ -74,6 +74,8 @@ class _PythonTests:
     "python_tests",
     source="unit tests, as HumanEval's (arXiv:2107.03374)",
     needs_fields=("tests", "prefix"),
+    reads_answer=True,
+    no_answer=0.0,
 )
 def python_tests(
     *,

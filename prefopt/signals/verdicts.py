@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,24 +12,72 @@ Verdict = Literal["A", "B", "C"]
 """The response shown first, the one shown second, or a tie."""
 
 _BRACKETS = re.compile(r"\[\[\s*([ABC]|tie)\s*\]\]", re.IGNORECASE)
-_LLMBAR = re.compile(r"\boutput \(([ab])\)", re.IGNORECASE)
+_CONDITION = re.compile(r"[\s:*–—-]*(?:=|(?:if|when|means|for)\b)", re.IGNORECASE)
+"""What stands after a mark where the marks are explained: ``[[A]] if answer A is better``."""
+_BETWEEN = re.compile(r"[\s,;/|\"'`*]*(?:(?:or|and)\b)?[\s\"'`*]*", re.IGNORECASE)
+"""What stands between marks where they are only listed: ``one of [[A]], [[B]] or [[C]]``."""
+_LLMBAR_SAID = re.compile(r"\bOutput \(([ab])\) is better\b", re.IGNORECASE)
+_LLMBAR_ALONE = re.compile(r"^[ \t>#*\"'`]*Output \(([ab])\)", re.IGNORECASE | re.MULTILINE)
+_EXAMPLE = re.compile(r"(?:for example|for instance|e\.\s?g\.|such as)[\s,:*\"'`]*$", re.IGNORECASE)
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 _SWAPPED: dict[Verdict | None, Verdict | None] = {"A": "B", "B": "A", "C": "C", None: None}
 _POINTS: dict[Verdict, float] = {"A": 1.0, "B": 0.0, "C": 0.5}
 
 
 def parse_verdict(text: str) -> Verdict | None:
-    """The last ``[[A]]``, ``[[B]]``, ``[[C]]`` or ``[[tie]]``, else LLMBar's ``Output (a)``; None if neither."""
-    found = _BRACKETS.findall(text) or _LLMBAR.findall(text)
-    if not found:
-        return None
-    last = found[-1].upper()
-    return "A" if last == "A" else "B" if last == "B" else "C"
+    """The last ``[[A]]``, ``[[B]]``, ``[[C]]`` or ``[[tie]]``, else LLMBar's ``Output (a)``; None if neither.
+
+    Marks that quote the question are none: explained one by one (``[[A]] if answer A is better, [[B]] if …``), or
+    listed (``one of [[A]], [[B]], [[C]]``).
+    """
+    marks = list(_BRACKETS.finditer(text))
+    quoted = _explained(text, marks) | _listed(text, marks)
+    said = [mark.group(1).upper() for number, mark in enumerate(marks) if number not in quoted]
+    if marks:
+        return _letter(said[-1]) if said else None
+    return _llmbar_verdict(text)
+
+
+def _letter(mark: str) -> Verdict:
+    return "A" if mark == "A" else "B" if mark == "B" else "C"
+
+
+def _explained(text: str, marks: Sequence[re.Match[str]]) -> set[int]:
+    """Places of marks with a condition behind them, where two letters have one: one alone may be a verdict."""
+    found = [number for number, mark in enumerate(marks) if _CONDITION.match(text, mark.end())]
+    letters = {marks[number].group(1).upper() for number in found}
+    return set(found) if len(letters) > 1 else set()
+
+
+def _listed(text: str, marks: Sequence[re.Match[str]]) -> set[int]:
+    """Places of marks of different letters with nothing but commas, slashes and an "or" between them."""
+    found: set[int] = set()
+    for number, (one, other) in enumerate(itertools.pairwise(marks)):
+        between = _BETWEEN.fullmatch(text, one.end(), other.start())
+        if between and one.group(1).upper() != other.group(1).upper():
+            found |= {number, number + 1}
+    return found
+
+
+def _llmbar_verdict(text: str) -> Verdict | None:
+    """As LLMBar's judges are asked: "Output (b) is better" (the last of it), else a line that begins "Output (b)".
+
+    An output that is only mentioned is not chosen. Of several lines that begin with either, the first counts, as
+    LLMBar's judges without reasoning name the output first and explain after.
+    """
+    if said := _LLMBAR_SAID.findall(text):
+        return _letter(said[-1].upper())
+    alone = _LLMBAR_ALONE.search(text)
+    return None if alone is None else _letter(alone.group(1).upper())
 
 
 def parse_rating(text: str, lowest: float = 1.0, highest: float = 10.0) -> float | None:
-    """The last ``[[rating]]``; None if there is none, or it is out of range."""
-    found = _RATING.findall(text)
+    """The last ``[[rating]]`` that is no example (``for example: [[5]]``); None for none, or one out of range."""
+    found = [
+        mark.group(1)
+        for mark in _RATING.finditer(text)
+        if not _EXAMPLE.search(text, 0, mark.start())
+    ]
     if not found:
         return None
     rating = float(found[-1])

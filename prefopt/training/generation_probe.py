@@ -28,7 +28,8 @@ from prefopt.model.end_tokens import end_token_ids, own_end_ids
 from prefopt.model.load import LoadedPolicy
 from prefopt.process.stopping import Stopped, stopping
 from prefopt.recipe.schema import GenerationSection, HFSection, Recipe
-from prefopt.signals.combine import WeightedSignals, build_signals, prompt_fields
+from prefopt.recipe.thinking import mark_at_end
+from prefopt.signals.combine import WeightedSignals, build_signals
 from prefopt.signals.penalties import repeated_frac
 from prefopt.storage.cache import atomic_write
 from prefopt.training.checkpoint import writing
@@ -153,7 +154,9 @@ class GenerationProbe:
         if self.parts.signals is None:
             return {}, [None] * len(answers)
         groups = [
-            Candidates(prompt, (text,), (answer.ids,), (answer.stop_reason == "length",))
+            Candidates(
+                prompt, (text,), (answer.ids,), (answer.stop_reason == "length",), (prompt.opened,)
+            )
             for prompt, text, answer in zip(self.parts.prompts, texts, answers, strict=True)
         ]
         scored = self.parts.signals.score(groups)
@@ -163,8 +166,8 @@ class GenerationProbe:
         if found:
             row[f"{PREFIX}/reward"] = _mean(found)
         for name in sorted({name for each in scored for name in each.parts}):
-            values = [each.parts[name][0] for each in scored if not each.failed]
-            if values:
+            seen = [each for each in scored if not each.failed and name in each.parts]
+            if values := [each.parts[name][0] for each in seen]:
                 row[f"{PREFIX}/reward/{name}"] = _mean(values)
         return row, rewards
 
@@ -271,7 +274,6 @@ def _prompts(
 ) -> list[Prompt]:
     """The first ``num_prompts`` different ones."""
     if section.prompts:
-        fields = prompt_fields(recipe) if section.score else ()
         objective = recipe.objective  # SFT has none
         needs = frozenset() if objective is None else objective.needs
         found = load_prompts(
@@ -279,7 +281,7 @@ def _prompts(
             recipe.data,
             Renderer(tokenizer),
             max_new_tokens=section.max_new_tokens,
-            fields=fields,
+            signals=recipe.signals if section.score else (),
             condition=SampleNeeds.of(needs, recipe.data).condition,
         ).prompts
         return list(found[: section.num_prompts])
@@ -290,5 +292,6 @@ def _prompts(
             break
         group = held_out.group(index)
         ids = tuple(map(int, group.prompt_ids))
-        prompts.setdefault(ids, Prompt(group.id, ids, tokenizer.decode(list(ids))))
+        text = tokenizer.decode(list(ids))
+        prompts.setdefault(ids, Prompt(group.id, ids, text, opened=mark_at_end(text)))
     return list(prompts.values())

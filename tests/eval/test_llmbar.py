@@ -78,6 +78,68 @@ def test_answers_without_a_verdict_and_ties_are_wrong_and_counted(tmp_path: Path
     assert summary.counts["consistent"] == 2  # the first, and the two ties
 
 
+def _result(label: int, *both: dict[str, Any], before: Any = ()) -> dict[str, Any]:
+    """A pair as LLMBar's result.json has it: its texts, and the verdicts of both orders last."""
+    verdicts = dict(zip(("swap = False", "swap = True"), both, strict=True))
+    texts = {"input": f"Do {len(before)}{label}.", "output_1": "x", "output_2": "y"}
+    return {**texts, "label": label, "results": [*before, verdicts]}
+
+
+def _said(text: str, winner: str | None) -> dict[str, Any]:
+    return {"completion": [text, "stop"], "winner": winner}
+
+
+def test_llmbars_own_result_json_has_its_published_numbers(tmp_path: Path) -> None:
+    """Winners of the paper's three kinds of evaluators: reasoning first, metrics made before, two ratings.
+
+    By hand: pair 1 right in both orders, pair 2 right in the first, pair 3 in none (no verdict, then wrong).
+    """
+    reasoned = "Output (a) is short. Output (b) is wrong. Therefore, Output (a) is better. Output (b) is not."
+    rows = [
+        _result(1, _said(reasoned, "1"), _said("Output (b)\n\nOutput (a) is long", "1")),
+        _result(2, {"winner": "2"}, {"winner": "1"}, before=[["Is it short?", "stop"]]),
+        _result(1, _said("Both.", None), _said("Output (a)", "2"), before=["x", "y"]),
+    ]
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(rows))
+    task = make_task("llmbar", {})
+    summary = task.summarise(task.read(path)[""])
+    assert summary.metrics["accuracy"].value == pytest.approx(100 * 3 / 6)
+    assert (summary.counts["correct_original_order"], summary.counts["correct_both"]) == (2, 1)
+    assert summary.counts["num_no_verdict"] == 1 and summary.notes == ()
+
+
+def test_a_stored_winner_counts_where_one_of_llmbars_rules_reads_it(tmp_path: Path) -> None:
+    """A debate that quotes both sides: LLMBar's rule takes (a), which is searched for first."""
+    debate = "One says Output (a) is better. Therefore, Output (b) is better."
+    stored = _judged(0, 1, debate, "Output (b)", winner="1", winner_swapped="1")
+    assert _summary(tmp_path, [stored]).metrics["accuracy"].value == 100
+    unread = _judged(0, 1, debate, "Output (b)")
+    assert _summary(tmp_path, [unread]).metrics["accuracy"].value == 50
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ([], r"result\.json:1: results = a list of 0: must be"),
+        ([{"swap = False": {"winner": "1"}}], r"json:1: results\[-1\] has no 'swap = True'"),
+        ([{"swap = False": {"winner": "3"}, "swap = True": {"winner": "1"}}], r"= '3': must be 1, 2"),
+        (["text"], r"has no 'swap = False'"),
+    ],
+)  # fmt: skip
+def test_a_broken_result_json_is_refused_with_its_row(
+    tmp_path: Path, results: Any, message: str
+) -> None:
+    path = tmp_path / "result.json"
+    path.write_text(
+        json.dumps(
+            [{"input": "a", "output_1": "b", "output_2": "c", "label": 1, "results": results}]
+        )
+    )
+    with pytest.raises(DataError, match=message):
+        make_task("llmbar", {}).read(path)
+
+
 def test_stored_winner_that_contradicts_its_text_is_counted_and_does_not_count(
     tmp_path: Path,
 ) -> None:

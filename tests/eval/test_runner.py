@@ -74,7 +74,7 @@ def test_results_say_what_they_are_made_of(tmp_path: Path, model: Path) -> None:
     entry = results["tasks"]["gsm8k"]
     assert results["model"]["path"] == str(model) and len(results["model"]["hash"]) == 64
     assert results["engine"]["name"] == "hf"
-    assert entry["version"] == "1" and entry["counts"]["n"] == 9
+    assert entry["version"] == "2" and entry["counts"]["n"] == 9
     assert entry["decoding"] == [
         {"max_new_tokens": TOKENS, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "num_samples": 1, "examples": 9}
     ]  # fmt: skip

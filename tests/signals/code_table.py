@@ -31,6 +31,7 @@ TABLE = (
     Case("without its end", f"Here:\n```python\n{AREA}", AREA),
     Case("without its beginning", f"{AREA}```\n", AREA),
     Case("the same, talk after it", f"{AREA}```\nIt multiplies.", AREA),
+    Case("the same, fences in its docstring", f"{DOCSTRING}```\nSo:\n```\n6\n```", DOCSTRING),
     Case("its end on the line of code", f"```python\n{AREA[:-1]}```\nDone.", AREA[:-1]),
     Case("its beginning after a word", f"Here: ```python\n{AREA}```", AREA),
     Case("all on one line", "So: ```python area = max```", "area = max"),

@@ -108,6 +108,47 @@ def test_a_judge_that_talks_nonsense_is_asked_again_then_gives_nan(
     assert math.isnan(report["position_bias"])
 
 
+CUT = "<think>Could be [[B]] or [[2]], let me go on and"
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "score"),
+    [
+        (CUT, "length", None),
+        (CUT, "stop", None),
+        ("I lean to [[2]] so far, but", "length", None),
+        ("<think>Could be [[2]].</think>\nFinal: [[9]]", "stop", 9.0),
+        ("Could be [[2]].</think>Final: [[9]]", "stop", 9.0),
+        ("<think>All but [[2]].</think>", "stop", None),
+    ],
+)
+def test_what_a_judge_thinks_or_is_cut_in_is_no_verdict(
+    judge: Callable[..., Signal], text: str, finish: str, score: float | None
+) -> None:
+    """Asked again (without its thoughts), then NaN and counted as cut where it was."""
+    with chat_server(lambda body: Answer(text, finish_reason=finish)) as server:
+        signal = judge(server.base_url, mode="pointwise", max_asks=2)
+        [[found]] = signal.score([candidates("a")])
+        report = signal.report()  # type: ignore[attr-defined]
+    assert found == score if score else math.isnan(found)
+    assert len(server.requests) == (1 if score else 2)
+    assert report["gave_up_cut"] == (finish == "length")
+    assert not any("Could be" in str(body["messages"]) for body in server.requests)
+
+
+def test_reasoning_in_a_field_of_its_own_is_no_verdict(judge: Callable[..., Signal]) -> None:
+    message = {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "[[2]]",
+        "reasoning": "[[2]]",
+    }
+    raw = json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+    with chat_server(lambda body: Answer(raw=raw.encode())) as server:
+        [[found]] = judge(server.base_url, mode="pointwise").score([candidates("a")])
+    assert math.isnan(found)
+
+
 def test_a_judge_that_is_reminded_is_counted_once(judge: Callable[..., Signal]) -> None:
     def answer(body: dict) -> Answer:
         if len(body["messages"]) == 1:
@@ -280,6 +321,15 @@ def test_position_bias_of_a_published_judge_is_counted_from_its_winners(shared_d
         ("[[tie]]", "C"),
         ("Output (a)", "A"),
         ("Output (b) is better than Output (a)... thus Output (b).", "B"),
+        ("Output (b) is better.\n\nOutput (a) is not.", "B"),
+        ("Output (b)\n\nIt is correct, and Output (a) is not.", "B"),
+        ("Output (a) is terse. Output (b) is not. Therefore, Output (a) is better.", "A"),
+        ("I compared the texts of Output (a) and Output (b).", None),
+        ("Verdict: [[B]]. ([[A]] if answer A is better, [[B]] if answer B is better.)", "B"),
+        ("I end with one of [[A]], [[B]], [[C]].", None),
+        ("My choice is [[A]], of [[A]]/[[B]]/[[C]].", "A"),
+        ("**[[A]]**\n\nKey: [[A]] = first, [[C]] = tie", "A"),
+        ("[[A]] if pressed.", "A"),
         ("[A]", None),
         ("Answer A is better", None),
         ("", None),
@@ -291,7 +341,14 @@ def test_verdicts_are_read_from_the_end(text: str, verdict: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "rating"),
-    [("[[7]]", 7), ("[[3]] no, [[8.5]]", 8.5), ("[[0]]", None), ("[[11]]", None), ("7", None)],
+    [
+        ("[[7]]", 7),
+        ("[[4]] (the form was, for example: [[5]])", 4),
+        ("[[3]] no, [[8.5]]", 8.5),
+        ("[[0]]", None),
+        ("[[11]]", None),
+        ("7", None),
+    ],
 )
 def test_ratings_are_read_from_the_end_and_bounded(text: str, rating: float | None) -> None:
     assert parse_rating(text) == rating

@@ -87,6 +87,7 @@ class Judgment:
     """What the judge said to one `Question`."""
 
     text: str
+    """Without what it thought; empty where it never left its thinking."""
     finish_reason: str | None = None
     top_logprobs: Mapping[str, float] = field(default_factory=dict)
     """Log-probs, nats, of the likeliest first tokens, where the endpoint was asked for them."""

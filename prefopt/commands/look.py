@@ -17,8 +17,9 @@ from prefopt.data.rows import column
 from prefopt.data.sources import first_rows, open_source, source_name
 from prefopt.errors import ConfigError, DataError, PrefoptError, suggest
 from prefopt.recipe.checks import examine
-from prefopt.recipe.checks.files import is_local, is_local_data, read_adapter_config
+from prefopt.recipe.checks.files import read_adapter_config
 from prefopt.recipe.checks.rules import PROBE_PROMPTS, named_sources
+from prefopt.recipe.local_paths import is_local, is_local_data
 from prefopt.recipe.schema import Recipe, SourceSection
 from prefopt.recipe.scored_rows import columns_read, part_names, unjudged
 
@@ -47,7 +48,7 @@ def look(recipe: Recipe) -> tuple[list[str], list[str]]:
     problems, chats, notes = [], [], []
     scored = _Scored(recipe)
     for key, source in named_sources(recipe):
-        if not is_local_data(source):
+        if not is_local_data(source.path):
             continue
         try:
             reading = _read_first(recipe, key, source, scored)

@@ -103,7 +103,7 @@ class Renderer:
 
     def opened_by(self, prompt_ids: Sequence[int]) -> str:
         """The mark that a rendered prompt ends with, as `mark_at_end` finds it: ``<think>``, or "" for none."""
-        return mark_at_end(self.tokenizer.decode([*prompt_ids[-_TAIL_TOKENS:]]))
+        return mark_at_end(str(self.tokenizer.decode([*prompt_ids[-_TAIL_TOKENS:]])))
 
     def stop_ids(self, *, chat: bool) -> tuple[int, ...]:
         """What ends a response: the tokens that end one in training, of a chat also one that calls a tool, and the

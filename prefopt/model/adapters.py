@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from prefopt.errors import ConfigError, ModelError, TrainingError
+from prefopt.model.distributed import loaded_whole
 from prefopt.model.end_tokens import write_end_tokens
 from prefopt.recipe.peft_unfit import unfit
 from prefopt.storage.cache import atomic_directory
@@ -284,7 +285,8 @@ def _compare_reloaded(
     """Loads the model: for architectures whose files name tensors otherwise than memory (fused experts)."""
     # Not Auto, which asks about code of the model's own; under FSDP2 a class derived from it.
     kind: Any = next(each for each in type(model).__mro__ if not each.__name__.startswith("FSDP"))
-    loaded = kind.from_pretrained(directory, dtype="auto")
+    with loaded_whole():
+        loaded = kind.from_pretrained(directory, dtype="auto")
     for name, saved in loaded.state_dict().items():
         if name in waiting:
             _same(directory, name, saved, waiting.pop(name))

@@ -22,6 +22,7 @@ from prefopt.model.adapters import (
     merged_into_base,
     peft_kind,
 )
+from prefopt.model.distributed import loaded_whole
 from prefopt.model.hashing import fresh_adapter_hash, weights_hash
 from prefopt.model.precision import half_parameters, narrowed, widen
 from prefopt.model.quantization import check_quantization, quantization_options
@@ -151,8 +152,9 @@ def load_policy(
     Raises: ModelError for weights that are missing, damaged, for another base or not loadable here;
         ConfigError for a ``peft`` section that its type does not take.
     """
-    plan = _plan(model, peft, trainable)
-    policy, fresh = _assemble(plan, model, seed, trainable)
+    with contextlib.nullcontext() if trainable else loaded_whole():
+        plan = _plan(model, peft, trainable)
+        policy, fresh = _assemble(plan, model, seed, trainable)
     base = _base(policy)
     base.config.use_cache = False
     if model.disable_dropout:

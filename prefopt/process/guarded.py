@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from prefopt.errors import ConfigError, InUseError, PrefoptError
 from prefopt.process.launch import speaks
 from prefopt.process.stopping import Stopped, said_of, stopping
+from prefopt.shown import ShownFormatter, say
 
 
 def guarded(command: Callable[[], object]) -> int:
@@ -47,7 +48,7 @@ def guarded(command: Callable[[], object]) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    say(text, file=sys.stderr)
     sys.stderr.flush()
 
 
@@ -55,7 +56,7 @@ def _say(text: str) -> None:
 def _logs_on_stderr() -> Iterator[None]:
     """Shows our own log lines, from rank 0 below warnings; other libraries keep their settings."""
     logger, handler = logging.getLogger("prefopt"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(ShownFormatter("%(message)s"))
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     logger.addHandler(handler)
     try:

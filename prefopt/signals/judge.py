@@ -15,10 +15,11 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from prefopt.errors import DataError, PrefoptError, SignalError
 from prefopt.recipe.registry import signal
 from prefopt.recipe.section import NoEffect
+from prefopt.recipe.thinking import DEFAULT_TAGS, Tags, Thinking
 from prefopt.signals.base import Signal
 from prefopt.signals.chat_client import ChatClient, Endpoint
 from prefopt.signals.chat_replies import Messages, Reply, ReplyCache
-from prefopt.signals.thinking import DEFAULT_TAGS, ThinkingTags, answer_of
+from prefopt.signals.thinking import answer_of
 from prefopt.signals.verdicts import (
     OrderStats,
     Verdict,
@@ -99,6 +100,7 @@ def judge(
     max_tokens: PositiveInt | None = 1024,
     sampling: dict[str, Any] | None = None,
     max_asks: PositiveInt = 3,
+    thinking: Thinking = DEFAULT_TAGS,
     concurrency: Annotated[PositiveInt, NoEffect()] = 8,
     timeout_s: Annotated[PositiveFloat, NoEffect()] = 120.0,
     deadline_s: Annotated[PositiveFloat, NoEffect()] = 900.0,
@@ -128,6 +130,8 @@ def judge(
         max_tokens: longest answer; null leaves it to the server.
         sampling: further fields of the request (``{seed: 1}``, ``{max_completion_tokens: 2000}``).
         max_asks: times an answer without a verdict is asked for.
+        thinking: marks between which the judge thinks, and the responses it is shown: begin and end, a list of
+            such pairs, or null to read and show everything.
         concurrency: requests under way at a time.
         timeout_s: longest wait for one answer.
         deadline_s: longest wait for one request with its retries (429, 5xx, connection errors).
@@ -143,7 +147,7 @@ def judge(
     cache = ReplyCache(cache_root(cache_dir) / "chat")
     client = ChatClient(endpoint, {k: v for k, v in fields.items() if v is not None}, cache)
     prices = (usd_per_million_prompt_tokens, usd_per_million_completion_tokens)
-    asker = Asker(client, REMINDERS[mode], max_asks, prices)
+    asker = Asker(client, REMINDERS[mode], max_asks, prices, thinking)
     default = PAIRWISE_TEMPLATE if mode == "pairwise" else POINTWISE_TEMPLATE
     text = read_template(template, default, _PLACEHOLDERS[mode], "signals judge.template")
     return PairwiseJudge(asker, text) if mode == "pairwise" else PointwiseJudge(asker, text)
@@ -256,7 +260,7 @@ class Asker:
         reminder: str,
         max_asks: int,
         prices: tuple[float, float],
-        tags: ThinkingTags | None = DEFAULT_TAGS,
+        tags: Tags = DEFAULT_TAGS,
     ) -> None:
         self.client = client
         self.reminder = reminder

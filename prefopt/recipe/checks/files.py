@@ -12,27 +12,12 @@ from typing import Any
 
 from prefopt.errors import ModelError
 from prefopt.recipe.checks.rules import Finding, Surroundings, named_sources, rule
-from prefopt.recipe.schema import ModelReference, Recipe, SourceSection
+from prefopt.recipe.local_paths import is_local, is_local_data
+from prefopt.recipe.schema import ModelReference, Recipe
 from prefopt.storage import model_files as storage
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What training tools call the directories of a run: no hub repository is called so.
 _OF_A_RUN = re.compile(r"final|best|last|(step|checkpoint|epoch)-\d+")
-_DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".csv", ".gz"}
-
-
-def is_local(path: str) -> bool:
-    """Is this a path of this machine (there or not) rather than a hub id?"""
-    return (
-        Path(path).expanduser().exists()
-        or path.startswith((".", "~", os.sep))
-        or _HUB_ID.fullmatch(path) is None
-    )
-
-
-def is_local_data(source: SourceSection) -> bool:
-    """As `is_local`; a data file's suffix also says that a path is meant."""
-    return is_local(source.path) or Path(source.path).suffix in _DATA_SUFFIXES
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any] | None:
@@ -46,7 +31,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any] | None:
 @rule("data", "eval")
 def data_files_exist(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     for key, source in named_sources(recipe):
-        if is_local_data(source) and not _matches(source.path):
+        if is_local_data(source.path) and not _matches(source.path):
             yield Finding(f"{key}.path", _missing("file", source.path))
 
 
@@ -57,7 +42,7 @@ def hub_is_not_asked(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     models += [recipe.reference.path] if isinstance(recipe.reference, ModelReference) else []
     models += [signal.params.get("path") for signal in recipe.signals]
     names = [name for name in models if name and not is_local(name)]
-    names += [source.path for _, source in named_sources(recipe) if not is_local_data(source)]
+    names += [source.path for _, source in named_sources(recipe) if not is_local_data(source.path)]
     if names:
         yield Finding(
             "", f"not checked, on the hub: {', '.join(dict.fromkeys(names))}", is_note=True

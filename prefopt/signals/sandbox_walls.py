@@ -68,7 +68,8 @@ def isolate(orders: dict[str, Any]) -> dict[str, str]:
     built: dict[str, str] = {}
     own_count, modes = _identity(libc, orders, readable, built)
     limit(orders, own_count)
-    _call(libc.prctl, _PR_SET_DUMPABLE, 0, 0, 0, 0)
+    # For /dev/stdin, which is a link in its own /proc; another's is behind Landlock, and behind another user.
+    _call(libc.prctl, _PR_SET_DUMPABLE, 1, 0, 0, 0)
     # After the identity, a change of which would undo it.
     _call(libc.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != orders["parent"]:

@@ -18,7 +18,7 @@ import pytest
 
 from prefopt.errors import SignalError
 from prefopt.signals import sandbox, sandbox_process, sandbox_promises, sandbox_syscalls
-from prefopt.signals.sandbox import Limits, Outcome, Promise, examine, run_program
+from prefopt.signals.sandbox import Limits, Outcome, Program, Promise, examine, run_program
 from tests.signals.machines import on_machine
 
 LIMITS = Limits(wall_s=20.0, cpu_s=20.0, memory_bytes=512 << 20)
@@ -451,6 +451,19 @@ def test_a_child_that_does_not_read_its_orders_is_given_up(monkeypatch: pytest.M
 def test_ordinary_programs_are_not_in_the_way_of_the_walls(program: str) -> None:
     outcome = run(program, wall_s=60.0, cpu_s=60.0, memory_bytes=1 << 30)
     assert outcome.passed, outcome.output
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_programs_read_their_input_by_any_of_its_names(root: bool) -> None:
+    source = (
+        "import sys\nfor f in ('/dev/stdin', '/dev/fd/0', 0): print(open(f).read(), flush=True)"
+    )
+    program = Program((((source, True),),), stdin="7")
+    assert on_machine(lambda: run_program(program, LIMITS).output, root=root).split() == [
+        "7",
+        "7",
+        "7",
+    ]
 
 
 # --- machines -------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def load_tokenizer(model: ModelSection) -> Any:
         ) from error
     if model.chat_template is not None:
         try:
-            tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(model.chat_template).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"model.chat_template = {model.chat_template!r}: {error}") from error
     if model.chat_template_kwargs:
@@ -247,10 +247,11 @@ def disable_dropout(model: nn.Module) -> None:
             elif "jitter" in name and value:
                 module.eval()
                 module.train = _stays_in_evaluation  # type: ignore[method-assign]
-    config = getattr(model, "config", None)
-    for name, value in vars(config).items() if config is not None else ():
-        if _is_dropout(name, value):
-            setattr(config, name, 0.0)
+    base = _base(model)
+    config = vars(getattr(base, "config", None) or nn.Identity())
+    own = {name: value for name, value in config.items() if _is_dropout(name, value)}
+    config |= dict.fromkeys(own, 0.0)
+    base.prefopt_dropout = own or getattr(base, "prefopt_dropout", {})  # saved as it came
 
 
 def _stays_in_evaluation(mode: bool = True) -> None:

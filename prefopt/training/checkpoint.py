@@ -27,6 +27,7 @@ from torch import nn
 
 from prefopt.errors import ConfigError, TrainingError
 from prefopt.model.distributed import together
+from prefopt.storage.cache import by_umask
 from prefopt.storage.run_files import complete_checkpoints
 from prefopt.training.divided import check_processes
 from prefopt.training.integrity import checkpoint_damage, checkpoint_sums, read_state, write_state
@@ -269,6 +270,7 @@ def _publish(temporary: Path, final: Path) -> None:
     """Flushes every file of a finished checkpoint to disk, then renames it into place."""
     for file in temporary.rglob("*"):
         if file.is_file():
+            by_umask(file)
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from prefopt.engines.vllm.door import KEY_VARIABLE
 from prefopt.engines.vllm.hosts import StartedHost
 from prefopt.rollouts.experience import read_log
 from prefopt.training.metrics import read_metrics
@@ -63,7 +64,9 @@ def server(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     host.begin()
     try:
         host.wait_until_ready()
-        yield host.client.url
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(KEY_VARIABLE, host.key)
+            yield host.client.url
     finally:
         host.close()
 

@@ -152,7 +152,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_recipe(parser)
     parser.add_argument(
         "--num-processes",
-        type=int,
+        type=_count,
         metavar="N",
         help="check that the batch divides over N processes",
     )
@@ -160,6 +160,13 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--assume-cuda", action="store_true", help="check for a machine with CUDA, not for this one"
     )
     add_no_plugins(parser)
+
+
+def _count(text: str) -> int:
+    """A number of processes, from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
+    return int(text)
 
 
 def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -10,7 +10,7 @@ from prefopt.model.adapters import add_adapter
 from prefopt.model.hashing import weights_hash
 from prefopt.model.load import LoadedPolicy, disable_dropout, load_base, seeded
 from prefopt.model.precision import half_parameters, widen
-from prefopt.model.source import resolve_source
+from prefopt.model.source import Source, load_config, resolve_source
 from prefopt.recipe.peft_config import peft_config
 from prefopt.recipe.schema import ModelSection, PeftSection
 
@@ -45,6 +45,7 @@ def load_reward_model(
             f"model.path = {model.path!r} is an adapter: a reward model starts from a full model. Run "
             f"`prefopt merge {model.path} MERGED` and set model.path = MERGED"
         )
+    _refuse_classifier(source, model)
     auto = AutoModelForSequenceClassification
     with seeded(seed):
         result = load_base(source, model, auto=auto, new=_HEADS, num_labels=1)
@@ -67,3 +68,14 @@ def load_reward_model(
         is_peft=isinstance(result, PeftModel),
         half=half,
     )
+
+
+def _refuse_classifier(source: Source, model: ModelSection) -> None:
+    """Raises ModelError for a classifier of several labels, whose head is no score; a language model has none."""
+    config = load_config(source, trust_remote_code=model.trust_remote_code)
+    kinds = [str(kind) for kind in config.architectures or ()]
+    if config.num_labels != 1 and any("SequenceClassification" in kind for kind in kinds):
+        raise ModelError(
+            f"model.path = {model.path!r}: a {kinds[0]} with {config.num_labels} labels, and a reward model has "
+            "one: its score. Start from one with num_labels: 1, or from a language model, which gets a new head"
+        )

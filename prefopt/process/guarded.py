@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -20,6 +21,9 @@ def guarded(command: Callable[[], object]) -> int:
     if not sys.stderr.isatty():
         # Bars of the libraries, which read this when tqdm is imported; ours are `prefopt.report.bars`.
         os.environ.setdefault("TQDM_MININTERVAL", "30")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal or pipe that is not UTF-8 gets what it lacks as an escape, as stderr has it, not an exception.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with stopping.handled(), _logs_on_stderr():
             command()

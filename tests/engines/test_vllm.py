@@ -22,10 +22,11 @@ from prefopt.engines.vllm.door import KEY_VARIABLE
 from prefopt.engines.vllm.hosts import FoundHost, StartedHost
 from prefopt.engines.vllm.server import VllmServers
 from prefopt.errors import EngineError
-from tests.engines.conftest import Running
+from tests.engines.conftest import Running, make_engine
 from tests.engines.policies import Policies
 from tests.engines.processes import HANG_S, is_gone, wait_until
 from tests.engines.test_contract import PROMPTS, SPEC, assert_logps_are_the_truth, requests
+from tests.fork_server import fork
 
 server = pytest.mark.parametrize("running", ["vllm_server"], indirect=True)
 local = pytest.mark.parametrize("running", ["vllm"], indirect=True)
@@ -195,3 +196,29 @@ def test_a_killed_engine_in_process_without_a_restart_left_is_an_error(running: 
     kill_core()
     with pytest.raises(EngineError, match=r"subprocess died[\s\S]*No restart is left"):
         running.engine.generate(requests(), SPEC)
+
+
+def start_in_process(policies: Policies, directory: Path) -> None:
+    make_engine("vllm", policies, directory, is_adapter=False).start()
+
+
+@pytest.mark.slow  # two starts
+@pytest.mark.parametrize("sign", ["spawn_main", "EngineCore"])
+def test_who_is_killed_while_it_starts_vllm_leaves_nobody_behind(
+    policies: Policies, tmp_path: Path, sign: str
+) -> None:
+    """As soon as its subprocess is there, and when that has a title and loads the model."""
+    trainer = fork(start_in_process, policies, tmp_path)  # no daemon, which could have no children
+    trainer.start()
+    left: list[psutil.Process] = []
+
+    def core_is_there() -> bool:
+        left[:] = psutil.Process(trainer.pid).children(recursive=True)
+        return any(sign in " ".join(each.cmdline()) for each in left)
+
+    try:
+        assert wait_until(core_is_there)
+    finally:
+        trainer.kill()
+        trainer.join()
+    assert wait_until(lambda: all(is_gone(each.pid) for each in left), timeout_s=60), left

@@ -40,7 +40,9 @@ def rows_of(directory: Path) -> None:
     """A file a task, each with the columns of its own task alone."""
     files = {
         "sums": [{"prompt": p.prompt, "answer": p.answer} for p in PROBLEMS[:6]],
-        "programs": [{"prompt": p.prompt, "tests": "assert len('ab') == 2"} for p in PROBLEMS[6:10]],
+        "programs": [
+            {"prompt": p.prompt, "tests": "assert len('ab') == 2"} for p in PROBLEMS[6:10]
+        ],
         "talk": [{"prompt": p.prompt, "answer": None} for p in PROBLEMS[10:14]],
         "poems": [{"prompt": p.prompt} for p in PROBLEMS[14:]],
     }

@@ -113,7 +113,9 @@ class Signals:
         reading = prompt_reading(self.source, rows[0])
         fields = [*dict.fromkeys(name for entry in self.entries for name in entry.columns)]
         name = self.source.columns.id
-        found = keyed(rows, lambda data: _hash(data) if name is None else data.get(name), "row")
+        found = keyed(
+            rows, lambda data: _hash(data) if name is None else data.get(name), "row", str(name)
+        )
         return [_example(key, row, reading, fields) for key, row in found.items()]
 
     def decoding(self, example: Example) -> Decoding:

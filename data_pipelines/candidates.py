@@ -85,6 +85,7 @@ def _candidates(
         content=content if isinstance(content, str) else tuple(content),
         fields=user_fields(row),
         given=asked_options(row).given,
+        source=row.get("source"),
     )
     return Candidates(
         prompt,

@@ -9,7 +9,7 @@ from typing import Any
 from data_pipelines.rows import OWN_COLUMNS, Row
 from prefopt.data.formats import Reading, canonical, prompt_reading, prompt_row, resolve
 from prefopt.data.readers import RawRow
-from prefopt.data.rows import Refused, column, row_id
+from prefopt.data.rows import Refused, column, column_paths, has_column, row_id
 from prefopt.data.rows import Row as Canonical
 from prefopt.data.sources import first_rows, open_source
 from prefopt.errors import DataError
@@ -25,6 +25,20 @@ class SourceRow:
     id: str
     raw: RawRow
     found: Canonical | Refused
+    source: str | None = None
+    """The name that its source has in the settings."""
+    absent: frozenset[str] = frozenset()
+    """Columns of the other sources that this one does not have."""
+
+    def kept(self, keep: Sequence[str]) -> Row:
+        """The columns to keep, under the names they were asked for by (``metadata.answer``), and its source.
+
+        One that only other sources have is null: tasks side by side have columns of their own.
+        Raises: DataError naming file and line for one that the row lacks, or that no shard can hold.
+        """
+        here = [name for name in keep if has_column(self.raw.data, name) or name not in self.absent]
+        found = dict.fromkeys(keep) | kept_columns(self.raw, here)
+        return found if self.source is None else {**found, "source": self.source}
 
 
 def source_rows(sources: Sequence[SourceSection], *, pairs: bool) -> Iterator[SourceRow]:
@@ -38,6 +52,7 @@ def source_rows(sources: Sequence[SourceSection], *, pairs: bool) -> Iterator[So
 
     Raises: DataError naming file and line; ConfigError for settings that contradict each other.
     """
+    absent = _absent(sources)
     for number, section in enumerate(sources):
         prefix = f"{number}/" if len(sources) > 1 else ""
         source = open_source(section)
@@ -48,9 +63,19 @@ def source_rows(sources: Sequence[SourceSection], *, pairs: bool) -> Iterator[So
                     resolve(section, raw, pairs=True) if pairs else prompt_reading(section, raw)
                 )
             found = canonical(raw, reading) if pairs else prompt_row(raw, reading)
-            yield SourceRow(f"{prefix}{row_id(raw, reading.columns.id)}", raw, found)
+            id_ = f"{prefix}{row_id(raw, reading.columns.id)}"
+            yield SourceRow(id_, raw, found, section.name, absent[number])
         if reading is None:
             raise DataError(f"{section.path}: holds no rows")
+
+
+def _absent(sources: Sequence[SourceSection]) -> list[frozenset[str]]:
+    """For each source, what the first rows of the others have and its own has not; a dot descends."""
+    if len(sources) == 1:
+        return [frozenset()]
+    firsts = [next(first_rows(open_source(each), 1), None) for each in sources]
+    paths = [frozenset(() if row is None else column_paths(row.data)) for row in firsts]
+    return [frozenset().union(*paths) - own for own in paths]
 
 
 def count_source_rows(sources: Sequence[SourceSection]) -> int | None:
@@ -65,10 +90,7 @@ def count_source_rows(sources: Sequence[SourceSection]) -> int | None:
 
 
 def kept_columns(raw: RawRow, keep: Sequence[str]) -> Row:
-    """The columns to keep, under the names they were asked for by (``metadata.answer``).
-
-    Raises: DataError naming file and line for one that the row lacks, or that no shard can hold.
-    """
+    """The columns of a row by name. Raises: as `SourceRow.kept`."""
     kept = {name: column(raw, name) for name in keep}
     for name, value in kept.items():
         problem = not_json(value, (name,))

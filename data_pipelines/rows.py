@@ -42,8 +42,8 @@ SIDES = ("chosen", "rejected")
 
 
 def user_fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that are not ours."""
-    return {key: value for key, value in row.items() if key not in OWN_COLUMNS}
+    """The columns that travel with a row: those that are not ours, and which source it is from."""
+    return {key: value for key, value in row.items() if key not in OWN_COLUMNS or key == "source"}
 
 
 def asked_options(

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from eval.base import Readable, ReadModels
@@ -15,6 +14,8 @@ from eval.registry import TaskSpec, get_task, make_task
 from eval.results import flat
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.thinking import DEFAULT_TAGS, Tags, tags_of
+from prefopt.report.terminal import Terminal
+from prefopt.shown import say
 
 _MOST_COLUMNS, _MOST_METRICS = 3, 2
 
@@ -93,9 +94,9 @@ def _split_thinking(spec: TaskSpec, options: Mapping[str, Any]) -> tuple[dict[st
 def print_score(result: Mapping[str, Any], *, as_json: bool) -> None:
     """To standard output: one JSON object, or a table for people."""
     if as_json:
-        print(json.dumps(result, indent=1, ensure_ascii=False))
+        say(json.dumps(result, indent=1, ensure_ascii=False))
         return
-    console = Console(highlight=False)
+    console = Terminal()
     models = result.get("models") or {result.get("model", ""): result}
     cells = {str(name): _cells(each) for name, each in models.items()}
     names = list(dict.fromkeys(name for each in cells.values() for name in each))
@@ -106,7 +107,7 @@ def print_score(result: Mapping[str, Any], *, as_json: bool) -> None:
         else _models_down(title, cells, names)
     )
     for note in dict.fromkeys(note for each in models.values() for note in each.get("notes", ())):
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def _metrics_down(title: str, cells: Mapping[str, Mapping[str, str]], names: list[str]) -> Table:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.readers import RawRow, data_suffix, read_rows
+from prefopt.data.readers import RawRow, read_rows
 from prefopt.data.sources import open_source, sound_rows
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.load import validated
+from prefopt.recipe.local_paths import data_suffix
 from prefopt.recipe.schema import SourceSection
 
 

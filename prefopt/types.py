@@ -244,6 +244,8 @@ class Prompt:
     """What its chat template is given beside the messages: ``tools``, ``documents``, keywords."""
     opened: str = ""
     """The mark that its rendering ends with (``<think>``), where it has one: a response goes on within it."""
+    source: str | None = None
+    """What the data source that it is from is called."""
 
     @property
     def text(self) -> str:

@@ -18,7 +18,6 @@ from data_pipelines.reading import (
     SourceRow,
     count_source_rows,
     keep_problems,
-    kept_columns,
     source_identity,
     source_rows,
 )
@@ -194,7 +193,7 @@ class Prompts(StageSettings):
             "id": row.id,
             "prompt": row.found.prompt,
             **given,
-            **kept_columns(row.raw, self.keep),
+            **row.kept(self.keep),
         }
 
 
@@ -222,7 +221,7 @@ class _Judge:
         """The first reason, empty for a prompt that is kept."""
         if isinstance(row.found, Refused):
             return str(row.found.reason)
-        kept_columns(row.raw, self.settings.keep)  # raises, naming the columns there are
+        row.kept(self.settings.keep)  # raises, naming the columns there are
         text = _text(row)
         return (
             self._outside(text)

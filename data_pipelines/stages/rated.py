@@ -13,7 +13,6 @@ from data_pipelines.reading import (
     SourceRow,
     count_source_rows,
     keep_problems,
-    kept_columns,
     source_identity,
     source_rows,
 )
@@ -143,7 +142,7 @@ class Rated(StageSettings):
             pair[side] = response if isinstance(response, str) else response["content"]
             if score is not None:
                 pair[f"score_{side}"] = score
-        return pair | kept_columns(row.raw, self.keep)
+        return pair | row.kept(self.keep)
 
     def _group(self, row: SourceRow) -> Row | Dropped:
         assert not isinstance(row.found, Refused)
@@ -154,7 +153,7 @@ class Rated(StageSettings):
         group: Row = {"id": row.id, "prompt": row.found.prompt, "responses": responses}
         if len(responses) < len(found):
             group["num_empty"] = len(found) - len(responses)
-        return group | kept_columns(row.raw, self.keep)
+        return group | row.kept(self.keep)
 
     def _responses(self, raw: RawRow) -> Iterator[dict[str, Any]]:
         if isinstance(self.responses, ResponseList):

@@ -16,8 +16,10 @@ from data_pipelines.registry import stage
 from data_pipelines.rows import Row, RowKind, responses_of, with_responses
 from prefopt.errors import DataError, SignalError
 from prefopt.recipe.entries import Entry
+from prefopt.recipe.only_where import SOURCE
 from prefopt.recipe.registry import BoundSignal
 from prefopt.recipe.schema import Fraction, ModelSection, NoEffect, PathText
+from prefopt.recipe.scored_rows import columns_named
 from prefopt.recipe.yaml_file import Document, KeyPath
 
 if TYPE_CHECKING:
@@ -57,8 +59,10 @@ class Score(StageSettings):
     signals: tuple[Annotated[BoundSignal, Entry("signals")], ...] = Field(
         strict=False, min_length=1
     )
-    """As a recipe's: each has a `name`, a `weight` (default 1) and that signal's own keys. What they check
-    against (`answer`) are columns of the row, which the first stage must keep."""
+    """As a recipe's: each has a `name`, a `weight` (default 1), `only_where` (default: every row) and that
+    signal's own keys. What they check against (`answer`) are columns of the row, which the first stage must keep.
+    `only_where: {source: NAME}` goes by the `name` of a source of the first stage, or of `mix`. A row that no
+    signal is for is dropped as `no_signal`."""
     into: str = "score"
     """Under which key of a response the sum goes. Another name than `score` leaves the scores that are there
     alone: SeRA's margins of two policies are `into: now` and `into: before`, and `order` reads `gap.now`. Parts
@@ -97,7 +101,7 @@ class Score(StageSettings):
         return found
 
     def needs_fields(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for entry in self.signals for name in entry.columns))
+        return tuple(name for name in columns_named(self.signals) if name != SOURCE)
 
     def basis(self) -> Mapping[str, Any]:
         found = {
@@ -196,15 +200,21 @@ class ScoreWorker:
         if scored.rewards is None:
             self._failed += 1
             self._first_failure = self._first_failure or str(scored.failure)
-            return Dropped("signal_failed", scored.failure)
+            return Dropped("no_signal" if scored.is_unjudged else "signal_failed", scored.failure)
         into, responses = self.settings.into, []
         for index, response in enumerate(responses_of(row, self.kind)):
             changed = {**response, into: scored.rewards[index]}
             if self.settings.keep_parts:
                 parts = {self._part(name): values[index] for name, values in scored.parts.items()}
-                changed["scores"] = {**(response.get("scores") or {}), **parts}
+                changed["scores"] = {**self._others(response), **parts}
             responses.append(changed)
         return with_responses(row, self.kind, responses)
+
+    def _others(self, response: Mapping[str, Any]) -> dict[str, Any]:
+        """The parts that stay: an earlier score by a signal that is not for this row any more does not."""
+        ours = {self._part(part.name) for part in self.signals.parts}
+        kept = response.get("scores") or {}
+        return {name: value for name, value in kept.items() if name not in ours}
 
     def _part(self, name: str) -> str:
         return name if self.settings.into == "score" else f"{self.settings.into}/{name}"

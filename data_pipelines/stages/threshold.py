@@ -173,10 +173,8 @@ def _samples(place: Place) -> Iterator[Row | Dropped]:
             sample["reward"] = float(response["score"])
             if "ended" in response:  # as `advantage`
                 sample["ended"] = response["ended"]
-            sample["source"] = (
-                "data" if response.get("offline") else response.get("model", "policy")
-            )
-            yield sample | user_fields(row)
+            who = "data" if response.get("offline") else response.get("model", "policy")
+            yield sample | user_fields(row) | {"source": who}
 
 
 def _report(rule: ThresholdRule, table: _Table, verdicts: Array, limits: Array) -> dict[str, Any]:

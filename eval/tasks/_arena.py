@@ -34,8 +34,9 @@ from eval.tasks._arena_files import (
 )
 from eval.tasks._arena_score import Scoring, Styles, arena_summary
 from eval.tasks._arena_template import judge_messages
-from prefopt.data.readers import RawRow, data_suffix
+from prefopt.data.readers import RawRow
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.local_paths import data_suffix
 
 HUB = "lmarena-ai/arena-hard-auto"
 _GAMES = ("game_1", "game_2")

@@ -15,7 +15,7 @@ from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import DataError
 from prefopt.recipe.thinking import DEFAULT_TAGS, Tags
-from prefopt.signals.math import extract_number
+from prefopt.signals.numbers import extract_number, gold_number
 
 INSTRUCTION = "Solve the problem step by step. End with the answer as a plain number after ####."
 _PROBLEM = ("question", "prompt", "key")
@@ -34,7 +34,7 @@ def gsm8k(*, data: str | None = None, max_new_tokens: PositiveInt = 1024) -> Gsm
     """Accuracy in percent on the 1,319 test problems, zero-shot with an instruction to end in ``#### n``.
 
     The final number is the first after the last marker (``####``, ``A:``, ``\\boxed{``, ``answer is``), else
-    the last of the text, compared as decimals: what `prefopt signals final_number` does.
+    the last of the text, compared exactly as decimals: what `prefopt signals final_number` does.
 
     Args:
         data: file with columns ``question`` and ``answer`` in place of the hub's.
@@ -93,11 +93,12 @@ def _example(row: RawRow) -> Example:
 
 def _row(key: str, gold: str, answer: Answer) -> Row:
     """Right or wrong; a response that is not there is wrong, and counted."""
-    expected, given = extract_number(gold), extract_number(answer.text)
+    expected = gold_number(gold)
     if expected is None:
-        raise DataError(f"gsm8k: the gold answer of {key} holds no number: {gold[-80:]!r}")
+        raise DataError(f"gsm8k: the gold answer of {key} is no decimal number: {gold[-80:]!r}")
+    given = extract_number(answer.text, decimal_comma=expected.decimal_comma)
     problem = answer.problem or ("no_number" if given is None else None)
-    return Row(key, {"accuracy": float(given == expected)}, problem=problem)
+    return Row(key, {"accuracy": float(given == expected.value)}, problem=problem)
 
 
 def _responses(raw: RawRow) -> dict[str, Answer]:

@@ -17,12 +17,13 @@ from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.formats import Reading, prompt_reading, prompt_row
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import Refused, column
-from prefopt.data.sources import open_source, sound_rows
+from prefopt.data.sources import open_source, sound_rows, source_name
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.entries import Entry
 from prefopt.recipe.load import import_plugin, validated
 from prefopt.recipe.registry import BoundSignal
 from prefopt.recipe.schema import ColumnMap, Section, SourceSection
+from prefopt.recipe.scored_rows import columns_named, columns_read
 from prefopt.signals.base import UnknownIds
 from prefopt.signals.combine import WeightedSignals, build_signals
 from prefopt.types import Candidates, Prompt
@@ -111,12 +112,11 @@ class Signals:
         if not rows:
             raise DataError(f"tasks.signals.data = {self.source.path!r}: holds no rows")
         reading = prompt_reading(self.source, rows[0])
-        fields = [*dict.fromkeys(name for entry in self.entries for name in entry.columns)]
         name = self.source.columns.id
         found = keyed(
             rows, lambda data: _hash(data) if name is None else data.get(name), "row", str(name)
         )
-        return [_example(key, row, reading, fields) for key, row in found.items()]
+        return [self._example(key, row, reading) for key, row in found.items()]
 
     def decoding(self, example: Example) -> Decoding:
         return self.preset
@@ -128,7 +128,8 @@ class Signals:
             return Row(example.key, {"reward": None}, problem=problem)
         if self._signals is None:
             self._signals = build_signals(self.entries)
-        scored = self._signals.score([_candidates(example, answers)])[0]
+        asked = _candidates(example, answers, source_name(self.source))
+        scored = self._signals.score([asked])[0]
         form = {
             "length_tokens": _mean(
                 [float(a.num_tokens) for a in answers if a.num_tokens is not None]
@@ -138,7 +139,8 @@ class Signals:
         parts = {f"signals/{name}": _mean(values) for name, values in scored.parts.items()}
         if scored.rewards is None:
             details = {"failure": scored.failure}
-            return Row(example.key, {"reward": None} | form, details, "signal_failed")
+            problem = "no_signal" if scored.is_unjudged else "signal_failed"
+            return Row(example.key, {"reward": None} | form, details, problem)
         return Row(example.key, {"reward": _mean(scored.rewards)} | parts | form)
 
     def summarise(self, rows: Sequence[Row]) -> Summary:
@@ -161,6 +163,20 @@ class Signals:
         )
         return Summary(metrics, counts, notes=notes)
 
+    def _example(self, key: str, row: RawRow, reading: Reading) -> Example:
+        found = prompt_row(row, reading)
+        if isinstance(found, Refused):
+            raise DataError(
+                f"{row.where}: no prompt to answer: {found.reason}{f' ({found.detail})' if found.detail else ''}. "
+                "Mend or remove the row"
+            )
+        for name in columns_read(self.entries, row.data, source_name(self.source)):
+            column(row, name)  # a signal reads it: raises, naming the columns there are
+        own, named = {reading.columns.prompt, reading.columns.system}, columns_named(self.entries)
+        kept = {name: value for name, value in row.data.items() if name not in own or name in named}
+        prompt = found.prompt if isinstance(found.prompt, str) else tuple(found.prompt)
+        return Example(key, prompt, kept, options=found.options)
+
     def close(self) -> None:
         signals, self._signals = self._signals, None
         if signals is not None:
@@ -178,11 +194,18 @@ _RESPONSE_IDS: Any = UnknownIds(
 )
 
 
-def _candidates(example: Example, answers: Sequence[Answer]) -> Candidates:
+def _candidates(example: Example, answers: Sequence[Answer], source: str) -> Candidates:
     prompt = example.prompt
     content = prompt if isinstance(prompt, str) else tuple(dict(message) for message in prompt)
     return Candidates(
-        Prompt(example.key, _PROMPT_IDS, content, example.fields, given=example.options.given),
+        Prompt(
+            example.key,
+            _PROMPT_IDS,
+            content,
+            example.fields,
+            given=example.options.given,
+            source=source,
+        ),
         tuple(answer.text for answer in answers),
         tuple(_RESPONSE_IDS if answer.ids is None else answer.ids for answer in answers),
         tuple(not answer.ended for answer in answers),
@@ -218,21 +241,6 @@ def _problems(index: int, section: Mapping[str, Any]) -> list[str]:
             "their mean is 0.5 for every model. Set mode: pointwise, or run the task win_rate"
         ]
     return []
-
-
-def _example(key: str, row: RawRow, reading: Reading, fields: Sequence[str]) -> Example:
-    found = prompt_row(row, reading)
-    if isinstance(found, Refused):
-        raise DataError(
-            f"{row.where}: no prompt to answer: {found.reason}{f' ({found.detail})' if found.detail else ''}. "
-            "Mend or remove the row"
-        )
-    for name in fields:
-        column(row, name)  # a signal reads it: raises, naming the columns there are
-    own = {reading.columns.prompt, reading.columns.system}
-    kept = {name: value for name, value in row.data.items() if name not in own or name in fields}
-    prompt = found.prompt if isinstance(found.prompt, str) else tuple(found.prompt)
-    return Example(key, prompt, kept, options=found.options)
 
 
 def _hash(data: Mapping[str, Any]) -> str:

@@ -14,10 +14,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.prompts import PromptSet
-from prefopt.data.readers import data_suffix
 from prefopt.data.render import Renderer
 from prefopt.data.samples import SampleNeeds, Scaling, scaling_of
-from prefopt.data.sources import is_local
+from prefopt.data.sources import source_name
 from prefopt.data.tokenise import tokenise_source
 from prefopt.data.tokens import TokenSet, TokenStore, count_rejects
 from prefopt.errors import ConfigError, DataError
@@ -191,20 +190,13 @@ def _mix(
 
 def source_names(sections: Sequence[SourceSection]) -> list[str]:
     """What metrics call each source: its ``name``, else its file's or data set's; numbered where two are alike."""
-    names = [section.name or _short_name(section) for section in sections]
+    names = [*map(source_name, sections)]
     alike, seen = Counter(names), Counter[str]()
     for place, name in enumerate(names):
         seen[name] += 1
         if alike[name] > 1:
             names[place] = f"{name}-{seen[name]}"
     return names
-
-
-def _short_name(section: SourceSection) -> str:
-    last = Path(section.path).name
-    if not is_local(section.path) or data_suffix(last) is None:
-        return last
-    return last.removesuffix(".gz").rpartition(".")[0]
 
 
 def _unweighted(section: SourceSection) -> SourceSection:

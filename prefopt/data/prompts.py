@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +15,15 @@ from prefopt.data.formats import Reading, canonical, prompt_reading, prompt_row,
 from prefopt.data.readers import RawRow
 from prefopt.data.render import Rendered, Renderer, Request, conditioned
 from prefopt.data.rows import Message, Refused, Reject, Row, column, has_column, row_id
-from prefopt.data.sources import first_rows, open_source
+from prefopt.data.sources import first_rows, open_source, source_name
 from prefopt.data.tokens import require_rows
 from prefopt.errors import DataError
+from prefopt.recipe.registry import BoundSignal
 from prefopt.recipe.schema import ConditionSection, DataSection, SourceSection
+from prefopt.recipe.scored_rows import columns_named, columns_read, reads_source, unjudged
 from prefopt.types import Prompt
+
+log = logging.getLogger(__name__)
 
 _BATCH_ROWS = 1024
 
@@ -47,7 +52,7 @@ def load_prompts(
     renderer: Renderer,
     *,
     max_new_tokens: int,
-    fields: Sequence[str] = (),
+    signals: Sequence[BoundSignal] = (),
     needs_offline: bool = False,
     condition: ConditionSection | None = None,
 ) -> PromptSet:
@@ -57,7 +62,8 @@ def load_prompts(
     ``drop_ties`` do not apply: every prompt is met once an epoch.
 
     Args:
-        fields: columns that signals read: a row without one is an error that names it.
+        signals: what will score the answers. A row without a column that a signal for it reads is an error that
+            names it; one that no signal judges is rejected (`no_signal`).
         needs_offline: every row must have a response of its own.
         condition: write its target reward into every prompt.
 
@@ -68,14 +74,16 @@ def load_prompts(
     limits = Limits(data.max_length_tokens, data.max_prompt_tokens)
     for section in sections:
         reader = _Reader(
-            section, renderer, limits, max_new_tokens, tuple(fields), needs_offline, condition
+            section, renderer, limits, max_new_tokens, tuple(signals), needs_offline, condition
         )
         for result in reader.rows():
             if isinstance(result, Prompt):
                 prompts.append(result)
             else:
                 rejects.append({"source": section.path, **result})
-    found = PromptSet(tuple(prompts), tuple(rejects), _fingerprint(prompts))
+    by_source = reads_source(signals)
+    found = PromptSet(tuple(prompts), tuple(rejects), _fingerprint(prompts, by_source=by_source))
+    _warn_of_unjudged(found)
     require_rows(len(prompts), "data.prompts", found.reject_counts)
     return found
 
@@ -86,7 +94,7 @@ class _Reader:
     renderer: Renderer
     limits: Limits
     max_new_tokens: int
-    fields: tuple[str, ...]
+    signals: tuple[BoundSignal, ...]
     needs_offline: bool
     condition: ConditionSection | None
 
@@ -121,7 +129,7 @@ class _Reader:
         self, rows: Sequence[RawRow], reading: Reading, has_response: bool
     ) -> Iterator[Prompt | dict[str, Any]]:
         read = canonical if has_response else prompt_row
-        found = [self._conditioned(read(row, reading)) for row in rows]
+        found = [self._judged(row, self._conditioned(read(row, reading))) for row in rows]
         requests = [
             Request(row.prompt, row.responses, options=row.options)
             for row in found
@@ -143,6 +151,13 @@ class _Reader:
         prompt = conditioned(row.prompt, condition.template, condition.target)
         return replace(row, prompt=prompt, source_prompt=row.prompt)
 
+    def _judged(self, raw: RawRow, row: Row | Refused) -> Row | Refused:
+        """The row, or that no signal is for it: whatever is answered teaches nothing."""
+        if isinstance(row, Refused):
+            return row
+        why = unjudged(self.signals, raw.data, source_name(self.section))
+        return row if why is None else Refused(Reject.NO_SIGNAL, why)
+
     def _checked(self, result: Rendered | Refused) -> Rendered | Refused:
         """``result``, or why it cannot be a prompt. Too long a response is only a missing one."""
         if isinstance(result, Refused):
@@ -161,7 +176,8 @@ class _Reader:
         return checked
 
     def _prompt(self, raw: RawRow, reading: Reading, row: Row, rendered: Rendered) -> Prompt:
-        for name in self.fields:
+        source, named = source_name(self.section), columns_named(self.signals)
+        for name in columns_read(self.signals, raw.data, source):
             column(raw, name)  # a signal reads it: raises, naming the columns there are
         columns = reading.columns
         own = {columns.prompt, columns.chosen, columns.rejected, columns.system}
@@ -170,10 +186,11 @@ class _Reader:
             ids=rendered.prompt_ids,
             # What signals judge by is the prompt itself, without the reward that the policy is asked for.
             content=_content(row.prompt if row.source_prompt is None else row.source_prompt),
-            fields={k: v for k, v in raw.data.items() if k not in own or k in self.fields},
+            fields={k: v for k, v in raw.data.items() if k not in own or k in named},
             given=row.options.given,
             offline_ids=rendered.responses[0] if rendered.responses else None,
             opened=self.renderer.opened_by(rendered.prompt_ids),
+            source=source,
         )
 
     def _line(self, raw: RawRow, reading: Reading, result: Rendered | Refused) -> dict[str, Any]:
@@ -195,9 +212,21 @@ def _content(prompt: str | list[Message]) -> str | tuple[Message, ...]:
     return prompt if isinstance(prompt, str) else tuple(prompt)
 
 
-def _fingerprint(prompts: Sequence[Prompt]) -> str:
+def _warn_of_unjudged(found: PromptSet) -> None:
+    lines = [line for line in found.rejects if line["reason"] == Reject.NO_SIGNAL]
+    if lines:
+        total = len(found.prompts) + len(found.rejects)
+        log.warning(
+            "data.prompts: no signal is for %d of %d rows, which are left out (%s); the first, %s: %s",
+            len(lines), total, Reject.NO_SIGNAL, lines[0]["id"], lines[0]["detail"],
+        )  # fmt: skip
+
+
+def _fingerprint(prompts: Sequence[Prompt], *, by_source: bool) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
-        row = [prompt.id, prompt.ids, prompt.offline_ids, prompt.fields]
+        row: list[Any] = [prompt.id, prompt.ids, prompt.offline_ids, prompt.fields]
+        if by_source:
+            row.append(prompt.source)
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -33,6 +33,8 @@ class Reject(enum.StrEnum):
     """Equal scores, with ``drop_ties``."""
     PROMPTS_DIFFER = "prompts_differ"
     """Chosen and rejected (or the prompt column) do not continue one and the same dialogue."""
+    PROMPT_ANSWERED = "prompt_answered"
+    """The prompt ends with the assistant's turn already: is a side its continuation, or a second turn in a row?"""
     NOT_ASSISTANT = "not_assistant"
     """A side does not end with a turn of the assistant."""
     TEMPLATE_REFUSED = "template_refused"
@@ -47,6 +49,8 @@ class Reject(enum.StrEnum):
     """A text spells out a control token of the tokenizer, which would close or open a turn within it."""
     NO_LOSS = "no_loss"
     """Its messages say that no turn carries loss."""
+    NO_SIGNAL = "no_signal"
+    """A prompt that no signal is for (``only_where``)."""
     PROMPT_TOO_LONG = "prompt_too_long"
     TOO_LONG = "too_long"
 
@@ -158,7 +162,7 @@ def column(row: RawRow, path: str) -> Any:
             data = data[head]
         return data[path]
     raise DataError(
-        f"{row.where}: no column {path!r}; it has {', '.join(nearest(path, _paths(row.data)))}. "
+        f"{row.where}: no column {path!r}; it has {', '.join(nearest(path, column_paths(row.data)))}. "
         "Name the right one under columns"
     )
 
@@ -204,11 +208,11 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     return sorted(known, key=lambda k: (-difflib.SequenceMatcher(None, name, k).ratio(), k))
 
 
-def _paths(data: dict[str, Any], prefix: str = "") -> list[str]:
+def column_paths(data: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of all columns, nested objects included."""
     found: list[str] = []
     for key, value in data.items():
         found.append(f"{prefix}{key}")
         if isinstance(value, dict):
-            found += _paths(value, f"{prefix}{key}.")
+            found += column_paths(value, f"{prefix}{key}.")
     return found

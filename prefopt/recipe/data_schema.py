@@ -83,9 +83,10 @@ class SourceSection(Section):
     hh, other strings text, as the first row of the source shows."""
     columns: ColumnMap = ColumnMap()
     """Column map."""
-    name: Annotated[str | None, NoEffect()] = None
-    """What the metrics of a held-out source are called: `eval/<name>/…`, where there are several. Default: the
-    file's name without its ending, or the last part of the hub id."""
+    name: Annotated[str | None, NoEffect("run"), Newer()] = None
+    """What the source is called: a signal with `only_where: {source: NAME}` scores its rows, and metrics of a
+    held-out one are `eval/<name>/…` where there are several. Default: the file's name without its ending, or the
+    last part of the hub id. In a pipeline's first stage, where it is given, rows get it as `source`."""
     weight: PositiveFloat = 1.0
     """Times an epoch passes over this source: 0.25 draws a quarter of its rows, 2 takes each twice."""
     max_rows: PositiveInt | None = None

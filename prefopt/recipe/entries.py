@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from prefopt.errors import suggest
-from prefopt.recipe.other_tools import OBJECTIVES
+from prefopt.recipe.only_where import OnlyWhere
+from prefopt.recipe.other_tools import value_hint
+from prefopt.recipe.plugin_code import why_unknown
 from prefopt.recipe.registry import REGISTRIES, Bound, BoundCredit, BoundObjective, BoundSignal
 from prefopt.recipe.specs import Spec
 from prefopt.recipe.thinking import DEFAULT_TAGS, Tags, Thinking, names_a_mark
@@ -30,7 +33,9 @@ _BOUND: Mapping[str, type[Bound[Any]]] = {
     "signals": BoundSignal,
 }
 # What a recipe may say of an entry beside its own hyper-parameters.
-_SHARED_KEYS: Mapping[str, Mapping[str, Any]] = {"signals": {"weight": (float, 1.0)}}
+_SHARED_KEYS: Mapping[str, Mapping[str, Any]] = {
+    "signals": {"weight": (float, 1.0), "only_where": (OnlyWhere | None, None)}
+}
 _OF_ANSWERS: Mapping[str, Any] = {"thinking": (Thinking, DEFAULT_TAGS)}
 """Further keys of a signal that reads answers."""
 
@@ -62,8 +67,12 @@ class Entry:
         registry = REGISTRIES[self.section]
         if not isinstance(name, str) or name not in registry.names():
             return None
-        spec = registry.declared(name)
-        return parameters(spec, _shared_keys(self.section, spec))
+        return _parameters(self.section, registry.declared(name).fn, name)
+
+    def having(self, key: str) -> list[str]:
+        """The names of the entries that have this key."""
+        registry = REGISTRIES[self.section]
+        return [name for name in sorted(registry.names()) if key in registry.declared(name).fields]
 
 
 def parameters(spec: Spec, shared: Mapping[str, Any] | None = None) -> type[BaseModel]:
@@ -76,6 +85,13 @@ def parameters(spec: Spec, shared: Mapping[str, Any] | None = None) -> type[Base
     config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     fields: Any = {**(shared or {}), **spec.fields}
     return create_model(f"{spec.name}_hyperparameters", __config__=config, **fields)
+
+
+@functools.cache  # by the function too, which a plugin may register in another's place
+def _parameters(section: str, fn: Callable[..., Any], name: str) -> type[BaseModel]:
+    del fn
+    spec = REGISTRIES[section].declared(name)
+    return parameters(spec, _shared_keys(section, spec))
 
 
 def bind(section: str, value: Any) -> Any:
@@ -120,12 +136,16 @@ def _refuse_marks(params: Mapping[str, Any], tags: Tags) -> None:
 
 def _no_such_name(section: str, name: Any) -> ValidationError:
     known = REGISTRIES[section].names()
+    listed = f"Known: {', '.join(sorted(known))}."
+    kind = UNKNOWN_NAME
     if name is None:
-        kind, message = MISSING_NAME, f"is missing. Known: {', '.join(sorted(known))}."
+        kind, message = MISSING_NAME, f"is missing. {listed}"
+    elif (elsewhere := value_hint(section, "name", name)) is not None:
+        message = f"{elsewhere}. {listed}"
+    elif isinstance(name, list | tuple | Mapping):
+        message = f"must be one name. {listed}"
     else:
-        elsewhere = OBJECTIVES.get(str(name).lower()) if section == "objective" else None
-        said = f"{elsewhere}. Known: {', '.join(sorted(known))}." if elsewhere else None
-        kind, message = UNKNOWN_NAME, said or f"unknown; {suggest(str(name), known)}"
+        message = f"unknown; {suggest(str(name), known)}{why_unknown()}"
     return _refused("name", name, kind, message)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from prefopt.recipe.declared import is_declaration
+from prefopt.recipe.only_where import Rows
 from prefopt.recipe.specs import AnySpec, Registry, Spec
 from prefopt.recipe.thinking import DEFAULT_TAGS, Tags, tags_of
 
@@ -66,6 +67,8 @@ class SignalSpec(Spec):
     """True: it is shown what a response says outside its thinking; False: the whole response."""
     no_answer: float | None = field(default=None, kw_only=True)
     """Its score of a response that never leaves its thinking; None: whatever it says of an empty one."""
+    of_form: bool = field(default=False, kw_only=True)
+    """True if it says how an answer is written (length, repetition, its end) and not whether it is good."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,13 @@ class BoundSignal(Bound[SignalSpec]):
         return tags_of(self.given["thinking"]) if "thinking" in self.given else DEFAULT_TAGS
 
     @property
+    def rows(self) -> Rows:
+        """The rows that it scores."""
+        return Rows(self.given.get("only_where"), self.spec.of_form)
+
+    @property
     def columns(self) -> list[str]:
-        """The columns of the prompt data that it reads."""
+        """The columns of the prompt data that it reads in the rows that it is for."""
         found = [self.value(key) for key in self.spec.needs_fields]
         return [name for name in found if isinstance(name, str)]
 
@@ -233,6 +241,7 @@ SIGNALS: dict[str, str] = {
     "regex": "prefopt.signals.matching",
     "constraints": "prefopt.signals.constraints",
     "python_tests": "prefopt.signals.python_tests",
+    "python_io": "prefopt.signals.python_io",
     "checkers": "prefopt.signals.checkers",
     "reward_model": "prefopt.signals.reward_model",
     "judge": "prefopt.signals.judge",
@@ -308,6 +317,7 @@ def signal(
     needs_fields: tuple[str, ...] = (),
     reads_answer: bool = False,
     no_answer: float | None = None,
+    of_form: bool = False,
 ) -> Callable[[_Fn], _Fn]:
     """Registers a factory ``(*, hyper-parameters) -> Signal`` (`prefopt.signals.base`).
 
@@ -318,6 +328,7 @@ def signal(
         reads_answer: it judges what a response says after its thinking, and is shown that alone; its entry in a
             recipe then has the key ``thinking``.
         no_answer: its score of a response that never leaves its thinking; None: what it says of an empty one.
+        of_form: it says how an answer is written and not whether it is good, so that alone it judges no row.
     """
 
     def register(fn: _Fn) -> _Fn:
@@ -328,6 +339,7 @@ def signal(
             tuple(needs_fields),
             reads_answer=reads_answer,
             no_answer=no_answer,
+            of_form=of_form,
         )
         _SIGNALS.add(spec)
         return fn

@@ -263,7 +263,8 @@ class Recipe(Section):
     engine: Engine | None = None
     """Default: `hf`. Only for rollouts."""
     signals: tuple[Annotated[BoundSignal, Entry("signals")], ...] = Field(default=(), strict=False)
-    """Each has a `name`, a `weight` (default 1) and that signal's own keys; the reward is the weighted sum.
+    """Each has a `name`, a `weight` (default 1), `only_where` (a column, or values of columns: the rows it is for;
+    default: all) and that signal's own keys; the reward is the weighted sum.
     `prefopt signals` lists them. Only for rollouts."""
     credit: Annotated[BoundCredit, Entry("credit")] | None = None
     """`name` and keys of the rule that turns scores into pairs or advantages; default: what goes with the

@@ -30,7 +30,7 @@ from prefopt.rollouts.probe import Probe
 from prefopt.rollouts.publisher import PolicyPublisher
 from prefopt.rollouts.regime import RolloutLimits, RolloutRegime
 from prefopt.rollouts.sampler import Sampler, Share
-from prefopt.signals.combine import build_signals, prompt_fields
+from prefopt.signals.combine import build_signals
 from prefopt.training.regimes import OfflineRegime
 from prefopt.training.run_record import settings_that_count
 
@@ -59,7 +59,7 @@ def load_run_data(recipe: Recipe, tokenizer: Any) -> DataBundle:
         data,
         Renderer(tokenizer),
         max_new_tokens=regime.max_new_tokens,
-        fields=prompt_fields(recipe),
+        signals=recipe.signals,
         needs_offline=credit.spec.needs_offline or regime.reset_frac > 0,
     )
     pairs = data if regime.offline_pairs else data.model_copy(update={"train": ()})

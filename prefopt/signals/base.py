@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from prefopt.errors import DataError, SignalError
+from prefopt.recipe.only_where import value_at
 from prefopt.types import Candidates, Prompt
 
 
@@ -91,15 +92,12 @@ def column(prompt: Prompt, name: str) -> Any:
 
     Raises: DataError naming the row and the columns it has. The group is then dropped and counted.
     """
-    value: Any = prompt.fields
-    rest = name
-    while isinstance(value, Mapping) and rest not in value and "." in rest:
-        head, rest = rest.split(".", 1)
-        value = value.get(head)
-    if not isinstance(value, Mapping) or rest not in value or value[rest] is None:
+    value = value_at(prompt.fields, name)
+    if value is None:
         known = ", ".join(map(str, prompt.fields)) or "none"
         raise DataError(
             f"prompt {prompt.id}: column {name!r} is missing or empty; its columns: {known}. Name the "
-            "column in the signal's key, or drop rows without it from data.prompts"
+            "column in the signal's key, give the signal only_where for the rows that have it, or drop the others "
+            "from data.prompts"
         )
-    return value[rest]
+    return value

@@ -11,13 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefopt.errors import SignalError
+from prefopt.recipe.only_where import Rows, nobody_judges
 from prefopt.recipe.registry import BoundSignal
-from prefopt.recipe.schema import Recipe
+from prefopt.recipe.scored_rows import part_names
+from prefopt.shown import redacted
 from prefopt.signals.answers import shown_answers
 from prefopt.signals.base import Replacing, Reporting, Signal
 from prefopt.types import Candidates
 
 logger = logging.getLogger(__name__)
+
+NO_SIGNAL = "no_signal"
+"""Begins the failure of a group that no signal is for."""
 
 PartScores = list[float] | str
 """The scores of one group by one signal, or why there are none."""
@@ -30,13 +35,19 @@ class Scored:
     rewards: tuple[float, ...] | None
     """The weighted sum, one a response, all finite; None for a group that failed."""
     parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Unweighted scores by part name; of a failed group, those that were computed."""
+    """Unweighted scores by part name, of the signals that are for this row; of a failed group, those that were
+    computed."""
     failure: str | None = None
-    """``part: reason``, None for a group that did not fail."""
+    """``part: reason``, or ``no_signal: reason``; None for a group that did not fail."""
 
     @property
     def failed(self) -> bool:
         return self.failure is not None
+
+    @property
+    def is_unjudged(self) -> bool:
+        """It failed because no signal is for it."""
+        return self.failure is not None and self.failure.startswith(f"{NO_SIGNAL}: ")
 
 
 @dataclass(frozen=True)
@@ -46,14 +57,20 @@ class Part:
     name: str
     weight: float
     signal: Signal
+    rows: Rows = field(default_factory=Rows)
+    """Those that it is for: it is asked about no other, and counts nothing of them."""
+
+    def is_for(self, group: Candidates) -> bool:
+        return self.rows.include(group.prompt.fields, group.prompt.source)
 
 
 class WeightedSignals:
-    """The reward of a recipe: Σ weight · signal, over its ``signals``.
+    """The reward of a recipe: Σ weight · signal, over those of its ``signals`` that are for the row.
 
     A signal that throws, or scores a response NaN or infinite, drops that group and no other: where it
     throws for a whole batch, every group is tried alone. `SignalError` (a model or endpoint that is not
-    there) passes, as does KeyboardInterrupt. How many failures are too many is the caller's to say.
+    there) passes, as does KeyboardInterrupt. A group
+    that no signal judges (`nobody_judges`) fails too. How many failures are too many is the caller's to say.
     Not safe for calls from several threads at once.
     """
 
@@ -69,9 +86,13 @@ class WeightedSignals:
         Raises: SignalError from a signal that cannot go on.
         """
         found: list[dict[str, list[float]]] = [{} for _ in groups]
-        failures: list[str | None] = [None] * len(groups)
+        failures = [*map(self._unjudged, groups)]
         for part in self.parts:
-            alive = [index for index, failure in enumerate(failures) if failure is None]
+            alive = [
+                index
+                for index, (failure, group) in enumerate(zip(failures, groups, strict=True))
+                if failure is None and part.is_for(group)
+            ]
             scores = self._part([groups[index] for index in alive], part)
             for index, values in zip(alive, scores, strict=True):
                 failures[index] = self._file(part, values, found[index])
@@ -95,6 +116,17 @@ class WeightedSignals:
         """Closes every signal; may be called twice."""
         for part in self.parts:
             part.signal.close()
+
+    def _unjudged(self, group: Candidates) -> str | None:
+        """Why the group fails before any signal is asked: none is for it."""
+        prompt = group.prompt
+        why = nobody_judges(
+            {part.name: part.rows for part in self.parts}, prompt.fields, prompt.source
+        )
+        if why is None:
+            return None
+        self._warn(NO_SIGNAL, NO_SIGNAL, f"no signal is for prompt {prompt.id}: {why}")
+        return f"{NO_SIGNAL}: {why}"
 
     def _part(self, groups: list[Candidates], part: Part) -> list[PartScores]:
         """Scores of ``groups`` by one signal, or the reason for each that has none."""
@@ -132,11 +164,14 @@ class WeightedSignals:
             first = f"response {bad[0]} is {values[bad[0]]}"
             reason = f"not finite: {len(bad)} of {len(values)} scores ({first})"
         self._failures[part.name] += 1
-        kind = (part.name, reason.split(":")[0])
-        if kind not in self._warned:  # once a kind: a run may drop a few groups at every step
-            self._warned.add(kind)
-            logger.warning("signal %s: a group is dropped: %s", part.name, reason)
+        self._warn(part.name, reason.split(":")[0], f"signal {part.name}: {reason}")
         return f"{part.name}: {reason}"
+
+    def _warn(self, name: str, kind: str, what: str) -> None:
+        """Once a kind: a run may drop a few groups at every step."""
+        if (name, kind) not in self._warned:
+            self._warned.add((name, kind))
+            logger.warning("a group is dropped: %s", what)
 
     def _scored_group(
         self, group: Candidates, parts: dict[str, list[float]], failure: str | None
@@ -147,7 +182,8 @@ class WeightedSignals:
         rewards = [0.0] * len(group.texts)
         replaced = [False] * len(group.texts)
         # Replacing parts last: what they replace is the whole sum, wherever the recipe lists them.
-        for part in sorted(self.parts, key=lambda part: isinstance(part.signal, Replacing)):
+        mine = [part for part in self.parts if part.name in parts]
+        for part in sorted(mine, key=lambda part: isinstance(part.signal, Replacing)):
             signal = part.signal
             where = signal.replaces(group) if isinstance(signal, Replacing) else None
             for index, value in enumerate(parts[part.name]):
@@ -165,18 +201,14 @@ def build_signals(entries: Sequence[BoundSignal]) -> WeightedSignals:
     Loads whatever the signals need. Two signals of one name become the parts ``name`` and ``name_2``.
     Raises: SignalError or ModelError for a signal that cannot be set up.
     """
-    used: Counter[str] = Counter()
     parts: list[Part] = []
     with (
         contextlib.ExitStack() as undo
     ):  # a signal that fails must not leave the models before it loaded
-        for entry in entries:
+        for entry, name in zip(entries, part_names(entries), strict=True):
             signal = shown_answers(entry, entry.fn(**entry.params))
             undo.callback(signal.close)
-            used[entry.name] += 1
-            number = used[entry.name]
-            name = entry.name if number == 1 else f"{entry.name}_{number}"
-            parts.append(Part(name, entry.weight, signal))
+            parts.append(Part(name, entry.weight, signal, entry.rows))
         undo.pop_all()
     return WeightedSignals(parts)
 
@@ -195,9 +227,4 @@ def _checked(scores: Any, groups: Sequence[Candidates]) -> list[PartScores]:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()[:300]}"
-
-
-def prompt_fields(recipe: Recipe) -> list[str]:
-    """The prompt columns that the recipe's signals read."""
-    return list(dict.fromkeys(name for signal in recipe.signals for name in signal.columns))
+    return redacted(f"{type(error).__name__}: {str(error).strip()[:300]}")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from typing import Annotated
 
 import regex as regex_lib
 from pydantic import AfterValidator, Field, PositiveFloat
 
+from prefopt.errors import DataError
 from prefopt.recipe.registry import signal
 from prefopt.signals.base import Signal, column, per_response
+from prefopt.signals.choices import extract_choice, gold_choice
 from prefopt.types import Prompt
+
+__all__ = ["exact_match", "extract_choice", "multiple_choice", "regex"]
 
 REGEX_TIMEOUT_S = 1.0
 
@@ -82,49 +87,43 @@ def regex(*, pattern: Pattern, timeout_s: PositiveFloat = REGEX_TIMEOUT_S) -> Si
 @signal(
     "multiple_choice",
     source="letter extraction",
-    needs_fields=("answer",),
+    needs_fields=("answer", "choices"),
     reads_answer=True,
     no_answer=0.0,
 )
-def multiple_choice(*, answer: str = "answer", num_choices: NumChoices = 4) -> Signal:
+def multiple_choice(
+    *, answer: str = "answer", num_choices: NumChoices = 4, choices: str | None = None
+) -> Signal:
     r"""1.0 if the response chooses the gold letter, else 0.0; see `extract_choice` for how it is read.
 
     Args:
         answer: column with the gold choice: a letter, or a number counted from 0.
         num_choices: the letters are the first so many of the alphabet.
+        choices: column with the texts of the choices, in order. A response may then say a text in place of its
+            letter, the gold choice may be one, and each row has as many letters as texts.
     """
-    letters = string.ascii_uppercase[:num_choices]
 
     def score(prompt: Prompt, text: str) -> float:
-        gold = column(prompt, answer)
-        wanted = letters[gold] if isinstance(gold, int) and 0 <= gold < num_choices else str(gold)
-        wanted = wanted.strip().strip("().").upper()
-        if len(wanted) != 1 or wanted not in letters:
+        texts = None if choices is None else _texts(prompt, choices)
+        letters = string.ascii_uppercase[: num_choices if texts is None else len(texts)]
+        wanted = gold_choice(column(prompt, answer), letters, texts)
+        if wanted is None:
             return float("nan")
-        return float(extract_choice(text, letters) == wanted)
+        return float(extract_choice(text, letters, texts) == wanted)
 
     return per_response(score)
 
 
-def extract_choice(text: str, letters: str = "ABCD") -> str | None:
-    r"""The letter a response settles on, or None.
-
-    In this order, the last of each kind: ``\boxed{B}``; "answer is (B)", "answer: B"; a letter in brackets,
-    ``(B)`` or ``[B]``; a letter alone on the last line, ``B``, ``B.``, ``**B**`` or ``B) the text``. Bare
-    letters inside a sentence are words ("A", "I") and are not read.
-    """
-    one = f"[{letters}]"
-    last_line = text.strip().rsplit("\n", 1)[-1]
-    for pattern, where in (
-        (rf"\\boxed\{{\s*(?:\\text\{{)?\s*\(?({one})\)?\.?\s*\}}", text),
-        (rf"(?i:answer)(?i:\s+is)?\s*:?[\s*$]*\(?\[?({one})(?![\w'])", text),
-        (rf"[(\[]({one})[)\]]", text),
-        (rf"^\W*({one})(?:\W*$|[.):]\s)", last_line),
-    ):
-        found = regex_lib.findall(pattern, where)
-        if found:
-            return found[-1]
-    return None
+def _texts(prompt: Prompt, name: str) -> list[str]:
+    """The choices of a row. Raises: DataError for anything but 2 to 26 of them."""
+    found = column(prompt, name)
+    if isinstance(found, Mapping):  # the hub's shape: {"text": [...], "label": [...]}
+        found = found.get("text")
+    if not isinstance(found, list | tuple) or not 2 <= len(found) <= 26:
+        raise DataError(
+            f"prompt {prompt.id}: column {name!r} must be a list of 2 to 26 texts, one a choice, got {found!r}"
+        )
+    return [str(each) for each in found]
 
 
 def _last_match(pattern: str, text: str) -> str | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal, InvalidOperation
 from typing import Annotated
 
 from pydantic import PositiveFloat, PositiveInt
@@ -13,10 +11,10 @@ from prefopt.recipe.registry import signal
 from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal, column, per_response
 from prefopt.signals.line_workers import LineWorkers, WorkerDied, WorkerTimeout
+from prefopt.signals.numbers import extract_number, gold_number, is_right_number
 from prefopt.types import Candidates, Prompt
 
-_NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?|[-+]?\$?\.\d+")
-_MARKER = re.compile(r"####|\bA:|\\boxed\s*\{|(?i:answer\s+is)\s*:?|(?i:\banswer:)")
+__all__ = ["extract_number", "final_number", "math"]
 
 
 class _Math:
@@ -91,34 +89,15 @@ def final_number(*, answer: str = "answer") -> Signal:
     r"""1.0 if the response's final number equals the gold one, else 0.0; for GSM8K-like problems.
 
     The final number is the first after the last marker (``####``, ``A:``, ``\boxed{``, ``answer is``,
-    ``answer:``), or without a marker the last of the text. Compared as decimals: 70,000 = 70000.0 = $70000.
+    ``answer:``), or without a marker the last of the text; `prefopt.signals.numbers` says what a number is.
+    Compared exactly, as decimals: 70,000 = 70000.0 = $70000. A gold answer that is no decimal number is NaN.
 
     Args:
         answer: column with the gold answer: a number, or a solution that ends with one.
     """
 
     def score(prompt: Prompt, text: str) -> float:
-        gold = extract_number(str(column(prompt, answer)))
-        if gold is None:
-            return float("nan")
-        return float(extract_number(text) == gold)
+        gold = gold_number(str(column(prompt, answer)))
+        return float("nan") if gold is None else float(is_right_number(text, gold))
 
     return per_response(score)
-
-
-def extract_number(text: str) -> Decimal | None:
-    """The final number of a solution, as `final_number` reads it; None if there is none."""
-    markers = list(_MARKER.finditer(text))
-    if markers:
-        after = _NUMBER.search(text, markers[-1].end())
-        if after:
-            return _decimal(after.group())
-    numbers = _NUMBER.findall(text)
-    return _decimal(numbers[-1]) if numbers else None
-
-
-def _decimal(number: str) -> Decimal | None:
-    try:
-        return Decimal(number.replace(",", "").replace("$", ""))
-    except InvalidOperation:  # hundreds of digits, beyond what Decimal's exponent holds
-        return None

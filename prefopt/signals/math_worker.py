@@ -61,6 +61,11 @@ def _load() -> Callable[[str, str, float], float | str | None]:
     from math_verify import parse, verify
     from math_verify.errors import TimeoutException
 
+    from prefopt.signals.exact import compare_exactly
+    from prefopt.signals.math_text import rewritten, with_values, without_bases
+
+    compare_exactly()
+
     timeouts = _Timeouts()
     log = logging.getLogger("math_verify")
     log.addHandler(timeouts)
@@ -70,10 +75,17 @@ def _load() -> Callable[[str, str, float], float | str | None]:
         limit = max(1, int(timeout_s))
         timeouts.seen = False
         try:
-            wanted = parse(as_latex(gold), parsing_timeout=limit)
-            if not wanted:
+            gold = as_latex(rewritten(gold))
+            if not parse(gold, parsing_timeout=limit):
                 return None
-            found = parse(response, parsing_timeout=limit)
+            found = parse(rewritten(response), parsing_timeout=limit)
+            said = str(found[-1]) if found else ""
+            if (
+                with_values(said) != said
+            ):  # it names its base; a bare numeral is one of the gold's base
+                gold, said = with_values(gold), with_values(said)
+                found = parse(as_latex(said), parsing_timeout=limit)
+            wanted = parse(without_bases(gold), parsing_timeout=limit)
             right = verify(wanted, found, timeout_seconds=limit)
         except (MemoryError, RecursionError):
             return 0.0

@@ -32,7 +32,7 @@ class _LengthPenalty:
         """Nothing to free."""
 
 
-@signal("length_penalty", source="linear in tokens; this project's")
+@signal("length_penalty", source="linear in tokens; this project's", of_form=True)
 def length_penalty(
     *,
     per_token: PositiveFloat = 0.001,
@@ -64,7 +64,11 @@ class _RepetitionPenalty:
         """Nothing to free."""
 
 
-@signal("repetition_penalty", source="share of repeated n-grams (Welleck et al., arXiv:1908.04319)")
+@signal(
+    "repetition_penalty",
+    source="share of repeated n-grams (Welleck et al., arXiv:1908.04319)",
+    of_form=True,
+)
 def repetition_penalty(*, ngram: PositiveInt = 4, free_frac: Fraction = 0.0) -> Signal:
     """Minus the share of token n-grams that occurred before: ``-max(0, 1 - distinct / all - free_frac)``.
 
@@ -94,7 +98,7 @@ class _TruncationPenalty:
         """Nothing to free."""
 
 
-@signal("truncation_penalty", source="DR-PO, arXiv:2404.08495: -1 for a missing EOS")
+@signal("truncation_penalty", source="DR-PO, arXiv:2404.08495: -1 for a missing EOS", of_form=True)
 def truncation_penalty(*, penalty: PositiveFloat = 1.0) -> Signal:
     """``-penalty`` for a response without an end token, 0 for one that ended; added to the other signals.
 
@@ -118,7 +122,9 @@ class _TruncationValue:
         """Nothing to free."""
 
 
-@signal("truncation_value", source="async_rlhf, arXiv:2410.18252: penalty_reward_value")
+@signal(
+    "truncation_value", source="async_rlhf, arXiv:2410.18252: penalty_reward_value", of_form=True
+)
 def truncation_value(*, value: float = -1.0) -> Signal:
     """The whole reward of a response without an end token: takes the place of the weighted sum.
 

@@ -29,7 +29,7 @@ from prefopt.model.load import LoadedPolicy
 from prefopt.process.stopping import Stopped, stopping
 from prefopt.recipe.schema import GenerationSection, HFSection, Recipe
 from prefopt.recipe.thinking import mark_at_end
-from prefopt.signals.combine import WeightedSignals, build_signals, prompt_fields
+from prefopt.signals.combine import WeightedSignals, build_signals
 from prefopt.signals.penalties import repeated_frac
 from prefopt.storage.cache import atomic_write
 from prefopt.training.checkpoint import writing
@@ -166,8 +166,8 @@ class GenerationProbe:
         if found:
             row[f"{PREFIX}/reward"] = _mean(found)
         for name in sorted({name for each in scored for name in each.parts}):
-            values = [each.parts[name][0] for each in scored if not each.failed]
-            if values:
+            seen = [each for each in scored if not each.failed and name in each.parts]
+            if values := [each.parts[name][0] for each in seen]:
                 row[f"{PREFIX}/reward/{name}"] = _mean(values)
         return row, rewards
 
@@ -274,7 +274,6 @@ def _prompts(
 ) -> list[Prompt]:
     """The first ``num_prompts`` different ones."""
     if section.prompts:
-        fields = prompt_fields(recipe) if section.score else ()
         objective = recipe.objective  # SFT has none
         needs = frozenset() if objective is None else objective.needs
         found = load_prompts(
@@ -282,7 +281,7 @@ def _prompts(
             recipe.data,
             Renderer(tokenizer),
             max_new_tokens=section.max_new_tokens,
-            fields=fields,
+            signals=recipe.signals if section.score else (),
             condition=SampleNeeds.of(needs, recipe.data).condition,
         ).prompts
         return list(found[: section.num_prompts])

@@ -189,3 +189,29 @@ def test_judge_rates_the_answers_of_a_model(tmp_path: Path) -> None:
         ConfigError, match=r"signals\.0\.mode = 'pairwise': .* 0\.5 for every model"
     ):
         _task(tmp_path, SUMS, signals=[{**judge, "mode": "pairwise"}])
+
+
+def test_tasks_side_by_side_have_means_over_their_own_rows(tmp_path: Path) -> None:
+    """One of two sums is right: 0.5. The one greeting greets: 1. The mean over the three prompts is 2/3."""
+    rows = [*SUMS, {"prompt": "Hi!", "answer": None, "kind": "talk"}, {"prompt": "Rhyme!"}]
+    signals = [
+        {**NUMBER, "only_where": "answer"},
+        {"name": "regex", "pattern": "hello", "only_where": {"kind": "talk"}},
+    ]
+    task = _task(tmp_path, rows, signals=signals)
+    texts = ("3", "51", "hello", "moon")
+    found = [_row(task, e, _answer(t)) for e, t in zip(task.examples(), texts, strict=True)]
+    assert set(found[2].values) & {"signals/final_number", "signals/regex"} == {"signals/regex"}
+    summary = task.summarise(found)
+    assert summary.metrics["signals/final_number"].value == pytest.approx(0.5)
+    assert summary.metrics["signals/regex"].value == pytest.approx(1.0)
+    assert summary.metrics["reward"].value == pytest.approx(2 / 3)
+    assert summary.counts == {"n": 4, "n_scored": 3, "num_no_signal": 1}
+    assert "no signal" in summary.notes[0] or "no_signal" in summary.notes[0]
+
+
+def test_the_data_files_name_is_its_source(tmp_path: Path) -> None:
+    here = [{**NUMBER, "only_where": {"source": "prompts"}}]
+    task = _task(tmp_path, SUMS, signals=here)
+    found = [_row(task, example, _answer("3")) for example in task.examples()]
+    assert [row.values["reward"] for row in found] == [1.0, 0.0]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from prefopt.cli import main
 from prefopt.errors import SignalError
 from prefopt.recipe.load import import_plugin
 from prefopt.recipe.registry import get_signal
@@ -327,3 +328,76 @@ def write_armorm(directory: Path) -> tuple[Any, ...]:
 def armorm(directory: Path, **keys: Any) -> Signal:
     import_plugin(PRESETS / "armorm.py")
     return get_signal("armorm").fn(path=str(directory), dtype="float32", device="cpu", **keys)
+
+
+def test_tasks_side_by_side_are_scored_by_their_own_signals(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Case by hand: two tasks with columns of their own, a third that goes by its source, and one for nobody."""
+    answers = {
+        "math": [{"prompt": "6 * 7", "answer": "42", "completions": ["it is 42", "it is 41"]}],
+        "code": [
+            {
+                "prompt": "area",
+                "tests": "assert area(2, 3) == 6",
+                "completions": ["def area(w, h):\n    return w * h", "area = 6"],
+            }
+        ],
+        "talk": [{"prompt": "Hi!", "completions": ["hello", "no"]}],
+        "poems": [{"prompt": "A poem!", "completions": ["roses", "hello"]}],
+    }
+    sources = []
+    for name, lines in answers.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        sources.append({"path": str(path), "name": name, "format": "text"})
+    rated = {
+        "stage": "rated",
+        "sources": sources,
+        "responses": {"column": "completions", "text": None},
+        "keep": ["answer", "tests"],
+    }
+    score = {
+        "stage": "score",
+        "signals": [
+            {"name": "math", "only_where": "answer"},
+            {"name": "python_tests", "only_where": "tests"},
+            {"name": "regex", "pattern": "hello", "only_where": {"source": "talk"}},
+        ],
+    }
+    pair = {"stage": "pair"}
+    folder = build(write_pipeline(tmp_path / "p.yaml", [rated, score, pair]))
+    found = rows(folder / "score")
+    assert [(row["source"], row["answer"], row["tests"] is None) for row in found] == [
+        ("math", "42", True),
+        ("code", None, False),
+        ("talk", None, True),
+    ]
+    names = ("math", "python_tests", "regex")
+    for row, name in zip(found, names, strict=True):
+        assert [each["scores"] for each in row["responses"]] == [{name: 1.0}, {name: 0.0}]
+        assert [each["score"] for each in row["responses"]] == [1.0, 0.0]
+    assert counts(folder, "score")["dropped"] == {"no_signal": 1}
+    assert "its source is 'poems'; math is for rows with 'answer'" in caplog.text
+    assert [row["source"] for row in rows(folder / "pair")] == ["math", "code", "talk"]
+
+
+def test_a_part_of_a_signal_that_is_not_for_the_row_any_more_goes(pipeline: Pipeline) -> None:
+    rows_ = [group("a", "4", "5", answer="4"), group("b", "4", "5", answer="4", easy=True)]
+    both = [{"name": "final_number"}, {"name": "regex", "pattern": "4"}]
+    now = [{"name": "final_number", "only_where": {"easy": True}}, both[1]]
+    path = pipeline(rows_, {"signals": both}, {"signals": now, "overwrite": True})
+    text = path.read_text().replace("kind: groups", "kind: groups\n  keep: [answer, easy]")
+    path.write_text(text)
+    first, second = rows(build(path) / "score1")
+    assert set(first["responses"][0]["scores"]) == {"regex"}
+    assert set(second["responses"][0]["scores"]) == {"regex", "final_number"}
+    assert [first["responses"][0]["score"], second["responses"][0]["score"]] == [1.0, 2.0]
+
+
+def test_a_column_that_signals_are_told_apart_by_must_be_kept(
+    pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signals = [{"name": "final_number", "only_where": {"task": "math"}}]
+    assert main(["data", "build", str(pipeline([], {"signals": signals}))]) != 0
+    assert "reads the column 'task'" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from prefopt.signals.base import Signal
 from prefopt.signals.line_workers import LineWorkers, WorkerDied, WorkerTimeout
 from prefopt.signals.math import extract_number
 from tests.signals.cases import candidates, scores
+from tests.signals.readings import require_in_page, table
 
 
 @pytest.fixture(scope="module")
@@ -27,25 +28,94 @@ def verifier() -> Iterator[Signal]:
     signal.close()
 
 
-@pytest.mark.parametrize(
-    ("gold", "text", "right"),
-    [
-        (r"\frac{1}{2}", r"So it is $\boxed{0.5}$.", True),
-        (r"\frac{1}{2}", r"So it is $\boxed{\frac{2}{4}}$.", True),
-        (r"\frac{1}{2}", r"So it is $\boxed{\frac{1}{3}}$.", False),
-        (r"\left( 3, \frac{\pi}{2} \right)", r"Hence $\boxed{(3, \pi/2)}$", True),
-        ("p - q", r"We get $\boxed{-q + p}$", True),
-        (r"\$18.90", r"\boxed{18.9}", True),
-        ("42", "The answer is 42", True),
-        ("42", "The answer is 41", False),
-        ("$42$", r"\boxed{42}", True),
-        ("42", "", False),
-    ],
-)
+READ = [
+    (r"\frac{1}{2}", r"So it is $\boxed{0.5}$.", 1),
+    (r"\frac{1}{2}", r"$\boxed{\frac{2}{4}}$", 1),
+    (r"\frac{1}{2}", r"$\boxed{\frac{1}{3}}$", 0),
+    (r"\frac{1}{2}", "The answer is 2", 0),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"Hence $\boxed{(3, \pi/2)}$", 1),
+    ("p - q", r"$\boxed{-q + p}$", 1),
+    (r"\$18.90", r"\boxed{18.9}", 1),
+    ("42", "The answer is 42", 1),
+    ("42", "Answer: **42**", 1),
+    ("42", "The answer is 41", 0),
+    ("42", r"\boxed{41}. No: \boxed{42}", 1),
+    ("$42$", r"\boxed{42}", 1),
+    ("7", r"\boxed{3 + 4 = 7}", 1),
+    ("5", r"\boxed{x = 5}", 1),
+    ("-5", "It is \u22125.", 1),
+    ("5", "It is \u22125.", 0),
+    ("42", "\uff14\uff12", 1),
+    ("x^2 + 1", "\\boxed{1 + x\u00b2}", 1),
+    ("10000", r"\boxed{10\,000}", 1),
+    (r"10\,000", r"\boxed{10000}", 1),
+    ("10000", "10\u202f000", 1),
+    ("10000", r"\boxed{10{,}000}", 1),
+    ("3.5", r"\boxed{3{,}5}", 1),
+    ("3.5", "3,5", 1),
+    ("35", "3,5", 0),
+    ("3,5", r"\boxed{5,3}", 1),
+    ("3,5", r"\boxed{35}", 0),
+    ("1.234,56", "1234.56", 1),
+    ("1200", "1.2e3", 1),
+    ("1200", "1.2 × 10^3", 1),
+    ("\u20ac5", "5 \u20ac", 1),
+    ("5 cm", r"\boxed{5\text{ m}}", 1),
+    ("90^\\circ", r"\boxed{90}", 1),
+    (r"50\%", r"\boxed{0.5}", 1),
+    ("9.5", r"\boxed{9.5\%}", 1),
+    (r"1\frac{1}{2}", r"\boxed{1.5}", 1),
+    (r"0.\overline{3}", r"\boxed{\frac13}", 1),
+    (r"0.1\overline{6}", r"\boxed{\frac16}", 1),
+    (r"\frac13", "0.333333", 1),
+    (r"\frac13", "0.33333", 0),
+    (r"\pi", "3.14", 0),
+    (r"\{3, 5\}", r"\boxed{\{5, 3\}}", 1),
+    ("(3, 5)", r"\boxed{(5, 3)}", 0),
+    ("[1, 2)", r"\boxed{[1, 2]}", 0),
+    (r"\pm 3", r"\boxed{3, -3}", 1),
+    (r"\pm 3", r"\boxed{3}", 0),
+    (r"(-\infty, 3)", r"\boxed{(-\infty, 3)}", 1),
+    (r"\infty", r"\boxed{-\infty}", 0),
+    ("10^{-20}", r"\boxed{10^{-20}}", 1),
+    ("10^{-20}", r"\boxed{10^{-21}}", 0),
+    (r"\frac{1}{2^{99}}", r"\boxed{\frac{1}{2^{98}}}", 0),
+    ("0.0000001", "0.0000002", 0),
+    ("1000000.0000001", "1000000.0000002", 0),
+    (r"\sqrt{2} \cdot 10^{-20}", r"\boxed{\sqrt{2} \cdot 10^{-21}}", 0),
+    (r"\sqrt{8} \cdot 10^{-20}", r"\boxed{2\sqrt{2} \cdot 10^{-20}}", 1),
+    ("(1, 10^{-20})", r"\boxed{(1, 10^{-21})}", 0),
+    (r"\{10^{-20}\}", r"\boxed{\{10^{-21}\}}", 0),
+    ("[0, 10^{-20}]", r"\boxed{[0, 10^{-21}]}", 0),
+    ("x < 10^{-20}", r"\boxed{x < 10^{-21}}", 0),
+    ("x = 10^{-20}", r"\boxed{x = 10^{-21}}", 0),
+    ("1010_2", r"\boxed{1010_2}", 1),
+    ("1010_2", r"\boxed{1010}", 1),
+    ("1010_2", r"\boxed{1010_3}", 0),
+    ("1010_2", r"\boxed{10}", 0),
+    ("10", r"\boxed{1010_{\text{two}}}", 1),
+    ("AB_{16}", r"\boxed{253_8}", 1),
+    ("x_1", r"\boxed{x_2}", 0),
+    ("9^{9^{9}}", r"\boxed{9^{9^{9}}}", 1),
+    ("42", "", 0),
+]
+
+
+@pytest.mark.parametrize(("gold", "text", "score"), READ)
 def test_expressions_are_compared_by_value(
-    verifier: Signal, gold: str, text: str, right: bool
+    verifier: Signal, gold: str, text: str, score: int
 ) -> None:
-    assert scores(verifier, text, answer=gold) == [float(right)]
+    assert scores(verifier, text, answer=gold) == [float(score)]
+
+
+def test_the_page_says_which_expressions_are_equal() -> None:
+    require_in_page("math", table(("gold answer", "response", "score"), READ))
+
+
+def test_a_tower_of_powers_costs_its_time_and_no_more() -> None:
+    signal = get_signal("math").fn(num_workers=1, timeout_s=1.0)
+    assert scores(signal, r"\boxed{9^{9^{9^{9}}}}", answer="5") == [0.0]
+    signal.close()
 
 
 def test_verifier_works_off_the_main_thread(verifier: Signal) -> None:

@@ -16,6 +16,7 @@ from prefopt.cli import main
 from prefopt.engines.base import Completion, Request, SamplingSpec
 from prefopt.errors import ConfigError
 from prefopt.recipe.checks import check
+from prefopt.recipe.only_where import Rows
 from prefopt.signals.base import per_response
 from prefopt.signals.combine import Part, WeightedSignals
 from prefopt.training.generation_probe import GenerationProbe, ProbeParts
@@ -96,6 +97,20 @@ def test_rewards_are_of_what_could_be_scored(tmp_path: Path) -> None:
     row = make_probe(tmp_path, Scripted([REPEATS, PLAIN]), signals).measure(0)
     assert row[f"{P}/reward"] == 8.0 and row[f"{P}/reward/words"] == 4.0
     assert row[f"{P}/failed_frac"] == 0.5
+
+
+def test_rewards_of_tasks_side_by_side_are_over_their_own_rows(tmp_path: Path) -> None:
+    """The first prompt's answer has 8 words; the second's is 1 to its own signal, whatever its words."""
+    words = per_response(lambda prompt, text: len(text.split()))
+    one = per_response(lambda prompt, text: 1.0)
+    parts = [
+        Part("words", 1.0, words, Rows({"wanted": 0})),
+        Part("one", 1.0, one, Rows({"wanted": 1})),
+    ]
+    row = make_probe(tmp_path, Scripted([REPEATS, PLAIN]), WeightedSignals(parts)).measure(0)
+    told = {name.removeprefix(f"{P}/reward/"): row[name] for name in row if "reward/" in name}
+    assert told == {"words": 8.0, "one": 1.0}
+    assert row[f"{P}/failed_frac"] == 0.0
 
 
 def test_a_policy_that_stops_stopping_is_said_once(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -24,8 +23,10 @@ from prefopt.engines.vllm.answers import (
     read_model,
     read_object,
 )
+from prefopt.engines.vllm.door import bearer
 from prefopt.engines.vllm.local import sampling_parameters
 from prefopt.errors import EngineError
+from prefopt.shown import redacted
 from prefopt.storage.http_body import BodyTooLarge, read_body
 
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request, thousands a step
@@ -53,17 +54,21 @@ class ServerClient:
     sends them all, on an event loop, where a wait can be ended at any point.
 
     Args:
-        url: e.g. http://node7:8000, with or without ``/v1``.
+        url: e.g. http://node7:8000, with or without ``/v1``. A user and password in it, and its query, go with
+            every request; what messages call the server has neither.
         through_proxy: honour HTTP_PROXY and the like; not for a server on this machine.
+        key: what it asks for, if anything.
     """
 
-    def __init__(self, url: str, *, through_proxy: bool) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        key = os.environ.get("VLLM_API_KEY")  # what vLLM itself reads, where it asks for one
+    def __init__(self, url: str, *, through_proxy: bool, key: str | None = None) -> None:
+        base, _, query = url.partition("?")
+        base = base.rstrip("/").removesuffix("/v1")
+        self.url = redacted(base)
         self._loop = _LoopThread()
         self._http = httpx2.AsyncClient(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            base_url=base,
+            params=httpx2.QueryParams(query),
+            headers={"Authorization": bearer(key)} if key else {},
             limits=httpx2.Limits(max_connections=MAX_CONNECTIONS),
             trust_env=through_proxy,
         )

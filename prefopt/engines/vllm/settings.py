@@ -27,6 +27,9 @@ _FIXED = (
     "skip_tokenizer_init",
     "host",
     "port",
+    "uds",
+    "api_key",
+    "middleware",
 )
 
 

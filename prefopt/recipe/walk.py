@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from prefopt.recipe.entries import Entry
+from prefopt.recipe.registry import Bound
 from prefopt.recipe.section import NoEffect, choice_name
 from prefopt.recipe.yaml_file import KeyPath
 
@@ -151,6 +152,8 @@ def _json_default(field: FieldInfo) -> Any:
     if field.is_required():
         return None
     default = field.get_default(call_default_factory=True)
+    if isinstance(default, Bound):
+        return dict(default.given)
     return list(default) if isinstance(default, tuple) else default
 
 
@@ -162,6 +165,8 @@ def default_at(schema: Schema, path: KeyPath, raw: Any, otherwise: Any) -> Any:
     default = field.get_default(call_default_factory=True)
     if isinstance(default, BaseModel):
         return default.model_dump(mode="json")
+    if isinstance(default, Bound):
+        return dict(default.given)
     return list(default) if isinstance(default, tuple) else default
 
 

@@ -16,6 +16,7 @@ from data_pipelines.rows import Row, RowKind
 from prefopt.recipe.schema import Section
 from prefopt.recipe.walk import recorded
 from prefopt.recipe.yaml_file import Document, KeyPath
+from prefopt.shown import without_credentials
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class StageSettings(Section):
     def recorded(self) -> dict[str, Any]:
         """The settings that decide the output: a stage is not resumed under others. Time limits, say, are marked
         to have no effect (`prefopt.recipe.section.NoEffect`)."""
-        return recorded(type(self), self.model_dump(mode="json"), "rows")
+        return recorded(type(self), without_credentials(self.model_dump(mode="json")), "rows")
 
     def basis(self) -> Mapping[str, Any]:
         """What the output depends on beside settings, input and code: hashes of files and weights.

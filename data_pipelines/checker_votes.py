@@ -7,15 +7,14 @@ What a model answers is read as JSON with ``func`` and ``cases``; the functions 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from prefopt.signals.checkers import Vote
+from prefopt.signals.markdown_code import sources
 from prefopt.storage.json_text import half_surrogate
 
-_FENCE = re.compile(r"```(?:json)?[ \t]*\n?(.*?)```", re.DOTALL | re.IGNORECASE)
 _BANNED = ("download", "requests")
 """Lines with these are taken out of a function: the published rule against functions that fetch things."""
 
@@ -43,17 +42,16 @@ class CrossChecked:
 def read_proposal(text: str) -> Proposal | str:
     """The function and cases in one answer, or the reason there are none.
 
-    The JSON is what the last fence holds, else what lies between the first and the last brace. Line breaks
-    inside its strings are taken as they are. A case needs a text ``input`` and a true or false ``output``, as
-    JSON or as a word (the published prompt asks for a string); other cases are left out.
+    The JSON is what the last fence holds (one that says json before others), else what lies between the first
+    and the last brace. Line breaks inside its strings are taken as they are. A case needs a text ``input`` and a
+    true or false ``output``, as JSON or as a word (the published prompt asks for a string); others are left out.
     """
-    fences = _FENCE.findall(text)
-    body = fences[-1] if fences else text[text.find("{") : text.rfind("}") + 1]
-    if not body.strip():
+    braces = text[text.find("{") : text.rfind("}") + 1]
+    bodies = [body for body in (*sources(text, "json")[-1:], braces) if body.strip()]
+    if not bodies:
         return "no_json"
-    try:
-        found = json.loads(body.strip(), strict=False)
-    except (ValueError, RecursionError):  # a model's answer may be anything
+    found = next((found for body in bodies if (found := _json(body)) is not None), None)
+    if found is None:
         return "broken_json"
     if half_surrogate(found) is not None:
         return "broken_json"
@@ -62,6 +60,13 @@ def read_proposal(text: str) -> Proposal | str:
     cases = found.get("cases")
     read = [_case(item) for item in cases] if isinstance(cases, list) else []
     return Proposal(without_fetching(found["func"]), tuple(case for case in read if case))
+
+
+def _json(body: str) -> Any:
+    try:
+        return json.loads(body.strip(), strict=False)
+    except (ValueError, RecursionError):  # a model's answer may be anything
+        return None
 
 
 def _case(item: Any) -> Case | None:

@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefopt.cli import command_parser, guarded, parse
+from prefopt.cli import add_no_plugins, command_parser, guarded, parse, say_plugins_run
 from prefopt.process.launch import require_one_process
+from prefopt.recipe.plugin_code import without_plugins
+from prefopt.shown import say
 
 SUMMARY = "Builds preference data from prompts or rated responses, stage by stage; says what is in a pair set."
 
@@ -103,13 +105,18 @@ def _check(argv: Sequence[str]) -> None:
         "Everything that can be known before a file is read or a model loads; all problems at once.",
         "prefopt data check PIPELINE.yaml",
     )
+    add_no_plugins(parser)
     arguments = parse(parser, argv)
-    from data_pipelines.pipeline import load_pipeline
+    from data_pipelines.pipeline import load_pipeline, preset_file
+    from prefopt.recipe.load import plugins_named
 
-    pipeline = load_pipeline(arguments.pipeline, arguments.overrides)
+    if not arguments.no_plugins:
+        say_plugins_run(plugins_named(preset_file(arguments.pipeline), arguments.overrides))
+    with without_plugins(active=arguments.no_plugins):
+        pipeline = load_pipeline(arguments.pipeline, arguments.overrides)
     for stage in pipeline.stages:
         stage.settings.basis()
-    print(f"{arguments.pipeline}: fine")
+    say(f"{arguments.pipeline}: fine")
 
 
 def _status(argv: Sequence[str]) -> None:
@@ -140,7 +147,7 @@ def _schedule(name: str, argv: Sequence[str]) -> None:
     ):
         parser.add_argument(flag, action="store_true", help=says)
     if "--keys" in argv:
-        print(file.keys_page())
+        say(file.keys_page())
         return
     arguments = parse(parser, argv)
     require_one_process(f"prefopt data {name}")
@@ -152,9 +159,9 @@ def _schedule(name: str, argv: Sequence[str]) -> None:
         print_walk(done_so_far(schedule))
     elif arguments.check or arguments.dry_run:
         tasks = check_schedule(schedule)
-        print(f"{arguments.schedule}: fine")
+        say(f"{arguments.schedule}: fine")
         if arguments.dry_run:
-            print(commands_page(tasks))
+            say(commands_page(tasks))
     else:
         walk = run_schedule(schedule)
         write_record(walk)
@@ -201,7 +208,7 @@ def _card(argv: Sequence[str]) -> None:
     card = make_card(source, settings)
     write_card(card, folder)
     print_card(card)
-    print(f"the page: {folder / PAGE_FILE}")
+    say(f"the page: {folder / PAGE_FILE}")
     if arguments.fail_on and SEVERITY[card.worst()] >= SEVERITY[arguments.fail_on]:
         raise DataError(
             f"{arguments.pairs}: the card says {card.worst()} (--fail-on {arguments.fail_on})"
@@ -216,7 +223,7 @@ def _stages(argv: Sequence[str]) -> None:
     from data_pipelines.show import stage_page, stages_page
 
     name: Any = parser.parse_args(argv).stage
-    print(stage_page(name) if name else stages_page())
+    say(stage_page(name) if name else stages_page())
 
 
 def _presets(argv: Sequence[str]) -> None:
@@ -230,7 +237,7 @@ def _presets(argv: Sequence[str]) -> None:
     from data_pipelines.show import preset_page, presets_page
 
     name: Any = parser.parse_args(argv).preset
-    print(preset_page(name) if name else presets_page())
+    say(preset_page(name) if name else presets_page())
 
 
 def _keys(argv: Sequence[str]) -> None:
@@ -244,4 +251,4 @@ def _keys(argv: Sequence[str]) -> None:
     from data_pipelines.pipeline import PipelineSettings
     from prefopt.recipe.help_pages import schema_page
 
-    print(schema_page(PipelineSettings))
+    say(schema_page(PipelineSettings))

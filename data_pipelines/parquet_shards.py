@@ -50,7 +50,11 @@ def parquet_bytes(rows: Sequence[Row], schema: pyarrow.Schema, stage: str) -> by
 
     try:
         sink = io.BytesIO()
-        pyarrow.parquet.write_table(_table(rows, schema), sink)
+        with pyarrow.parquet.ParquetWriter(sink, schema) as writer:
+            if (
+                rows
+            ):  # of none, no row group: `datasets` takes the size of the first for its batches
+                writer.write_table(_table(rows, schema))
     except _UNFIT as error:
         raise DataError(
             _odd_row(schema, rows, stage) or f"stage {stage!r}: {error}. {_INSTEAD}"

@@ -15,6 +15,7 @@ from data_pipelines.registry import StageSpec, get_stage, stage_names
 from data_pipelines.rows import RowKind
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.load import plugin_problems, validated
+from prefopt.recipe.plugin_code import why_unknown
 from prefopt.recipe.schema import PathText, Section
 from prefopt.recipe.yaml_file import Document, KeyPath, apply_overrides, read_yaml
 
@@ -160,7 +161,7 @@ def _bind(items: Sequence[Any], document: Document, problems: list[str]) -> list
         name = item.get("stage")
         if not isinstance(name, str) or name not in stage_names():
             problems.append(
-                f"{where}.stage = {name!r}: unknown; {suggest(str(name), stage_names())}"
+                f"{where}.stage = {name!r}: unknown; {suggest(str(name), stage_names())}{why_unknown()}"
             )
             return found  # what comes after cannot be judged
         spec = get_stage(name)

@@ -7,7 +7,6 @@ import itertools
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from data_pipelines.folder import StageFolder
@@ -17,6 +16,8 @@ from data_pipelines.rows import RowKind
 from data_pipelines.runner import status
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.help_pages import schema_page
+from prefopt.report.terminal import Terminal
+from prefopt.shown import say
 
 
 def stages_page() -> str:
@@ -67,7 +68,7 @@ def print_record(pipeline: Pipeline) -> None:
         table.add_row(
             id_, f"{counts['rows_in']:,}", f"{counts['rows_out']:,}", record["gives"], dropped
         )
-    console = Console()
+    console = Terminal()
     console.print(table)
     for id_, record in status(pipeline):
         for name, found in ((record or {}).get("report") or {}).items():
@@ -99,9 +100,9 @@ def print_use(pipeline: Pipeline) -> None:
     last = pipeline.stages[-1]
     folder = pipeline.directory / last.id
     if last.gives is RowKind.PAIRS:
-        print(f"train on it: data.train.0.path={folder}    look at it: prefopt data card {folder}")
+        say(f"train on it: data.train.0.path={folder}    look at it: prefopt data card {folder}")
     else:
-        print(f"{last.gives} in {folder}")
+        say(f"{last.gives} in {folder}")
 
 
 def _summary(spec: StageSpec) -> str:

@@ -2,7 +2,7 @@
 
 Where a script writes no spaces between words (Chinese, Japanese, Thai, …) each character is a unit of its own, and
 so is each symbol: emoji, arrows, the operators of a sum. Two of either count as one word, about what two Chinese
-characters say.
+characters say. Korean and Tibetan have marks between words or syllables, which count as words.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ _UNSEEN = regex.compile(r"[\p{Cf}\uFE00-\uFE0F]+")
 def words(text: str) -> list[str]:
     """The units of a text, in lower case; punctuation and white space do not count.
 
-    Composed and decomposed letters are the same, and full-width ones those of ASCII. A text of punctuation alone
-    is its characters: two such texts are not the same.
+    Composed and decomposed letters are the same, and so are forms of a letter that NFKC makes one: full-width,
+    mathematical, circled, ligatures, Arabic's by position. Superscripts and fractions stay, for x² is not x2.
+    A text without a letter or digit (emoji, punctuation) is one unit, as it is written: it is like no other text.
     """
-    pattern = _ASCII_UNIT
+    pattern, written = _ASCII_UNIT, text
     if not text.isascii():
-        text = unicodedata.normalize("NFC", _UNSEEN.sub("", text).translate(_WIDTHS))
+        text = unicodedata.normalize("NFC", _UNSEEN.sub("", text).translate(_forms()))
         pattern = _UNIT
-    text = text.casefold()
-    return pattern.findall(text) or [character for character in text if not character.isspace()]
+    found = pattern.findall(text.casefold())
+    if any(character.isalnum() for unit in found for character in unit):
+        return found
+    return ["".join(written.split())] if written.strip() else []
 
 
 def num_words(units: Sequence[str]) -> float:
@@ -70,13 +73,13 @@ def _halves(unit: str) -> int:
     return 2 if _WHOLE.match(unit) else 1
 
 
-def _widths() -> dict[int, str]:
-    """Full-width and half-width characters as the ones they are a form of."""
+@functools.cache
+def _forms() -> dict[int, str]:
+    """Characters that are a form of others, as those."""
+    ranges = (range(0xA0, 0x10000), range(0x1D400, 0x1D800), range(0x1EE00, 0x1F300))
+    found = {code: unicodedata.decomposition(chr(code)) for each in ranges for code in each}
     return {
         code: unicodedata.normalize("NFKC", chr(code))
-        for code in range(0xFF00, 0xFFF0)
-        if unicodedata.decomposition(chr(code)).startswith(("<wide>", "<narrow>"))
+        for code, form in found.items()
+        if form.startswith("<") and not form.startswith(("<super>", "<sub>", "<fraction>"))
     }
-
-
-_WIDTHS = _widths()

@@ -12,6 +12,7 @@ from typing import Any
 from prefopt.cli import command_parser, guarded, parse
 from prefopt.errors import ConfigError
 from prefopt.process.launch import require_one_process
+from prefopt.shown import say
 
 SUMMARY = (
     "Evaluates checkpoints the way papers report them; scores published files; compares results."
@@ -130,7 +131,7 @@ def _list(argv: Sequence[str]) -> None:
     from eval.pages import task_page, tasks_page
 
     arguments = parser.parse_args(argv)
-    print(task_page(arguments.task) if arguments.task else tasks_page())
+    say(task_page(arguments.task) if arguments.task else tasks_page())
 
 
 def _keys(argv: Sequence[str]) -> None:
@@ -142,7 +143,7 @@ def _keys(argv: Sequence[str]) -> None:
     parser.add_argument("section", nargs="?", metavar="SECTION")
     from eval.pages import settings_page
 
-    print(settings_page(parser.parse_args(argv).section))
+    say(settings_page(parser.parse_args(argv).section))
 
 
 def _score(argv: Sequence[str]) -> None:
@@ -210,22 +211,22 @@ def _compare(argv: Sequence[str]) -> None:
         arguments.results, force=arguments.force, seed=arguments.seed, reward=arguments.reward
     )
     if arguments.json:
-        print(json.dumps(comparison_json(found), indent=1, ensure_ascii=False))
+        say(json.dumps(comparison_json(found), indent=1, ensure_ascii=False))
     else:
         print_comparison(found)
     if arguments.output is not None:
         text = json.dumps(comparison_json(found), indent=1, ensure_ascii=False)
         write_text(arguments.output / "comparison.json", f"{text}\n")
         write_text(arguments.output / "comparison.html", page(found))
-        print(f"wrote {arguments.output / 'comparison.html'}", file=sys.stderr)
+        say(f"wrote {arguments.output / 'comparison.html'}", file=sys.stderr)
 
 
 def _print_plan(lines: Sequence[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(list(lines), indent=1))
+        say(json.dumps(list(lines), indent=1))
         return
     for line in lines:
         parts = [
             f"{value:,} {name.replace('_', ' ')}" for name, value in line.items() if name != "task"
         ]
-        print(f"{line['task']}: {', '.join(parts)}")
+        say(f"{line['task']}: {', '.join(parts)}")

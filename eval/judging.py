@@ -11,9 +11,11 @@ from typing import Any
 from eval.base import Answer, Conversation, Example, JudgedTask, Judgment, Question
 from eval.settings import JudgeSection
 from eval.store import Store
+from prefopt.recipe.thinking import DEFAULT_TAGS, Tags
 from prefopt.report.bars import Bar
 from prefopt.signals.chat_client import ChatClient, Endpoint
 from prefopt.signals.chat_replies import Reply, ReplyCache
+from prefopt.signals.thinking import answer_of
 from prefopt.storage.cache import cache_root
 
 _CHUNKS_IN_FLIGHT = 4
@@ -58,11 +60,18 @@ def judge_sampling(section: JudgeSection, published: Mapping[str, Any]) -> dict[
 
 
 def judge_all(
-    task: JudgedTask, asked: Sequence[Asked], client: ChatClient, store: Store, *, label: str
+    task: JudgedTask,
+    asked: Sequence[Asked],
+    client: ChatClient,
+    store: Store,
+    *,
+    label: str,
+    thinking: Tags = DEFAULT_TAGS,
 ) -> None:
-    """Fills ``store`` with the judge's answer to every question that it has none for yet.
+    """Fills ``store`` with the judge's reply to every question that it has none for yet.
 
     An answer without a verdict is asked for again, as the benchmark defines; the last one counts.
+    ``thinking``: the marks of the judge's thinking; whole replies are stored, what is outside them is read.
     Raises: SignalError for an endpoint that is down, refuses the key, or is too slow: what was answered is
         stored, and the same command goes on.
     """
@@ -72,13 +81,17 @@ def judge_all(
     with Bar(total=len(asked), initial=done, desc=label, unit="question") as bar:
         for start in range(0, len(waiting), size):
             chunk = waiting[start : start + size]
-            store.add(_ask_chunk(task, chunk, client))
+            store.add(_ask_chunk(task, chunk, client, thinking))
             bar.update(len(chunk))
 
 
-def judgments(store: Store, key: str, questions: Sequence[Question]) -> dict[str, Judgment]:
-    """The judge's answers about one example by question id."""
-    return {question.id: _judgment(store[f"{key}\t{question.id}"]) for question in questions}
+def judgments(
+    store: Store, key: str, questions: Sequence[Question], thinking: Tags = DEFAULT_TAGS
+) -> dict[str, Judgment]:
+    """The judge's answers about one example by question id, without what it thought."""
+    return {
+        question.id: _judgment(store[f"{key}\t{question.id}"], thinking) for question in questions
+    }
 
 
 def usage(store: Store, section: JudgeSection) -> dict[str, float]:
@@ -116,7 +129,7 @@ def _placeholders(example: Example, who: str, num_samples: int) -> list[Conversa
 
 
 def _ask_chunk(
-    task: JudgedTask, chunk: Sequence[Asked], client: ChatClient
+    task: JudgedTask, chunk: Sequence[Asked], client: ChatClient, thinking: Tags
 ) -> list[dict[str, Any]]:
     records: dict[str, dict[str, Any]] = {}
     waiting = {each.id: each.question for each in chunk}
@@ -127,7 +140,8 @@ def _ask_chunk(
         again: dict[str, Question] = {}
         for (id_, question), reply in zip(waiting.items(), replies, strict=True):
             records[id_] = record = _record(id_, question, reply, records.get(id_))
-            follow_up = None if record["refused"] else task.ask_again(question, _judgment(record))
+            answer = _judgment(record, thinking)
+            follow_up = None if record["refused"] else task.ask_again(question, answer)
             if follow_up is not None:
                 again[id_] = follow_up
         waiting = again
@@ -154,9 +168,9 @@ def _record(
     }
 
 
-def _judgment(record: Mapping[str, Any]) -> Judgment:
+def _judgment(record: Mapping[str, Any], thinking: Tags) -> Judgment:
     return Judgment(
-        record["text"],
+        answer_of(record["text"], thinking) or "",
         record["finish_reason"],
         record["top_logprobs"],
         record["prompt_tokens"],

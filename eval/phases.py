@@ -37,7 +37,7 @@ from eval.results import metrics_json
 from eval.rows import count_answers, row_from, score_batches, score_rows, write_examples
 from eval.settings import EvalSettings
 from eval.store import Store
-from prefopt.recipe.thinking import pairs_of
+from prefopt.recipe.thinking import DEFAULT_TAGS, Tags, pairs_of
 
 logger = logging.getLogger("prefopt.eval")
 
@@ -186,23 +186,26 @@ class TaskRun:
         }
         asked = [Asked(key, question) for key, each in questions.items() for question in each]
         sampling = judge_sampling(section, task.judge_sampling)
+        own = _own_marks(section.thinking)
         basis = {
             **base,
             "baseline": whose,
             "judge": section.model,
             "judge_sampling": sampling,
             "template": task.template.sha256,
+            **own,
         }
         # Nothing of the model's may hold memory while a local judge runs beside it.
         client = open_judge(section, task.judge_sampling)
         with Store(folder / "judgments.jsonl", basis) as store:
-            judge_all(task, asked, client, store, label=f"{name}: judge")
-            found = {key: judgments(store, key, each) for key, each in questions.items()}
+            tags = section.thinking
+            judge_all(task, asked, client, store, label=f"{name}: judge", thinking=tags)
+            found = {key: judgments(store, key, each, tags) for key, each in questions.items()}
             used = usage(store, section)
         extra = {
             "template": describe_template(task.template),
             "baseline": whose,
-            "judge": {"model": section.model, "sampling": sampling},
+            "judge": {"model": section.model, "sampling": sampling, **own},
             "usage": used,
         }
         return found, extra
@@ -317,3 +320,10 @@ def _longest(generator: Generator, example: Example, decoding: Decoding) -> int:
     prompt = generator.prompt_tokens(example.prompt, example.options) or 0
     further = len(example.further_turns) * (_SPARE_TURN_TOKENS + decoding.max_new_tokens)
     return prompt + decoding.max_new_tokens + further
+
+
+def _own_marks(tags: Tags) -> dict[str, Any]:
+    """What a result says of the judge's thinking: nothing where the usual marks are looked for."""
+    if tags == DEFAULT_TAGS:
+        return {}
+    return {"judge_thinking": [[each.begin, each.end] for each in pairs_of(tags)]}

@@ -13,6 +13,7 @@ from typing import Any
 
 from eval.base import Decoding, Example, Template
 from prefopt.recipe.schema import EngineSection, ModelSection
+from prefopt.shown import without_credentials
 
 _PACKAGES = (
     "prefopt",
@@ -45,7 +46,7 @@ def describe_engine(section: EngineSection, policy: ModelSection) -> dict[str, A
     return {
         "name": section.name,
         "dtype": section.dtype if section.dtype != "auto" else policy.dtype,
-        "options": section.model_dump().get("options", {}),
+        "options": without_credentials(section.model_dump().get("options", {})),
     }
 
 

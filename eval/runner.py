@@ -26,6 +26,7 @@ from eval.registry import TaskSpec, get_task, make_task
 from eval.responses import answers_from_file
 from eval.settings import EvalSettings
 from prefopt.errors import ConfigError, DataError
+from prefopt.shown import redacted
 from prefopt.storage.cache import write_whole
 from prefopt.storage.holder import held
 from prefopt.storage.reading import load_json, reading
@@ -177,7 +178,7 @@ def _head(settings: EvalSettings, models: Models) -> dict[str, Any]:
         "model": describe_model(models.policy),
         "baseline": describe_model(models.baseline) if models.baseline else None,
         "engine": describe_engine(models.engine, models.policy),
-        "judge": {"model": judge.model, "base_url": judge.base_url} if judge else None,
+        "judge": {"model": judge.model, "base_url": redacted(judge.base_url)} if judge else None,
         "seed": settings.seed,
         "limit": settings.limit,
     }

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from eval.base import Readable
+from eval.base import Readable, ReadModels
 from eval.registry import TaskSpec, get_task, make_task
 from eval.results import flat
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.thinking import DEFAULT_TAGS, Tags, tags_of
+from prefopt.report.terminal import Terminal
+from prefopt.shown import say
 
 _MOST_COLUMNS, _MOST_METRICS = 3, 2
 
@@ -43,7 +44,11 @@ def score_file(
     if model is not None:
         if model not in found:
             raise DataError(f"{path}: no model {model!r}; it has: {', '.join(sorted(found))}")
+        if isinstance(found, ReadModels) and model in found.broken:
+            raise found.broken[model]
         found = {model: found[model]}
+    elif isinstance(found, ReadModels) and found.broken:
+        raise _first_broken(found)
     if not found:
         raise DataError(f"{path}: holds no rows")
     head = {"task": name, "version": spec.version, "file": path.name}
@@ -52,6 +57,16 @@ def score_file(
         (only, summary), *_ = summaries.items()
         return {**head, **({"model": only} if only else {}), **flat(summary)}
     return {**head, "models": {each: flat(summary) for each, summary in summaries.items()}}
+
+
+def _first_broken(found: ReadModels) -> DataError:
+    """What is wrong with one model, and which others can be scored alone."""
+    error = next(iter(found.broken.values()))
+    whole = [name for name in found if name not in found.broken]
+    if not whole:
+        return error
+    shown = ", ".join(f"--model {name}" for name in whole[:5]) + (", …" if len(whole) > 5 else "")
+    return DataError(f"{error}. The others can be scored alone: {shown}")
 
 
 def _reads_responses(spec: TaskSpec) -> bool:
@@ -79,9 +94,9 @@ def _split_thinking(spec: TaskSpec, options: Mapping[str, Any]) -> tuple[dict[st
 def print_score(result: Mapping[str, Any], *, as_json: bool) -> None:
     """To standard output: one JSON object, or a table for people."""
     if as_json:
-        print(json.dumps(result, indent=1, ensure_ascii=False))
+        say(json.dumps(result, indent=1, ensure_ascii=False))
         return
-    console = Console(highlight=False)
+    console = Terminal()
     models = result.get("models") or {result.get("model", ""): result}
     cells = {str(name): _cells(each) for name, each in models.items()}
     names = list(dict.fromkeys(name for each in cells.values() for name in each))
@@ -92,7 +107,7 @@ def print_score(result: Mapping[str, Any], *, as_json: bool) -> None:
         else _models_down(title, cells, names)
     )
     for note in dict.fromkeys(note for each in models.values() for note in each.get("notes", ())):
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def _metrics_down(title: str, cells: Mapping[str, Mapping[str, str]], names: list[str]) -> Table:

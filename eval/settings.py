@@ -41,6 +41,9 @@ class JudgeSection(Section):
     """Default: what the benchmark published."""
     max_tokens: PositiveInt | None = None
     """Longest answer; default: what the benchmark published."""
+    thinking: Thinking = DEFAULT_TAGS
+    """The marks between which the judge thinks: what stands there is no verdict, and a reply that never leaves its
+    thinking has none. Default: the marks of the usual models. `null` reads replies as they are."""
     sampling: dict[str, Any] = Field(default_factory=dict)
     """Further fields of the request (`{seed: 1}`); one that is null is taken out of the benchmark's own."""
     concurrency: Annotated[PositiveInt, NoEffect("rows")] = 8

@@ -6,16 +6,18 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from prefopt.report.terminal import Terminal
+from prefopt.shown import say
 
 
 def print_results(results: Mapping[str, Any], *, as_json: bool) -> None:
     """To standard output: ``results.json`` itself, or a table."""
     if as_json:
-        print(json.dumps(results, indent=1, ensure_ascii=False))
+        say(json.dumps(results, indent=1, ensure_ascii=False))
         return
-    console = Console(highlight=False)
+    console = Terminal()
     table = Table(title=f"{results['model']['path']}")
     for column, justify in (
         ("task", "left"),
@@ -46,7 +48,7 @@ def shown(metric: Mapping[str, Any]) -> str:
     return text if metric["stderr"] is None else f"{text} ± {metric['stderr']:.2g}"
 
 
-def _print_remarks(console: Console, name: str, entry: Mapping[str, Any]) -> None:
+def _print_remarks(console: Terminal, name: str, entry: Mapping[str, Any]) -> None:
     dropped = {
         key.removeprefix("num_").replace("_", " "): value
         for source in (entry["counts"], entry.get("answers") or {})

@@ -7,26 +7,15 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefopt import __version__
 from prefopt.errors import ConfigError
 from prefopt.process.guarded import guarded
 from prefopt.process.launch import check_launched
 from prefopt.process.ranks import joined
-
-if TYPE_CHECKING:
-    from prefopt.recipe.schema import Recipe
-
-RECIPE_SCRIPTS = {
-    **{name: name for name in ("sft", "reward_model", "dpo", "simpo")},
-    **dict.fromkeys(("a_lol", "a_lol_ref_free", "a_lol_seq", "a_lol_kl"), "a_lol"),
-    **dict.fromkeys(
-        ("filtered_nll", "rwr", "reward_conditioned", "wbc", "r_gold", "r_lol"), "offline_rl"
-    ),
-}
-"""Stage or objective -> its script under ``recipes/``; preference.py takes the rest, and online_dpo.py every
-recipe with rollouts, whatever its objective."""
+from prefopt.recipe.plugin_code import OPTION, without_plugins
+from prefopt.recipe.scripts import require_script
+from prefopt.shown import say
 
 _OVERRIDES = (
     "section.key=value, e.g. train.learning_rate=8e-7 data.train.0.path=pairs.jsonl peft=null"
@@ -86,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_keys(commands)
     _add_registries(commands)
+    _add_doctor(commands)
     for name, point in sorted(_siblings().items()):
         commands.add_parser(name, help=point.load().SUMMARY)
     return parser
@@ -150,13 +140,21 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_recipe(parser)
     parser.add_argument(
         "--num-processes",
-        type=int,
+        type=_count,
         metavar="N",
         help="check that the batch divides over N processes",
     )
     parser.add_argument(
         "--assume-cuda", action="store_true", help="check for a machine with CUDA, not for this one"
     )
+    add_no_plugins(parser)
+
+
+def _count(text: str) -> int:
+    """A number of processes, from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
+    return int(text)
 
 
 def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -188,6 +186,17 @@ def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="step as metrics.jsonl counts them (default: the newest)",
     )
     parser.add_argument("--no-color", action="store_true", help="plain text, for files and diffs")
+    add_no_plugins(parser)
+
+
+def add_no_plugins(parser: argparse.ArgumentParser) -> None:
+    """The option of a command that reads a recipe or pipeline without doing what it says."""
+    parser.add_argument(
+        OPTION,
+        action="store_true",
+        help="do not run the plugins: they are a program, and it may be a stranger's. Names that only they define "
+        "are then unknown",
+    )
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -256,18 +265,40 @@ def _add_registries(commands: argparse._SubParsersAction[argparse.ArgumentParser
         parser.add_argument("name", nargs="?", metavar="NAME", help="only this one, in full")
 
 
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "What the sandbox of model-written code holds on this machine, each item tried; exit code 1 if signals "
+        "that run code would refuse.",
+        "prefopt doctor",
+    )
+    parser.add_argument("--json", action="store_true", help="every attempt with what it met")
+
+
+def say_plugins_run(plugins: Sequence[str]) -> None:
+    """Says, before it happens, that code which a recipe or pipeline names is run to check it."""
+    if plugins:
+        say(f"runs the code of {', '.join(plugins)}; for a file of somebody else: {OPTION}")
+
+
 def _check(arguments: argparse.Namespace) -> None:
     from prefopt.commands.look import examine_and_look
+    from prefopt.recipe.load import plugins_named
 
-    notes = examine_and_look(
-        arguments.recipe,
-        arguments.overrides,
-        num_processes=arguments.num_processes,
-        assume_cuda=arguments.assume_cuda,
-    )
-    print(f"{arguments.recipe}: fine")
+    if not arguments.no_plugins:
+        say_plugins_run(plugins_named(arguments.recipe, arguments.overrides))
+    with without_plugins(active=arguments.no_plugins):
+        notes = examine_and_look(
+            arguments.recipe,
+            arguments.overrides,
+            num_processes=arguments.num_processes,
+            assume_cuda=arguments.assume_cuda,
+        )
+    say(f"{arguments.recipe}: fine")
     for note in notes:
-        print(f"  note: {note}")
+        say(f"  note: {note}")
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -291,7 +322,8 @@ def _show(arguments: argparse.Namespace) -> None:
     from prefopt.commands.show import show
     from prefopt.recipe.checks import examine
 
-    recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True, to_train=False)
+    with without_plugins(active=arguments.no_plugins):
+        recipe, _ = examine(arguments.recipe, arguments.overrides, assume_cuda=True, to_train=False)
     show(recipe, arguments.n, color=color)
 
 
@@ -313,54 +345,38 @@ def _train_recipe(arguments: argparse.Namespace, trains: str | None) -> None:
     launch = check_launched()  # first: what a recipe needs depends on it
     recipe, notes = examine(arguments.recipe, arguments.overrides, num_processes=launch.world_size)
     if trains is not None:
-        _require_script(arguments.recipe, recipe, trains)
+        require_script(arguments.recipe, recipe, trains)
     if launch.is_main:
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            say(f"note: {note}", file=sys.stderr)
     from prefopt.wiring import train
 
     train(recipe)
-
-
-def script_of(recipe: Recipe) -> str:
-    """The script under ``recipes/`` that trains a recipe, without ``.py``."""
-    if recipe.has_rollouts:
-        return "online_dpo"
-    found = recipe.objective.name if recipe.objective else recipe.stage
-    return RECIPE_SCRIPTS.get(found, "preference")
-
-
-def _require_script(path: str, recipe: Recipe, trains: str) -> None:
-    """Raises ConfigError if a recipe is given to the script of another regime, objective or stage."""
-    right = script_of(recipe)
-    if right == trains:
-        return
-    if "online_dpo" in (right, trains):
-        takes = "rollouts" if trains == "online_dpo" else "a fixed data set"
-        found = f"regime.name = '{recipe.regime.name}', and this script trains on {takes}"
-    else:
-        name = recipe.objective.name if recipe.objective else recipe.stage
-        found = f"trains '{name}', and this script trains '{trains}'"
-    raise ConfigError(f"{found}. Launch recipes/{right}.py", source=path)
 
 
 def _merge(arguments: argparse.Namespace) -> None:
     from prefopt.model.merge import merge_adapter
 
     merge_adapter(arguments.source, arguments.output, trust_remote_code=arguments.trust_remote_code)
-    print(f"wrote {arguments.output}")
+    say(f"wrote {arguments.output}")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from prefopt.commands.doctor import show_doctor
+
+    show_doctor(as_json=arguments.json)
 
 
 def _keys(arguments: argparse.Namespace) -> None:
     from prefopt.recipe.help_pages import keys_page
 
-    print(keys_page(arguments.section))
+    say(keys_page(arguments.section))
 
 
 def _registry(arguments: argparse.Namespace) -> None:
     from prefopt.recipe.help_pages import registry_page
 
-    print(registry_page(arguments.section, arguments.name))
+    say(registry_page(arguments.section, arguments.name))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+from prefopt.shown import redacted, visible
+
 
 class PrefoptError(Exception):
     """Base of every error this project raises on purpose; the command line prints it without a traceback."""
 
     def __str__(self) -> str:
-        """The message, which can be written anywhere: it may quote half of a surrogate pair from a file."""
-        return super().__str__().encode("utf-8", "backslashreplace").decode("utf-8")
+        """The message, which can be written anywhere: it quotes files, servers and settings of others."""
+        return visible(redacted(super().__str__()))
 
 
 class ConfigError(PrefoptError):
@@ -65,10 +67,18 @@ def in_words(error: BaseException) -> str:
     return str(error) if isinstance(error, PrefoptError) else f"{type(error).__name__}: {error}"
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns ``did you mean 'x'? Known: …`` for an unknown ``name``, nearest names first."""
+def suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Returns ``did you mean 'x'? Known: …`` for an unknown ``name``, nearest names first.
+
+    Args:
+        cutoff: difflib's ratio below which no name is suggested. A wrong one misleads: at
+            0.5 ``delta`` is ``beta``.
+    """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    spelt = {each.lower(): each for each in names}
+    near = [
+        spelt[each] for each in difflib.get_close_matches(name.lower(), spelt, n=3, cutoff=cutoff)
+    ]
     # difflib ranks 'dpop' nearer to 'dop' than 'dpo'; swapped letters are the likelier slip.
     near.sort(key=lambda candidate: sorted(candidate) != sorted(name))
     hint = f"did you mean {near[0]!r}? " if near else ""

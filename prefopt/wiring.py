@@ -22,6 +22,7 @@ from prefopt.model.distributed import (
 )
 from prefopt.model.end_tokens import add_end_tokens, end_token_ids
 from prefopt.model.extensions import compiling
+from prefopt.model.fit import check_positions
 from prefopt.model.layouts import build_logp_model, build_score_model
 from prefopt.model.load import (
     LoadedPolicy,
@@ -67,7 +68,7 @@ from prefopt.training.checkpoint import oldest_checkpoint, writing
 from prefopt.training.draws import build_draw, check_labels
 from prefopt.training.ending import check_ending
 from prefopt.training.generation_probe import build_probe
-from prefopt.training.optimizer import build_optimizer
+from prefopt.training.optimizer import build_optimizer, say_if_nothing_moves
 from prefopt.training.regimes import OfflineRegime
 from prefopt.training.run_record import (
     describe_run,
@@ -142,6 +143,7 @@ def _train_from(
     start_trackers(accelerator, recipe)
     policy = load_trained(recipe, tokenizer, masters=not keeps_masters(accelerator))
     check_vocabulary(policy.model, tokenizer)
+    check_positions(policy.model, [data.train, data.eval])
     add_end_tokens(policy.model, end_token_ids(tokenizer, data.end_ids))
     check_ending(recipe, policy, tokenizer, accelerator)
     check_weights(recipe, start, policy)
@@ -307,6 +309,7 @@ def _wire_offline(wiring: _Wiring, module: Module) -> _Wired:
         world_size=accelerator.num_processes,
         rank=accelerator.process_index,
     )
+    say_if_nothing_moves(settings, regime.num_steps)
     if draw is not None and accelerator.is_main_process:
         logger.info("%s", draw.summary(regime.num_steps))
     rows = [(source, regime.all_rows())]
@@ -355,6 +358,7 @@ def _wire_rollouts(
         on_push=None if reference is None else reference.after_push,
         keep_from=lambda: oldest_checkpoint(root),
     )
+    say_if_nothing_moves(recipe.train, regime.num_steps)
     return _Wired(regime, reference, model, optimizer)
 
 

@@ -24,8 +24,8 @@ from data_pipelines.card.texts import (
 from data_pipelines.contamination import EvalSet
 from data_pipelines.near_duplicates import NearDuplicates
 from data_pipelines.sketch import BottomSample, hash64
-from prefopt.data.sources import is_local
 from prefopt.errors import ConfigError, DataError, suggest
+from prefopt.recipe.local_paths import is_local_data
 from prefopt.report.bars import Bar
 
 SAMPLE = 10_000
@@ -52,7 +52,7 @@ def held_out_set(name: str) -> EvalSet:
 
     if name in task_names():
         return EvalSet(task=name)
-    if not is_local(name) and "/" not in name:
+    if not is_local_data(name) and "/" not in name:
         raise ConfigError(
             f"--held-out {name}: neither a file, a data set nor a task of `prefopt eval`; "
             f"{suggest(name, task_names())}"

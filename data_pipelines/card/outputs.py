@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from data_pipelines.card.findings import SEVERITY, Card, TableView, Verdict
 from data_pipelines.card.pairs import PairSource
 from prefopt.errors import ConfigError
 from prefopt.report.charts import histogram
 from prefopt.report.pages import render, write_text
+from prefopt.report.terminal import Terminal
 
 JSON_FILE, PAGE_FILE = "card.json", "card.html"
 _TEMPLATE = Path(__file__).with_name("card.html.j2")
@@ -76,16 +77,11 @@ def print_card(card: Card) -> None:
         words = (
             f"{check.value}\n→ {check.advice}" if check.verdict in ("look", "stop") else check.value
         )
-        table.add_row(f"[{colour}]{check.verdict}[/{colour}]", _plain(check.name), _plain(words))
-    console = Console()
+        table.add_row(Text(check.verdict, colour), check.name, words)
+    console = Terminal()
     console.print(table)
     colour = _COLOURS[card.worst()]
-    console.print(f"verdict: [{colour}]{card.worst()}[/{colour}]")
-
-
-def _plain(text: str) -> str:
-    """Text of the data, which may hold what rich takes for markup."""
-    return text.replace("[", "\\[")
+    console.print(Text.assemble("verdict: ", (card.worst(), colour)))
 
 
 def _stem(path: str) -> str:

@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from data_pipelines.schedule.base import Task
 from data_pipelines.schedule.walk import Walk
+from prefopt.report.terminal import Terminal
+from prefopt.shown import without_credentials
 from prefopt.storage.cache import atomic_write
 
 RECORD = "schedule.json"
@@ -35,7 +36,8 @@ def write_record(walk: Walk) -> None:
         "ended": walk.ended,
     }
     with atomic_write(walk.schedule.output_dir / RECORD) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(without_credentials(record), indent=1)
+        temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
 def commands_page(tasks: Sequence[Task]) -> str:
@@ -62,7 +64,7 @@ def print_walk(walk: Walk) -> None:
         numbers = ", ".join(f"{name} {_shown(value)}" for name, value in found.numbers.items())
         table.add_row("" if turn == shown else turn, task.settings.name, score, numbers)
         shown = turn
-    console = Console()
+    console = Terminal()
     console.print(table)
     steps = {name: walk.names[name] for name in walk.names if name in walk.schedule.names}
     for text in (*walk.ended, *(f"{name}: {value}" for name, value in steps.items())):

@@ -18,6 +18,7 @@ from prefopt.recipe.schema import Fraction, NoEffect, PathText
 from prefopt.recipe.yaml_file import Document, KeyPath
 from prefopt.signals.checkers import CheckerLimits, Vote, run_checker, run_checkers
 from prefopt.signals.judge import fill
+from prefopt.signals.sandbox import Promise
 
 ASK_TEMPLATE = """\
 Somebody gives an assistant this instruction:
@@ -105,6 +106,10 @@ class Checkers(StageSettings):
     """Address space of one function, MiB."""
     num_workers: Annotated[PositiveInt, NoEffect("rows")] = 2
     """Functions run at a time."""
+    accept_risks: tuple[Promise, ...] = ()
+    """What the sandbox promises and need not hold here; `prefopt doctor` shows what does."""
+    readable: tuple[str, ...] = ()
+    """Files and directories that a function may read beside Python's libraries."""
 
     def code(self) -> tuple[Any, ...]:
         return (read_proposal, run_checker)
@@ -124,7 +129,9 @@ class Checkers(StageSettings):
         return ("checkers", "checker_accuracies", "checker_cases", "checker_answers")
 
     def open(self, place: Place) -> RowByRow:
-        for_call = CheckerLimits(self.timeout_s, self.memory_mib << 20)
+        for_call = CheckerLimits(
+            self.timeout_s, self.memory_mib << 20, self.accept_risks, self.readable
+        )
         run_checker("", (), for_call)  # where code cannot be isolated is known before the first row
         return RowByRow(lambda row: self._check(row, for_call))
 

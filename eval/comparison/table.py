@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from eval.comparison.frontier import Frontier, root
 from eval.comparison.tree import Comparison, TaskComparison
@@ -21,6 +20,7 @@ from eval.comparison.wording import (
     task_remarks,
     tests_text,
 )
+from prefopt.report.terminal import Terminal
 
 _MAX_COLUMNS = 5
 """More results than this are rows, with the headlines only."""
@@ -28,11 +28,11 @@ _MAX_COLUMNS = 5
 
 def print_comparison(comparison: Comparison) -> None:
     """To standard output."""
-    console = Console(highlight=False)
+    console = Terminal()
     if comparison.forced:
-        console.print(f"[bold red]{FORCED}[/bold red]")
+        console.print(Text(FORCED, "bold red"))
         for mismatch in comparison.forced:
-            console.print(f"  {escape(str(mismatch))}", soft_wrap=True)
+            console.print(f"  {mismatch!s}", soft_wrap=True)
     few = len(comparison.outputs) <= _MAX_COLUMNS
     console.print(_metrics(comparison) if few else _headlines(comparison))
     console.print(_differences(comparison))
@@ -48,12 +48,12 @@ def _metrics(comparison: Comparison) -> Table:
     table.add_column("task")
     table.add_column("metric", overflow="fold")
     for output in comparison.outputs:
-        table.add_column(escape(output.name), justify="right", overflow="fold")
+        table.add_column(output.name, justify="right", overflow="fold")
     for task in comparison.tasks:
         for index, name in enumerate(metric_names(task)):
             cells = [metric_cell(task, output.name, name) for output in comparison.outputs]
             mark = " *" if name == task.headline else ""
-            table.add_row(_task_name(task) if index == 0 else "", escape(name) + mark, *cells)
+            table.add_row(_task_name(task) if index == 0 else "", name + mark, *cells)
         table.add_section()
     return table
 
@@ -62,12 +62,10 @@ def _headlines(comparison: Comparison) -> Table:
     table = Table(title="headlines; every metric is in --json and on the page", box=SIMPLE_HEAD)
     table.add_column("result")
     for task in comparison.tasks:
-        table.add_column(
-            f"{_task_name(task)}\n{escape(task.headline)}", justify="right", overflow="fold"
-        )
+        table.add_column(f"{_task_name(task)}\n{task.headline}", justify="right", overflow="fold")
     for output in comparison.outputs:
         cells = [metric_cell(task, output.name, task.headline) for task in comparison.tasks]
-        table.add_row(escape(output.name), *cells)
+        table.add_row(output.name, *cells)
     return table
 
 
@@ -82,9 +80,11 @@ def _differences(comparison: Comparison) -> Table:
     for column in ("n", "p", "Holm's p", "won/lost/tied"):
         table.add_column(column, justify="right", no_wrap=True)
     for task in comparison.tasks:
-        table.add_row(f"[bold]{_task_name(task)}[/bold]")
+        name = _task_name(task)
+        name.stylize("bold", 0, len(task.name))
+        table.add_row(name)
         for pair in task.pairs:
-            names = f"{escape(pair.second)} - {escape(pair.first)}"
+            names = f"{pair.second} - {pair.first}"
             cells = pair_cells(task, pair)
             marks = ("↑", "↓", "=") if task.direction == "none" else ("", "", "")
             counts = "/".join(f"{n}{mark}" for n, mark in zip(cells[4:], marks, strict=True))
@@ -92,7 +92,7 @@ def _differences(comparison: Comparison) -> Table:
     return table
 
 
-def _print_remarks(console: Console, comparison: Comparison) -> None:
+def _print_remarks(console: Terminal, comparison: Comparison) -> None:
     lines = []
     for task in comparison.tasks:
         if tests := tests_text(task):
@@ -100,23 +100,23 @@ def _print_remarks(console: Console, comparison: Comparison) -> None:
         lines += [f"{task.name}: {line}" for line in task_remarks(task)]
     lines += comparison_remarks(comparison)
     for line in lines:
-        console.print(escape(line), soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _frontier(found: Frontier) -> Table:
     table = Table(title=f"{found.reward} against KL; * is on the Pareto front", box=SIMPLE_HEAD)
     table.add_column("result")
     for column in ("KL", "sqrt(KL)", found.reward):
-        table.add_column(escape(column), justify="right")
+        table.add_column(column, justify="right")
     for point in found.points:
         mark = " *" if point.on_front else ""
         square_root = number(root(point.kl).value)
         table.add_row(
-            escape(point.name) + mark, metric_text(point.kl), square_root, metric_text(point.reward)
+            point.name + mark, metric_text(point.kl), square_root, metric_text(point.reward)
         )
     return table
 
 
-def _task_name(task: TaskComparison) -> str:
+def _task_name(task: TaskComparison) -> Text:
     """Marked wherever it is shown, so that no line can be quoted without the mark."""
-    return escape(task.name) + (" [bold red](forced)[/bold red]" if task.forced else "")
+    return Text.assemble(task.name, (" (forced)" if task.forced else "", "bold red"))

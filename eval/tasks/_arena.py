@@ -34,8 +34,9 @@ from eval.tasks._arena_files import (
 )
 from eval.tasks._arena_score import Scoring, Styles, arena_summary
 from eval.tasks._arena_template import judge_messages
-from prefopt.data.readers import RawRow, data_suffix
+from prefopt.data.readers import RawRow
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.local_paths import data_suffix
 
 HUB = "lmarena-ai/arena-hard-auto"
 _GAMES = ("game_1", "game_2")
@@ -240,7 +241,13 @@ class ArenaTask:
     def _questions(self) -> dict[str, RawRow]:
         file = f"data/{self.edition.folder}/question.jsonl"
         rows = file_or_hub_rows(self._option("data"), self.options.data, repo=HUB, file=file)
-        return keyed(rows, lambda data: data.get("question_id", data.get("uid")), "question")
+        return keyed(
+            rows,
+            lambda data: data.get("question_id", data.get("uid")),
+            "question",
+            "question_id",
+            "uid",
+        )
 
     def _example(self, row: RawRow) -> Example:
         text = row.data.get("prompt")

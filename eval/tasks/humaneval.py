@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +20,9 @@ from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import ConfigError, DataError
 from prefopt.recipe.thinking import DEFAULT_TAGS, Tags
-from prefopt.signals.python_tests import extract_code
-from prefopt.signals.sandbox import Limits, run_program
+from prefopt.signals.markdown_code import readings
+from prefopt.signals.python_tests import read_tests
+from prefopt.signals.sandbox import Limits, Program, Promise, run_program, source_program
 
 INSTRUCTION = (
     "Complete this Python function. Answer with one Python code block that holds the whole function and "
@@ -30,6 +30,10 @@ INSTRUCTION = (
 )
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a completion ends, unless indented: Chen et al. 2021, section 3.2."""
+
+_MODULE = "solution"
+"""Its ``__name__``: human-eval runs programs in a module that is not the main one, so that what stands under
+``if __name__ == "__main__"`` is not run."""
 
 Mode = Literal["chat", "complete"]
 
@@ -51,6 +55,7 @@ def humaneval(
     max_new_tokens: PositiveInt = 1024,
     timeout_s: PositiveFloat = 3.0,
     num_workers: PositiveInt = 2,
+    accept_risks: tuple[Promise, ...] = (),
 ) -> HumanEval:
     r"""pass@k in percent over the 164 problems; pass@1 is always among them.
 
@@ -59,13 +64,15 @@ def humaneval(
 
     Args:
         data: file with columns ``task_id``, ``prompt``, ``entry_point`` and ``test`` in place of the hub's.
-        mode: ``chat``: an instruction (ours); the last Python block of the answer is run, after the problem's
-            prompt. ``complete``: the prompt alone, cut at the paper's stop sequences; for base models.
+        mode: ``chat``: an instruction (ours); the Python of the answer is run after the problem's prompt, or as
+            the function's body where it does not define it. ``complete``: the prompt alone, cut at the paper's
+            stop sequences; for base models.
         samples: answers to each problem.
         k: at most ``samples`` each.
         max_new_tokens: longest answer.
         timeout_s: longest wall and CPU time of one program.
         num_workers: programs run at a time.
+        accept_risks: what the sandbox promises and need not hold here; ``prefopt doctor`` shows what does.
     """
     too_large = [each for each in k if each > samples]
     if too_large:
@@ -73,7 +80,8 @@ def humaneval(
             f"tasks.humaneval.k = {list(k)}: pass@{too_large[0]} cannot be estimated from {samples} answers to a "
             f"problem. Set tasks.humaneval.samples={max(k)} or more"
         )
-    return HumanEval(data, mode, _preset(samples, max_new_tokens), k, timeout_s, num_workers)
+    limits = Limits(wall_s=timeout_s, cpu_s=timeout_s, accept_risks=accept_risks)
+    return HumanEval(data, mode, _preset(samples, max_new_tokens), k, limits, num_workers)
 
 
 def _preset(samples: int, max_new_tokens: int) -> Decoding:
@@ -106,21 +114,21 @@ class HumanEval:
         mode: Mode,
         preset: Decoding,
         k: Sequence[int],
-        timeout_s: float,
+        limits: Limits,
         num_workers: int,
     ) -> None:
         self.data = data
         self.mode: Mode = mode
         self.preset = preset
         self.k = sorted({1, *k})
-        self.limits = Limits(wall_s=timeout_s, cpu_s=timeout_s)
+        self.limits = limits
         self.num_workers = num_workers
 
     def examples(self) -> list[Example]:
         rows = benchmark_rows(
             "tasks.humaneval.data", self.data, hub="openai/openai_humaneval", split="test"
         )
-        found = keyed(rows, lambda data: data.get("task_id"), "problem")
+        found = keyed(rows, lambda data: data.get("task_id"), "problem", "task_id")
         return [_example(key, row, self.mode) for key, row in found.items()]
 
     def decoding(self, example: Example) -> Decoding:
@@ -181,10 +189,10 @@ class HumanEval:
         }
         return [ran.get(key) or self._row(key, [], []) for key in examples]
 
-    def _run(self, programs: Sequence[str | None]) -> list[str | None]:
+    def _run(self, programs: Sequence[Program | None]) -> list[str | None]:
         """How each program ended; None for none."""
 
-        def run(program: str | None) -> str | None:
+        def run(program: Program | None) -> str | None:
             return None if program is None else run_program(program, self.limits).verdict
 
         with ThreadPoolExecutor(self.num_workers) as threads:
@@ -209,35 +217,36 @@ class HumanEval:
         return Row(key, values, {"verdicts": dict(names)}, problem)
 
 
-def chat_program(example: Example, text: str) -> str:
+def chat_program(example: Example, text: str) -> Program:
     """The program of a chat model's answer: the prompt (its imports and helpers), then the answer's code.
 
-    Code that does not define the function is taken for its body.
+    Code that does not define the function, by whatever statement, is taken for its body.
     """
-    code, fields = extract_code(text), example.fields
-    if not re.search(
-        rf"^\s*(async\s+)?def\s+{re.escape(fields['entry_point'])}\b", code, re.MULTILINE
-    ):
-        code = textwrap.indent(textwrap.dedent(code), "    ")
-    return _with_tests(example, f"{fields['prompt']}\n{code}")
+    fields = example.fields
+    program = Program(
+        tuple(readings(text)), before=fields["prompt"], entry_point=fields["entry_point"]
+    )
+    return _tested(example, program)
 
 
-def completion_program(example: Example, completion: str) -> str:
+def completion_program(example: Example, completion: str) -> Program:
     """The program of a completion: right after the prompt, as human-eval runs it."""
-    return _with_tests(example, example.fields["prompt"] + completion)
+    return _tested(example, source_program(example.fields["prompt"] + completion))
 
 
-def _cut_program(example: Example, text: str) -> str:
+def _cut_program(example: Example, text: str) -> Program:
     ends = [place for stop in STOPS if (place := text.find(stop)) >= 0]
     return completion_program(example, text[: min(ends, default=len(text))])
 
 
-def _with_tests(example: Example, program: str) -> str:
-    fields = example.fields
-    return f"{program}\n{fields['test']}\ncheck({fields['entry_point']})\n"
+def _tested(example: Example, program: Program) -> Program:
+    tests = read_tests(f"{example.fields['test']}\ncheck({example.fields['entry_point']})\n")
+    if isinstance(tests, str):
+        raise DataError(f"humaneval: {example.key}: {tests}")
+    return replace(program, module=_MODULE, tests=tests.source, imports=tests.imports)
 
 
-def _published(example: Example, raw: RawRow, thinking: Tags) -> tuple[Answer, str | None]:
+def _published(example: Example, raw: RawRow, thinking: Tags) -> tuple[Answer, Program | None]:
     """An answer of a file and its program; which column it is in says what it is."""
     name, program = "completion", completion_program
     if name not in raw.data and "response" in raw.data:

@@ -21,7 +21,7 @@ from eval.base import (
     Template,
 )
 from eval.registry import task
-from eval.responses import answer_of, model_of
+from eval.responses import answer_of, answered, model_of
 from eval.sources import benchmark_rows, columns, file_rows, keyed, require, text_key
 from eval.statistics import clustered_mean, mean_metric, problem_counts, values_of
 from eval.tasks._llmbar_results import (
@@ -33,8 +33,8 @@ from eval.tasks._llmbar_results import (
 )
 from prefopt.data.readers import RawRow
 from prefopt.errors import ConfigError, DataError
+from prefopt.recipe.thinking import DEFAULT_TAGS, Tags
 from prefopt.signals.judge import fill
-from prefopt.signals.thinking import answer_of as without_thinking
 from prefopt.signals.verdicts import order_stats, parse_verdict
 
 TEMPLATE = """\
@@ -142,7 +142,7 @@ class LLMBar:
         )
         return Summary(metrics, counts | _disagreeing(rows), notes=_notes(rows))
 
-    def read(self, path: Path) -> dict[str, list[Row]]:
+    def read(self, path: Path, thinking: Tags = DEFAULT_TAGS) -> dict[str, list[Row]]:
         """LLMBar's ``result.json`` as it is, or rows with ``label``, ``completion`` and ``completion_swapped``.
 
         In a ``result.json`` the stored winners count, as published: each of LLMBar's evaluators reads its
@@ -155,7 +155,7 @@ class LLMBar:
             found.setdefault(model_of(raw), []).extend(
                 result_rows(raw, _key_of(raw.data), _label(raw))
                 if "results" in raw.data
-                else _completion_rows(raw)
+                else _completion_rows(raw, thinking)
             )
         return found
 
@@ -202,11 +202,13 @@ def _judged_key(data: Mapping[str, Any]) -> str:
     return f"{data['model']}: {_key_of(data)}" if data.get("model") else _key_of(data)
 
 
-def _completion_rows(raw: RawRow) -> list[Row]:
+def _completion_rows(raw: RawRow, thinking: Tags) -> list[Row]:
     key = str(require(raw, "i", "id"))
     return [
         _stored(
-            _row(key, order, _label(raw), _completion(raw, f"completion{suffix}")),
+            _row(
+                key, order, _label(raw), answered(_completion(raw, f"completion{suffix}"), thinking)
+            ),
             raw,
             suffix,
         )
@@ -237,10 +239,7 @@ def _completion(row: RawRow, name: str) -> Answer:
 
 
 def _row(pair: str, order: str, label: int, answer: Answer) -> Row:
-    said = without_thinking(answer.text)
-    return verdict_row(
-        pair, order, label, None if said is None else parse_verdict(said), problem=answer.problem
-    )
+    return verdict_row(pair, order, label, parse_verdict(answer.text), problem=answer.problem)
 
 
 def _stored(row: Row, raw: RawRow, suffix: str) -> Row:

@@ -18,8 +18,9 @@ from eval.registry import task
 from eval.scorers import PairScorer, Scored, Scoring, open_scorer, pair_row
 from eval.sources import benchmark_rows, file_rows, require
 from eval.statistics import problem_counts
-from prefopt.data.readers import RawRow, data_suffix
+from prefopt.data.readers import RawRow
 from prefopt.errors import DataError
+from prefopt.recipe.local_paths import data_suffix
 from prefopt.storage.json_text import half_surrogate, parse_json
 
 SECTIONS: dict[str, dict[str, int]] = {

@@ -31,7 +31,7 @@ from eval.statistics import mean_metric, problem_counts, values_of
 from prefopt.data.readers import RawRow
 from prefopt.errors import ConfigError, DataError
 from prefopt.signals.judge import PAIRWISE_TEMPLATE, REMINDERS, conversation, fill, read_template
-from prefopt.signals.verdicts import OrderStats, joint_outcome, order_stats, parse_verdict
+from prefopt.signals.verdicts import OrderStats, Verdict, joint_outcome, order_stats, parse_verdict
 from prefopt.types import Prompt
 
 _ORDERS = ("model_first", "baseline_first")
@@ -137,7 +137,7 @@ class WinRate:
         ]
 
     def ask_again(self, question: Question, judgment: Judgment) -> Question | None:
-        if parse_verdict(judgment.text) is not None:
+        if _verdict(judgment) is not None:
             return None
         # An assistant turn without text is refused by some endpoints.
         said = {"role": "assistant", "content": judgment.text or "…"}
@@ -154,10 +154,10 @@ class WinRate:
         if answer.text == theirs.text:
             return Row(example.key, {"win_rate": 0.5}, {**lengths, "equal": True}, problem)
         both = [missing_judgment(judgments, name) for name in _ORDERS]
-        first, swapped = parse_verdict(both[0].text), parse_verdict(both[1].text)
+        first, swapped = map(_verdict, both)
         outcome = joint_outcome(first, swapped)
         if outcome is None and problem is None:
-            problem = "judge_refused" if any(each.refused for each in both) else "no_verdict"
+            problem = next(why for each in both if (why := _missing(each)))
         details = {**lengths, "verdicts": [first, swapped]}
         return Row(example.key, {"win_rate": outcome}, details, problem)
 
@@ -190,6 +190,20 @@ class WinRate:
             "response_b": second,
         }
         return ({"role": "user", "content": fill(self.template.texts["prompt"], values)},)
+
+
+def _verdict(judgment: Judgment) -> Verdict | None:
+    """What the judge decided; nothing where its reply was cut, which may name a verdict on the way to another."""
+    return None if judgment.finish_reason == "length" else parse_verdict(judgment.text)
+
+
+def _missing(judgment: Judgment) -> str | None:
+    """Why it has no verdict; None where it has one."""
+    if judgment.refused:
+        return "judge_refused"
+    if _verdict(judgment) is not None:
+        return None
+    return "judge_cut" if judgment.finish_reason == "length" else "no_verdict"
 
 
 def _order_metrics(stats: OrderStats) -> dict[str, Metric]:

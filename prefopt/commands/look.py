@@ -5,26 +5,31 @@ No weights are read; torch is imported only where a target is not found by the n
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from prefopt.data.formats import Reading, canonical, prompt_reading, prompt_row, resolve
+from prefopt.data.options import broken, template_variables
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import column
 from prefopt.data.sources import first_rows, open_source, source_name
 from prefopt.errors import ConfigError, DataError, PrefoptError, suggest
 from prefopt.recipe.checks import examine
-from prefopt.recipe.checks.files import is_local, is_local_data, read_adapter_config
+from prefopt.recipe.checks.files import read_adapter_config
 from prefopt.recipe.checks.rules import PROBE_PROMPTS, named_sources
-from prefopt.recipe.schema import Recipe, SourceSection
+from prefopt.recipe.local_paths import is_local, is_local_data
+from prefopt.recipe.schema import ModelReference, Recipe, SourceSection
 from prefopt.recipe.scored_rows import columns_read, part_names, unjudged
+from prefopt.storage.json_text import parse_json
 
 NUM_ROWS = 8
 """Rows looked at of each source: what is wrong with a column map is wrong with the first."""
 
+_TOKENIZER_CONFIG, _INDEX = "tokenizer_config.json", "model.safetensors.index.json"
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
 
@@ -47,7 +52,7 @@ def look(recipe: Recipe) -> tuple[list[str], list[str]]:
     problems, chats, notes = [], [], []
     scored = _Scored(recipe)
     for key, source in named_sources(recipe):
-        if not is_local_data(source):
+        if not is_local_data(source.path):
             continue
         try:
             reading = _read_first(recipe, key, source, scored)
@@ -61,6 +66,7 @@ def look(recipe: Recipe) -> tuple[list[str], list[str]]:
             chats.append(key)
     notes += scored.notes()
     problems += [*_missing_template(recipe, chats), *_missing_targets(recipe)]
+    problems += [*_broken_template(recipe, chats), *_missing_shards(recipe), *_ids_beyond(recipe)]
     return problems, notes
 
 
@@ -151,16 +157,87 @@ def _id_column(source: SourceSection) -> tuple[str, ...]:
 
 def _missing_template(recipe: Recipe, chats: list[str]) -> Iterator[str]:
     model = recipe.model
-    home = _home(model.tokenizer or model.path, lambda at: (at / "tokenizer_config.json").is_file())
+    home = _home(model.tokenizer or model.path, lambda at: (at / _TOKENIZER_CONFIG).is_file())
     if not chats or model.chat_template is not None or home is None:
         return
-    config = _json(home / "tokenizer_config.json")
+    config = _json(home / _TOKENIZER_CONFIG)
     if config.get("chat_template") or any((home / name).exists() for name in _TEMPLATE_FILES):
         return
     yield (
         f"model.chat_template: {', '.join(chats)} holds chat messages, and the tokenizer in {home} has no chat "
         "template to render them with. Set it to a Jinja file, or format: text if the rows are plain strings"
     )
+
+
+def _broken_template(recipe: Recipe, chats: list[str]) -> Iterator[str]:
+    """A chat template that messages would meet and that is no Jinja."""
+    model = recipe.model
+    if not chats:
+        return
+    if model.chat_template is not None:
+        texts = [_text(Path(model.chat_template).expanduser())]
+    else:
+        home = _home(model.tokenizer or model.path, lambda at: (at / _TOKENIZER_CONFIG).is_file())
+        own = "" if home is None else _json(home / _TOKENIZER_CONFIG).get("chat_template")
+        texts = ["" if home is None else _text(home / _TEMPLATE_FILES[0]), own]
+    for text in texts:
+        try:
+            template_variables(text if isinstance(text, str) else "")
+        except TemplateSyntaxError as error:
+            yield f"model.chat_template: {broken(error)}"
+
+
+def _missing_shards(recipe: Recipe) -> Iterator[str]:
+    """Files of weights that an index names and that are not there: a download that was cut off."""
+    for key, home in _models(recipe):
+        shards = _json(home / _INDEX).get("weight_map", {})
+        missing = sorted({name for name in shards.values() if not (home / name).is_file()})
+        if missing and not (home / "model.safetensors").is_file():
+            yield (
+                f"{key}: {home} lacks {len(missing)} of the {len(set(shards.values()))} files that its index "
+                f"names, e.g. {missing[0]}: the download or the copy was cut off. Fetch it again"
+            )
+
+
+def _ids_beyond(recipe: Recipe) -> Iterator[str]:
+    """Token ids of the recipe's tokenizer that a model has no embedding row for."""
+    model = recipe.model
+    file = _home(model.tokenizer or model.path, lambda at: (at / "tokenizer.json").is_file())
+    ids = _token_ids(file / "tokenizer.json") if file is not None else {}
+    if not ids:
+        return
+    token, largest = max(ids.items(), key=lambda item: item[1])
+    for key, home in _models(recipe):
+        config = _json(home / "config.json")
+        rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+        if isinstance(rows, int) and largest >= rows:
+            yield (
+                f"{key}: the model has {rows} embedding rows (vocab_size), and the tokenizer in {file} gives "
+                f"{token!r} the id {largest}: they do not belong together. Set model.tokenizer to the one this "
+                "model was trained with"
+            )
+
+
+def _token_ids(file: Path) -> dict[str, int]:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file)).get_vocab()
+    except (
+        Exception
+    ):  # tokenizers raises nothing narrower; loading says what is wrong with the file
+        return {}
+
+
+def _models(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    """The recipe's models that are on this machine, adapters by their base."""
+    paths = [("model.path", recipe.model.path)]
+    if isinstance(recipe.reference, ModelReference):
+        paths.append(("reference.path", recipe.reference.path))
+    for key, path in paths:
+        home = _home(path, lambda at: (at / "config.json").is_file())
+        if home is not None:
+            yield key, home
 
 
 def _missing_targets(recipe: Recipe) -> Iterator[str]:
@@ -203,9 +280,12 @@ def _explained(wanted: Any, target: str, names: set[str]) -> str:
 
 def _names_in_weights(home: Path) -> set[str]:
     """Module names by the names of their weights, which an index or a file's header tells at once."""
-    index = home / "model.safetensors.index.json"
+    index = home / _INDEX
     if index.is_file():
-        tensors = list(_json(index).get("weight_map", {}))
+        named = _json(index).get("weight_map")
+        tensors = (
+            list(named) if isinstance(named, dict) else []
+        )  # loading says what is wrong with it
     else:
         tensors = [name for file in home.glob("*.safetensors") for name in _header(file)]
     return {name.rpartition(".")[0] for name in tensors}
@@ -249,9 +329,16 @@ def _home(path: str, holds: Callable[[Path], bool]) -> Path | None:
     return None
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except (OSError, ValueError):  # loading says what is wrong with it
+        return ""
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = parse_json(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -14,7 +14,9 @@ from prefopt.data import DataBundle, PromptSet
 from prefopt.model.load import load_tokenizer
 from prefopt.recipe.schema import Recipe
 from prefopt.recipe.scored_rows import columns_read
+from prefopt.report.terminal import Terminal
 from prefopt.rollouts.setup import load_run_data
+from prefopt.shown import visible
 from prefopt.signals.base import column
 from prefopt.types import Group, Prompt, Response, TokenIds
 
@@ -48,7 +50,7 @@ def show(recipe: Recipe, n: int = 2, *, color: bool = True) -> None:
 
     Raises: DataError, ModelError as `load_run_data` and `load_tokenizer` do.
     """
-    console = Console(no_color=not color, highlight=False, soft_wrap=True)
+    console = Terminal(no_color=not color, soft_wrap=True)
     tokenizer = load_tokenizer(recipe.model)
     data = load_run_data(recipe, tokenizer)
     if data.prompts is not None:
@@ -82,7 +84,7 @@ def _print_prompt(console: Console, prompt: Prompt, fields: Sequence[str], token
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= FIELD_CHARS else f"{text[:FIELD_CHARS]} …"
+    return visible(text if len(text) <= FIELD_CHARS else f"{text[:FIELD_CHARS]} …")
 
 
 def _print_group(console: Console, group: Group, tokenizer: Any) -> None:
@@ -117,11 +119,11 @@ def _piece(tokenizer: Any, token: int) -> str:
     raw = tokenizer.convert_ids_to_tokens(int(token))
     text = tokenizer.decode([int(token)], skip_special_tokens=False)
     if "\ufffd" in text:
-        return str(raw)
+        return visible(str(raw))
     # SentencePiece decodes a lone "▁word" without the space that it stands for.
     if str(raw).startswith(("▁", "Ġ")) and not text.startswith(" "):
         text = f" {text}"
-    return text.replace("\n", "⏎\n")
+    return visible(text).replace("\n", "⏎\n")
 
 
 _WITHOUT_LOSS = ("prompt", "context")

@@ -16,8 +16,10 @@ from rich.text import Text
 from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.model.load import load_tokenizer
 from prefopt.recipe.schema import ModelSection
+from prefopt.report.terminal import Terminal
 from prefopt.rollouts.batch import RolloutBatch, RolloutGroup, merge
 from prefopt.rollouts.experience import DIRECTORY, rank_directories, read_batch, read_log
+from prefopt.shown import visible
 from prefopt.storage.reading import reading
 from prefopt.storage.run_files import read_run
 
@@ -45,7 +47,7 @@ def show_rollouts(
     batch = find_batch(run_dir, step)
     tokenizer = _tokenizer(run_dir)
     # Without a colour system rich writes no bold or dim either: plain text for files and diffs.
-    console = Console(highlight=False, color_system="auto" if color else None)
+    console = Terminal(color_system="auto" if color else None)
     for group in batch.groups[:n]:
         _print_group(console, group, batch, tokenizer)
     console.print(Text(summary(batch), "bold"), soft_wrap=True)
@@ -203,6 +205,7 @@ def _text(group: RolloutGroup, index: int, tokenizer: Any) -> str:
 
 
 def _clip(text: str) -> str:
+    text = visible(text)  # here, because rich drops some control characters
     if len(text) <= MOST_CHARS:
         return text
     tail = MOST_CHARS // 3

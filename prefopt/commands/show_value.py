@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prefopt.errors import ConfigError
+from prefopt.report.terminal import Terminal
 from prefopt.values.saved import HeadRecord, is_head, read_head, read_predictions
 
 _BINS = 5
@@ -42,7 +43,7 @@ def show_value(directory: Path, n: int = 2, *, color: bool = True) -> None:
 
     Raises: ModelError if there is no head, or its predictions cannot be read.
     """
-    console = Console(no_color=not color, highlight=False, soft_wrap=True)
+    console = Terminal(no_color=not color, soft_wrap=True)
     record = read_head(directory)
     _print_summary(console, record)
     console.print(_epochs(record))

@@ -16,6 +16,7 @@ from prefopt.data.messages import (
     kind_of,
     messages,
     refuse_media,
+    refuse_written_out,
     unflagged,
 )
 from prefopt.data.options import RenderOptions
@@ -66,6 +67,9 @@ def resolve(section: SourceSection, first: RawRow, *, pairs: bool) -> Reading:
     _check(section, pairs)
     columns = _present(section.columns, first, pairs)
     form = section.format if section.format != "auto" else _detect(columns, first)
+    if form == "text" and section.format == "auto":
+        for name in filter(None, (columns.prompt, columns.chosen)):
+            refuse_written_out(first, name, column(first, name))
     if form == "text":
         require_last_turn(section, "plain text has no turns: leave it out, or set format: chat")
         if columns.prompt is None:
@@ -102,6 +106,7 @@ def prompt_reading(section: SourceSection, first: RawRow) -> Reading:
         if isinstance(message, dict):
             form = "sharegpt" if "from" in message else "chat"
         else:
+            refuse_written_out(row=first, name=columns.prompt, value=value)
             form = "hh" if isinstance(value, str) and is_transcript(value) else "text"
     return Reading(form, columns, pairs=False, rules=rules_of(section))
 
@@ -286,6 +291,8 @@ def _chat_row(row: RawRow, reading: Reading, values: list[Any]) -> Row | Refused
             return Refused(reason)
         if dialogue[-1]["role"] != "assistant":
             return Refused(Reject.NOT_ASSISTANT, f"the last turn is {dialogue[-1]['role']!r}")
+    if context and context[-1]["role"] == "assistant" == dialogues[0][0]["role"]:
+        return Refused(Reject.PROMPT_ANSWERED)
     prompts = [_prompt_of(context, dialogue) for dialogue in dialogues]
     prompt = prompts[0]
     if prompt is None or any(other != prompt for other in prompts):

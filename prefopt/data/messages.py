@@ -33,6 +33,7 @@ def messages(row: RawRow, format: str, name: str, value: Any, role: str) -> list
     if value is None:
         return []
     if isinstance(value, str):
+        refuse_written_out(row, name, value)
         if format == "hh":
             return _transcript(value) if is_transcript(value) else [turn(role, value.strip())]
         return [turn(role, value)]
@@ -44,6 +45,27 @@ def messages(row: RawRow, format: str, name: str, value: Any, role: str) -> list
             f"{'transcripts (strings)' if convert is None else 'strings or lists of messages'}"
         )
     return [convert(row, name, item) for item in items]
+
+
+_WRITTEN_OUT = re.compile(r"""\s*\[?\s*\{\s*(['"])(?:role|content|from|value)\1\s*:""")
+_BOTH_KEYS = (("role", "content"), ("from", "value"))
+
+
+def refuse_written_out(row: RawRow, name: str, value: Any) -> None:
+    """Raises DataError for messages as text, in JSON's or Python's notation: what CSV makes of lists.
+
+    Taken as what somebody says, brackets and roles would be trained on.
+    """
+    if not isinstance(value, str) or _WRITTEN_OUT.match(value) is None:
+        return
+    if any(
+        all(f"{mark}{key}{mark}" in value for key in keys) for keys in _BOTH_KEYS for mark in "'\""
+    ):
+        raise DataError(
+            f"{row.where}: column {name!r} holds a list of messages written out as text: {shown(value)}. Save the "
+            "rows as JSON Lines or Parquet, where a list stays a list; if that text itself is meant, set "
+            "format: text"
+        )
 
 
 def turn(role: str, content: str) -> Message:

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from prefopt.data.opening import check_kind, open_bytes
 from prefopt.errors import DataError
+from prefopt.recipe.local_paths import data_suffix
 from prefopt.storage.json_text import (
     BadJson,
     half_surrogate,
@@ -67,15 +68,6 @@ def read_rows(path: Path, name: str) -> Iterator[RawRow]:
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def data_suffix(path: str | Path) -> str | None:
-    """``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` (``.gz`` looked through); None for anything else."""
-    name = str(path).lower()
-    gzipped = name.endswith(".gz")
-    suffix = Path(name.removesuffix(".gz")).suffix
-    known = suffix in READERS and not (gzipped and suffix == ".parquet")
-    return suffix if known else None
 
 
 def count_rows(path: Path) -> int | None:

@@ -21,7 +21,7 @@ from prefopt.data.template import ANSWER, CALL, ChatTemplate
 from prefopt.errors import DataError, ModelError
 from prefopt.recipe.thinking import mark_at_end
 
-RENDERER_VERSION = 2
+RENDERER_VERSION = 3
 """Raise whenever the ids of some row change: it is part of the key tokenised data is cached under."""
 
 Prompt = str | list[Message]
@@ -103,7 +103,7 @@ class Renderer:
 
     def opened_by(self, prompt_ids: Sequence[int]) -> str:
         """The mark that a rendered prompt ends with, as `mark_at_end` finds it: ``<think>``, or "" for none."""
-        return mark_at_end(self.tokenizer.decode([*prompt_ids[-_TAIL_TOKENS:]]))
+        return mark_at_end(str(self.tokenizer.decode([*prompt_ids[-_TAIL_TOKENS:]])))
 
     def stop_ids(self, *, chat: bool) -> tuple[int, ...]:
         """What ends a response: the tokens that end one in training, of a chat also one that calls a tool, and the
@@ -128,7 +128,8 @@ class Renderer:
     def render_batch(self, requests: Sequence[Request]) -> list[Rendered | Refused]:
         """Token ids of each request, in order; all texts go to the tokenizer in one call.
 
-        Raises: ModelError if messages meet a tokenizer without chat template, or nothing ends a response.
+        Raises: ModelError if messages meet a tokenizer without chat template, or one that opens an answer always
+            or never (`ChatTemplate.fault`), or nothing ends a response.
         """
         texts = [self._texts(request) for request in requests]
         flat = [text for row in texts if not isinstance(row, Refused) for text in row]
@@ -159,6 +160,10 @@ class Renderer:
 
     def _texts(self, request: Request) -> list[str] | Refused:
         """The prompt's text, then prompt + response for each response; the same of each earlier turn."""
+        if not isinstance(request.prompt, str) and self.template.fault is not None:
+            raise ModelError(
+                f"{self.template.fault}. Set model.chat_template to a Jinja file without that"
+            )
         refused = self._controls(request)
         if refused is not None:
             return refused

@@ -33,6 +33,8 @@ class Reject(enum.StrEnum):
     """Equal scores, with ``drop_ties``."""
     PROMPTS_DIFFER = "prompts_differ"
     """Chosen and rejected (or the prompt column) do not continue one and the same dialogue."""
+    PROMPT_ANSWERED = "prompt_answered"
+    """The prompt ends with the assistant's turn already: is a side its continuation, or a second turn in a row?"""
     NOT_ASSISTANT = "not_assistant"
     """A side does not end with a turn of the assistant."""
     TEMPLATE_REFUSED = "template_refused"

@@ -15,10 +15,10 @@ from prefopt.data.readers import (
     RawRow,
     arrow_rows,
     count_rows,
-    data_suffix,
     read_rows,
 )
 from prefopt.errors import ConfigError, DataError, suggest
+from prefopt.recipe.local_paths import data_suffix, is_local_data
 from prefopt.recipe.schema import SourceSection
 
 _HUB_ROWS = 512
@@ -87,7 +87,7 @@ def open_source(section: SourceSection) -> Source:
     Relative paths resolve against the current directory.
     Raises: DataError if nothing is there; ConfigError if hub settings are given for local files.
     """
-    if not is_local(section.path):
+    if not is_local_data(section.path):
         return _open_hub(section)
     given = [key for key in ("split", "subset", "revision") if getattr(section, key) is not None]
     if given:
@@ -99,20 +99,12 @@ def open_source(section: SourceSection) -> Source:
     return _open_local(section.path)
 
 
-def is_local(path: str) -> bool:
-    """Whether ``path`` means local files: it exists, is a pattern, or is written like a path."""
-    looks = (
-        path.startswith((".", "/", "~")) or glob.has_magic(path) or data_suffix(path) is not None
-    )
-    return looks or Path(path).exists()
-
-
 def source_name(section: SourceSection) -> str:
     """What a source is called: its ``name``, else its file's without the ending, or its data set's."""
     last = Path(section.path).name
     if section.name:
         return section.name
-    if not is_local(section.path) or data_suffix(last) is None:
+    if not is_local_data(section.path) or data_suffix(last) is None:
         return last
     return last.removesuffix(".gz").rpartition(".")[0]
 

@@ -64,6 +64,46 @@ class ChatTemplate:
         template = self._tokenizer.get_chat_template(tools=list(options.tools) or None)  # type: ignore[arg-type]
         return template_variables(template)
 
+    @cached_property
+    def fault(self) -> str | None:
+        """What is wrong with what the template writes between turns, whatever the row; None where nothing is.
+
+        A policy generates after what ``add_generation_prompt`` asks for. A template that does not read it opens an
+        answer always, so that every response would end with a further one, or never, so that the opening would
+        be part of the response. Templates that need no opening (Mistral's) may ignore it.
+        """
+        turns = [{**QUESTION, "content": "zqone"}, {**ANSWER, "content": "zqtwo"}]
+        asked, answered = turns[:1], turns
+        told = [
+            self._rendered(each, PLAIN, flag)
+            for each in (asked, answered)
+            for flag in (False, True)
+        ]
+        longer = self._rendered([*turns, {**QUESTION, "content": "zqthree"}], PLAIN, False)
+        if any(isinstance(each, Refused) for each in (*told, longer)):
+            return None  # it takes no such dialogue: what it makes of it says nothing
+        bare, opened, whole, reopened = map(str, told)
+        if r"\n" in opened:
+            return (
+                r"the chat template writes a backslash and an n (\n) where it means a line break, as in a copy "
+                "out of JSON: the policy would be trained on those two characters"
+            )
+        before, _, after = whole.partition("zqtwo")
+        opening = before.removeprefix(opened)
+        if bare == opened and before.startswith(opened) and opening.strip():
+            return (
+                f"the chat template writes {opening!r} before an answer, and not where it is asked to open one "
+                "(add_generation_prompt): the policy would be trained to write that itself"
+            )
+        end = after.rstrip().removesuffix(str(self._tokenizer.eos_token)).rstrip()
+        between = str(longer).partition("zqtwo")[2].partition("zqthree")[0]
+        if whole == reopened and not between.startswith(end):
+            return (
+                f"the chat template writes {after!r} after an answer that nothing follows: it opens another one "
+                "without being asked to (add_generation_prompt), and the policy would be trained to do so too"
+            )
+        return None
+
     def _rendered(
         self, turns: list[Message], options: RenderOptions, generate: bool
     ) -> str | Refused:

@@ -86,6 +86,11 @@ def tokenise_source(
     unread = unread_columns(first, job.readings)
     if unread:
         log.info("%s: columns that nothing reads: %s", section.path, ", ".join(unread))
+    if "system" in unread and job.readings[0].format != "text":
+        log.warning(
+            "%s: the column 'system' is left out of every prompt; if it holds system messages, set "
+            "columns.system: system", section.path,
+        )  # fmt: skip
     directory = cache_root(data.cache_dir) / "tokens" / job.key(tokenizer)
     try:
         store = _cached(directory) or _build_locked(directory, job, tokenizer, data.num_workers)
@@ -256,6 +261,8 @@ _HINTS: dict[str, str] = {
     ),
     Reject.NO_LOSS: "their messages say that no turn carries loss (weight, train)",
     Reject.TEMPLATE_REFUSED: "the chat template does not take these dialogues; set model.chat_template",
+    Reject.PROMPT_ANSWERED: "the prompt ends with a turn of the assistant, and both sides begin with one: leave "
+    "that turn out of the prompt, or put its text before that of each side",
     Reject.PROMPTS_DIFFER: "map columns.prompt to the column that both sides answer",
     Reject.NOT_ASSISTANT: "each side must end with the assistant's turn",
     Reject.IDENTICAL: "both sides are the same; check columns.chosen and columns.rejected",

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -141,16 +142,28 @@ class GuardedProcess:
 class Watchdog:
     """Has processes killed when this process ends without `dismiss`, however it ends.
 
-    For children that a library starts in our process group and that do not notice our death.
+    For children that a library starts in our process group and that do not notice our death. To be made before
+    they are started with `variables` in their environment; what has none (a fork) is told by `add`.
     """
 
-    def __init__(self, pids: Sequence[int]) -> None:
+    def __init__(self) -> None:
+        mark = uuid.uuid4().hex
+        # A process that gives itself a title (setproctitle) does so in the memory that /proc shows as its
+        # environment, unless it is asked not to.
+        self.variables = {"PREFOPT_WATCHED": mark, "SPT_NOENV": "1"}
         self._guard = subprocess.Popen(
-            [sys.executable, "-m", "prefopt.engines.guard", "--watch", *map(str, pids)],
+            [sys.executable, "-m", "prefopt.engines.guard", "--watch", mark],
             env=clean_environment(),
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
+
+    def add(self, pids: Sequence[int]) -> None:
+        """Watches these as well."""
+        assert self._guard.stdin is not None
+        with contextlib.suppress(OSError):
+            self._guard.stdin.write("".join(f"{pid} " for pid in pids).encode())
+            self._guard.stdin.flush()
 
     def dismiss(self) -> None:
         """Ends the watch and kills nobody. To be called before the processes are ended. May be called twice."""

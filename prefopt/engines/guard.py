@@ -5,8 +5,9 @@ starter holds: when that closes, the command's process group is ended, with grac
 (seconds, as text) and else at once. Prints the command's pid; exits as the command did (256 + signal mod 256
 for a signal).
 
-``… guard --watch PID …`` starts nothing: it kills those processes when the starter is gone, unless it was told
-``done``. For children that a library starts, and that would live on.
+``… guard --watch MARK`` starts nothing. When the starter is gone it kills the processes whose pids it was told,
+and all whose environment held MARK when they began, unless it was told ``done``. For children that a library
+starts, and that would live on; one that a library is just starting has no pid that anybody knows.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.1
 _TRACKER_S = 3.0
-
+_SETTLED_S = 2.0
+_LONGEST_HUNT_S = 30.0
 
 _WATCH = "--watch"
 _DONE = "done"
@@ -34,17 +36,34 @@ def main(arguments: list[str]) -> int:
     """Does what the module says; returns the exit code."""
     starter = os.getppid()
     if arguments[0] == _WATCH:
-        return watch([int(pid) for pid in arguments[1:]], starter)
+        return watch(arguments[1], starter)
     return guard(arguments, starter)
 
 
-def watch(pids: list[int], starter: int) -> int:
-    """Kills ``pids`` when the pipe closes without a word."""
-    if _heard(starter) != _DONE:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+def watch(mark: str, starter: int) -> int:
+    """Kills the pids it was told, and what began with ``mark``, when the pipe closes without ``done``."""
+    said = _heard(starter).split()
+    if _DONE not in said:
+        _kill(int(pid) for pid in said)
+        _kill_marked(mark)
     return 0
+
+
+def _kill_marked(mark: str) -> None:
+    """Until none was there for a while: one may be between its fork and its own environment, or start another."""
+    began = found = time.monotonic()
+    while (now := time.monotonic()) < min(found + _SETTLED_S, began + _LONGEST_HUNT_S):
+        marked = [pid for pid in _running() if mark.encode() in _read(f"/proc/{pid}/environ")]
+        if victims := [pid for pid in marked if not _is_tracker(pid)]:
+            _kill(victims)
+            found = now
+        time.sleep(_POLL_S)
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def guard(command: list[str], starter: int) -> int:
@@ -97,10 +116,7 @@ def _kill_group(group: int) -> None:
     A tracker ends by itself when the processes it serves have, and deletes the shared memory that they were
     killed too early to delete: vLLM's queues, a quarter of a gigabyte a server.
     """
-    for pid in _members(group):
-        if b"resource_tracker" not in _read(f"/proc/{pid}/cmdline"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    _kill(pid for pid in _members(group) if not _is_tracker(pid))
     deadline = time.monotonic() + _TRACKER_S
     while _members(group) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
@@ -111,12 +127,21 @@ def _kill_group(group: int) -> None:
 def _members(group: int) -> list[int]:
     """Processes of the group that still run; none where there is no /proc."""
     found = []
-    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
+    for pid in _running():
         # pid (name) state parent group …: the name may hold anything, so count from its last bracket
-        fields = _read(f"/proc/{name}/stat").rpartition(b")")[2].split()
+        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
         if len(fields) > 2 and int(fields[2]) == group and fields[0] not in (b"Z", b"X"):
-            found.append(int(name))
+            found.append(pid)
     return found
+
+
+def _running() -> Iterator[int]:
+    """Every process; none where there is no /proc."""
+    return map(int, filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []))
+
+
+def _is_tracker(pid: int) -> bool:
+    return b"resource_tracker" in _read(f"/proc/{pid}/cmdline")
 
 
 def _read(path: str) -> bytes:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import IA3Config, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from prefopt.errors import ConfigError, ModelError, TrainingError
+from prefopt.model.adapter_names import check_names, check_patterns
+from prefopt.model.distributed import loaded_whole
 from prefopt.model.end_tokens import write_end_tokens
 from prefopt.recipe.peft_unfit import unfit
 from prefopt.storage.cache import atomic_directory
@@ -37,6 +39,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """``model`` under a new adapter. Raises: ConfigError where the two do not fit."""
+    check_names(model, config)
     try:
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, LookupError, RuntimeError, ImportError) as error:
@@ -44,9 +47,30 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             f"peft (type {peft_kind(config)!r}) on {type(model).__name__}: {error}"
         ) from error
     assert isinstance(adapted, PeftModel)
+    _name_feedforward(config)
     _check_saved_configuration(config)
     _check_bias(adapted, config)
+    check_patterns(adapted, config)
     return adapted
+
+
+def _name_feedforward(config: PeftConfig) -> None:
+    """Names IA3's feed-forward modules as its targets are named by now, which is what peft reads back.
+
+    Of targets found by ``all-linear`` peft keeps whole names, and each feed-forward module must be one of them.
+    """
+    if not isinstance(config, IA3Config):
+        return
+    if not all(
+        isinstance(each, set) for each in (config.target_modules, config.feedforward_modules)
+    ):
+        return  # a pattern; peft makes sets of lists
+    targets, named = set(config.target_modules or ()), set(config.feedforward_modules or ())
+    if named <= targets:
+        return
+    found = {name: {target for target in targets if target.endswith(name)} for name in named}
+    if all(found.values()):  # else `_check_saved_configuration` refuses it
+        config.feedforward_modules = sorted(set().union(*found.values()))
 
 
 def _check_bias(model: PeftModel, config: PeftConfig) -> None:
@@ -137,6 +161,7 @@ def merged_into_base(model: PeftModel) -> PreTrainedModel:
 
     Raises: ModelError for an adapter type that cannot be merged, or a merge that gives non-finite weights.
     """
+    _untie_adapted(model)
     try:
         merged: Any = model.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
@@ -145,6 +170,21 @@ def merged_into_base(model: PeftModel) -> PreTrainedModel:
             f"this adapter (type {kind!r}) cannot be merged into its base: {error}"
         ) from error
     return merged
+
+
+def _untie_adapted(model: PeftModel) -> None:
+    """Gives the head weights of its own where it shares the input embedding's and one of the two is adapted.
+
+    Under an adapter they are read apart, each with its own change; merged into one tensor, each change would reach
+    both. peft sees to the configuration (``tie_word_embeddings``).
+    """
+    base: Any = model.get_base_model()
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if not any(hasattr(end, "base_layer") for end in ends):
+        return
+    first, head = (getattr(end, "base_layer", end) for end in ends)
+    if getattr(head, "weight", None) is first.weight:
+        head.weight = nn.Parameter(first.weight.detach().clone(), requires_grad=False)
 
 
 def saved_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
@@ -177,26 +217,29 @@ def save_full(
 ) -> None:
     state = dict(state_dict) if state_dict is not None else None
     _refuse_empty(state if state is not None else dict(model.named_parameters()))
-    use_cache = getattr(model.config, "use_cache", None)
-    try:
-        if use_cache is not None:
-            model.config.use_cache = (
-                True  # off while training; whoever loads this wants to generate
-            )
-        if (
-            state is not None
-        ):  # the buffers a state of parameters lacks; sharded tensors it replaces
+    with _as_it_came(model):
+        if state is not None:  # buffers a state of parameters lacks; sharded tensors it replaces
             state = {**dict(_persistent_buffers(model)), **state}
         with _generation_settings_aside(model):
             model.save_pretrained(directory, state_dict=state)
         write_generation_config(model, directory)
         if state_dict is not None:
             _record_dtype(directory, model, state_dict)
-    finally:
-        if use_cache is not None:
-            model.config.use_cache = use_cache
     own = state_dict if state_dict is not None else dict(model.named_parameters())
     _compare(directory, model, own)
+
+
+@contextlib.contextmanager
+def _as_it_came(model: Any) -> Iterator[None]:
+    """The configuration without what training set in it: no dropout, and no cache, with which one generates."""
+    settings = vars(model.config)
+    came = {**getattr(model, "prefopt_dropout", {}), "use_cache": True}
+    now = {name: settings[name] for name in came if name in settings}
+    settings.update({name: came[name] for name in now})
+    try:
+        yield
+    finally:
+        settings.update(now)
 
 
 def write_generation_config(model: PreTrainedModel, directory: Path) -> None:
@@ -284,7 +327,8 @@ def _compare_reloaded(
     """Loads the model: for architectures whose files name tensors otherwise than memory (fused experts)."""
     # Not Auto, which asks about code of the model's own; under FSDP2 a class derived from it.
     kind: Any = next(each for each in type(model).__mro__ if not each.__name__.startswith("FSDP"))
-    loaded = kind.from_pretrained(directory, dtype="auto")
+    with loaded_whole():
+        loaded = kind.from_pretrained(directory, dtype="auto")
     for name, saved in loaded.state_dict().items():
         if name in waiting:
             _same(directory, name, saved, waiting.pop(name))

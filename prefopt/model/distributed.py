@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
     KwargsHandler,
@@ -52,21 +53,23 @@ def clip_gradients(
 
 
 def process_group_options(longest_wait_s: float = 0.0) -> list[KwargsHandler]:
-    """What `Accelerator` must be told about collectives: gloo for several processes without a GPU.
+    """What `Accelerator` must be told of several processes: gloo without a GPU, and not to wait for idle weights.
 
     Args:
         longest_wait_s: of a process for another outside training, e.g. for rollouts; the collectives' own
             timeout (10 minutes under NCCL) is raised above it.
 
     Left alone on a machine without one, accelerate 1.15 gives every process of a DeepSpeed launch rank 0
-    of 1, and DeepSpeed then stops over its batch size.
+    of 1, and DeepSpeed then stops over its batch size. DDP left alone stops in the second step, or waits for ever,
+    over weights that no text reaches: vision towers, an indexer that picks what to attend to, adapters on them.
     """
     if launched().world_size == 1:
         return []
     options: dict[str, Any] = {} if torch.cuda.is_available() else {"backend": "gloo"}
     longest = max(longest_wait_s, _LONGEST_WAIT_S) + _AFTER_THE_VERDICT_S
     options["timeout"] = timedelta(seconds=longest)
-    return [InitProcessGroupKwargs(**options)]
+    idle = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return [InitProcessGroupKwargs(**options), idle]
 
 
 def check_launch(accelerator: Accelerator) -> None:
@@ -107,6 +110,27 @@ def configure_deepspeed(accelerator: Accelerator, max_norm: float | None) -> Non
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_norm or 0.0,
     }
+
+
+@contextlib.contextmanager
+def loaded_whole() -> Iterator[None]:
+    """Models that transformers loads inside are whole, each on the process that loads it.
+
+    Under ZeRO-3 it splits all that it loads over the processes of the launch: accelerate 1.15 tells it to,
+    whatever ``zero3_init_flag`` says. That suits what trains, which all load together and DeepSpeed's engine
+    gathers. A model beside it (a reference, a signal, a result that is read back) has no engine to gather it, and
+    a process that loads one alone would wait for the others for ever.
+    """
+    from transformers.integrations import deepspeed as integration
+
+    held = integration._hf_deepspeed_config_weak_ref
+    config = held() if held is not None else None
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            integration.set_hf_deepspeed_config(config)
 
 
 def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:

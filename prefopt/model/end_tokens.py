@@ -15,6 +15,7 @@ from peft import PeftModel
 
 from prefopt.data.render import Renderer
 from prefopt.errors import DataError
+from prefopt.storage.json_text import parse_json
 
 GENERATION_FILE = "generation_config.json"
 _KEY = "eos_token_id"
@@ -49,7 +50,7 @@ def saved_end_ids(directories: Iterable[Path]) -> tuple[int, ...]:
     """As `own_end_ids`, of the first directory that says so (`Source.from_the_top`)."""
     for directory in directories:
         try:
-            settings = json.loads((directory / GENERATION_FILE).read_text(encoding="utf-8"))
+            settings = parse_json((directory / GENERATION_FILE).read_text(encoding="utf-8"))
             own = () if settings.get("_from_model_config") else _listed(settings.get(_KEY))
         except (OSError, ValueError, AttributeError):
             continue  # whoever loads the model says what is wrong with its files
@@ -87,4 +88,4 @@ def _base(model: Any) -> Any:
 
 def _listed(value: Any) -> tuple[int, ...]:
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple(each for each in values if isinstance(each, int))
+    return tuple(each for each in values if isinstance(each, int) and not isinstance(each, bool))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prefopt.errors import ModelError
 from prefopt.model.balance import router_balance
 from prefopt.model.collate import joined
+from prefopt.model.fit import refuse_not_finite
 from prefopt.model.logps import LogpModel, unwrap_causal_lm
 from prefopt.model.precision import mixed_dtypes
 from prefopt.model.scores import ScoreModel
@@ -93,6 +94,8 @@ def _checked(
         reason = _why_not_packed(model) if packed else None
         if reason is None and not sharded:
             reason = _disagreement(model, packed, differ)
+            if reason is not None:
+                refuse_not_finite(model)
         if reason is None:
             name = "packed, prompts shared" if packed else "padded"
             logger.info("token layout: %s%s", name, _UNCHECKED if sharded else "")

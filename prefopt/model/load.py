@@ -22,6 +22,7 @@ from prefopt.model.adapters import (
     merged_into_base,
     peft_kind,
 )
+from prefopt.model.distributed import loaded_whole
 from prefopt.model.hashing import fresh_adapter_hash, weights_hash
 from prefopt.model.precision import half_parameters, narrowed, widen
 from prefopt.model.quantization import check_quantization, quantization_options
@@ -120,7 +121,7 @@ def load_tokenizer(model: ModelSection) -> Any:
         ) from error
     if model.chat_template is not None:
         try:
-            tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(model.chat_template).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"model.chat_template = {model.chat_template!r}: {error}") from error
     if model.chat_template_kwargs:
@@ -151,8 +152,9 @@ def load_policy(
     Raises: ModelError for weights that are missing, damaged, for another base or not loadable here;
         ConfigError for a ``peft`` section that its type does not take.
     """
-    plan = _plan(model, peft, trainable)
-    policy, fresh = _assemble(plan, model, seed, trainable)
+    with contextlib.nullcontext() if trainable else loaded_whole():
+        plan = _plan(model, peft, trainable)
+        policy, fresh = _assemble(plan, model, seed, trainable)
     base = _base(policy)
     base.config.use_cache = False
     if model.disable_dropout:
@@ -245,10 +247,11 @@ def disable_dropout(model: nn.Module) -> None:
             elif "jitter" in name and value:
                 module.eval()
                 module.train = _stays_in_evaluation  # type: ignore[method-assign]
-    config = getattr(model, "config", None)
-    for name, value in vars(config).items() if config is not None else ():
-        if _is_dropout(name, value):
-            setattr(config, name, 0.0)
+    base = _base(model)
+    config = vars(getattr(base, "config", None) or nn.Identity())
+    own = {name: value for name, value in config.items() if _is_dropout(name, value)}
+    config |= dict.fromkeys(own, 0.0)
+    base.prefopt_dropout = own or getattr(base, "prefopt_dropout", {})  # saved as it came
 
 
 def _stays_in_evaluation(mode: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from prefopt.errors import ConfigError, InUseError, PrefoptError
 from prefopt.process.launch import speaks
 from prefopt.process.stopping import Stopped, said_of, stopping
+from prefopt.shown import ShownFormatter, say
 
 
 def guarded(command: Callable[[], object]) -> int:
@@ -19,6 +21,9 @@ def guarded(command: Callable[[], object]) -> int:
     if not sys.stderr.isatty():
         # Bars of the libraries, which read this when tqdm is imported; ours are `prefopt.report.bars`.
         os.environ.setdefault("TQDM_MININTERVAL", "30")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal or pipe that is not UTF-8 gets what it lacks as an escape, as stderr has it, not an exception.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with stopping.handled(), _logs_on_stderr():
             command()
@@ -47,7 +52,7 @@ def guarded(command: Callable[[], object]) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    say(text, file=sys.stderr)
     sys.stderr.flush()
 
 
@@ -55,7 +60,7 @@ def _say(text: str) -> None:
 def _logs_on_stderr() -> Iterator[None]:
     """Shows our own log lines, from rank 0 below warnings; other libraries keep their settings."""
     logger, handler = logging.getLogger("prefopt"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(ShownFormatter("%(message)s"))
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     logger.addHandler(handler)
     try:

@@ -74,6 +74,13 @@ def launched(variables: Mapping[str, str] | None = None) -> Launch:
             f"RANK = {rank}, WORLD_SIZE = {size}: a rank is below the number of processes. A launcher sets both "
             f"({_several(max(2, rank + 1))}); unset both for one process"
         )
+    absent = [name for name in ("RANK", "WORLD_SIZE") if name not in found]
+    if found.get("LOCAL_RANK", -1) >= 0 and absent:
+        raise ConfigError(
+            f"LOCAL_RANK = {found['LOCAL_RANK']}: says that a launcher started this process, and "
+            f"{' and '.join(absent)} are not set, which one sets too. Unset it for one process; for several: "
+            f"{_several(2)}"
+        )
     return Launch(size, rank, found.get("LOCAL_RANK", 0), found.get("LOCAL_WORLD_SIZE", 1))
 
 

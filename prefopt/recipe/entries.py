@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, c
 
 from prefopt.errors import suggest
 from prefopt.recipe.only_where import OnlyWhere
-from prefopt.recipe.other_tools import OBJECTIVES
+from prefopt.recipe.other_tools import value_hint
+from prefopt.recipe.plugin_code import why_unknown
 from prefopt.recipe.registry import REGISTRIES, Bound, BoundCredit, BoundObjective, BoundSignal
 from prefopt.recipe.specs import Spec
 from prefopt.recipe.thinking import DEFAULT_TAGS, Tags, Thinking, names_a_mark
@@ -65,8 +67,12 @@ class Entry:
         registry = REGISTRIES[self.section]
         if not isinstance(name, str) or name not in registry.names():
             return None
-        spec = registry.declared(name)
-        return parameters(spec, _shared_keys(self.section, spec))
+        return _parameters(self.section, registry.declared(name).fn, name)
+
+    def having(self, key: str) -> list[str]:
+        """The names of the entries that have this key."""
+        registry = REGISTRIES[self.section]
+        return [name for name in sorted(registry.names()) if key in registry.declared(name).fields]
 
 
 def parameters(spec: Spec, shared: Mapping[str, Any] | None = None) -> type[BaseModel]:
@@ -77,8 +83,15 @@ def parameters(spec: Spec, shared: Mapping[str, Any] | None = None) -> type[Base
         shared: further keys, as ``{name: (type, default)}``.
     """
     config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    fields: Any = {**spec.fields, **(shared or {})}
+    fields: Any = {**(shared or {}), **spec.fields}
     return create_model(f"{spec.name}_hyperparameters", __config__=config, **fields)
+
+
+@functools.cache  # by the function too, which a plugin may register in another's place
+def _parameters(section: str, fn: Callable[..., Any], name: str) -> type[BaseModel]:
+    del fn
+    spec = REGISTRIES[section].declared(name)
+    return parameters(spec, _shared_keys(section, spec))
 
 
 def bind(section: str, value: Any) -> Any:
@@ -97,7 +110,8 @@ def bind(section: str, value: Any) -> Any:
     found = schema.model_validate(given)
     spec = REGISTRIES[section].declared(value["name"])
     shared = _shared_keys(section, spec)
-    params = {key: getattr(found, key) for key in given if key not in shared}
+    # A signal that also declares a shared key is given it: a judge thinks, too.
+    params = {key: getattr(found, key) for key in given if key not in shared or key in spec.fields}
     if "thinking" in shared:
         _refuse_marks(params, getattr(found, "thinking"))  # noqa: B009 - the model is made at run time
     return _BOUND[section](spec, params, dict(value))
@@ -122,12 +136,16 @@ def _refuse_marks(params: Mapping[str, Any], tags: Tags) -> None:
 
 def _no_such_name(section: str, name: Any) -> ValidationError:
     known = REGISTRIES[section].names()
+    listed = f"Known: {', '.join(sorted(known))}."
+    kind = UNKNOWN_NAME
     if name is None:
-        kind, message = MISSING_NAME, f"is missing. Known: {', '.join(sorted(known))}."
+        kind, message = MISSING_NAME, f"is missing. {listed}"
+    elif (elsewhere := value_hint(section, "name", name)) is not None:
+        message = f"{elsewhere}. {listed}"
+    elif isinstance(name, list | tuple | Mapping):
+        message = f"must be one name. {listed}"
     else:
-        elsewhere = OBJECTIVES.get(str(name).lower()) if section == "objective" else None
-        said = f"{elsewhere}. Known: {', '.join(sorted(known))}." if elsewhere else None
-        kind, message = UNKNOWN_NAME, said or f"unknown; {suggest(str(name), known)}"
+        message = f"unknown; {suggest(str(name), known)}{why_unknown()}"
     return _refused("name", name, kind, message)
 
 

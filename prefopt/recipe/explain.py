@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.errors import suggest
 from prefopt.recipe.entries import MISSING_NAME, UNKNOWN_NAME
-from prefopt.recipe.other_tools import hint_for
-from prefopt.recipe.registry import objective_keys, objective_names
-from prefopt.recipe.walk import Schema, document_string, known_keys, owners, sections
+from prefopt.recipe.remedies import remedy
+from prefopt.recipe.unknown_keys import instead_of
+from prefopt.recipe.walk import Schema, document_string, known_keys, owners
 from prefopt.recipe.yaml_file import Document, KeyPath
 
 # pydantic error type -> what is required, filled from the error's context.
@@ -37,6 +36,8 @@ REQUIREMENTS = {
 
 
 _SHOWN = 200
+_NEAR = 0.75
+_END_OF_SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)\. ")
 
 
 def show_value(value: Any) -> str:
@@ -74,7 +75,7 @@ def explain(item: Mapping[str, Any], written: Written) -> str:
         return (
             f"{where}{shown}: {belongs}"
             if belongs
-            else f"{where}: unknown key; {_hint(path, written)}"
+            else f"{where}: unknown key; {_instead(path, value, written)}"
         )
     if kind == "missing":
         doc = document_string(written.schema, path, written.raw)
@@ -86,14 +87,19 @@ def explain(item: Mapping[str, Any], written: Written) -> str:
         return f"{where}{shown}: {item['msg']}"
     template = REQUIREMENTS.get(kind)
     required = template.format(**item.get("ctx", {})) if template else _lower(item["msg"])
-    return f"{where}{shown}: {required}{_remedy(item)}{_what_it_is(path, written)}"
+    return f"{where}{shown}: {required}{remedy(item, written.schema, written.raw)}{_what_it_is(path, written)}"
+
+
+def _instead(path: KeyPath, value: Any, written: Written) -> str:
+    return instead_of(path, value, written.schema, written.raw, written.also)
 
 
 def _belongs(path: KeyPath, key: str, written: Written) -> str | None:
     """Whose key this is, where another name of its section would have it."""
     found = owners(written.schema, path, written.raw)
-    if found is None:
-        return None
+    known = known_keys(written.schema, path, written.raw)
+    if found is None or difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=_NEAR):
+        return None  # or a key of the chosen one, not quite: epsilon of epsilon_low
     chosen, names = found
     name = f"{key.rpartition('.')[0]}.name"
     wanted = " or ".join(map(repr, names))
@@ -106,67 +112,12 @@ def _of_choice(path: KeyPath, key: str, written: Written) -> list[str]:
     return [] if found is None else [f"{key.rpartition('.')[0]}.name = {found[0]!r} needs it."]
 
 
-def _hint(path: KeyPath, written: Written) -> str:
-    """What to write instead of an unknown key: a renamed one, the nearest here, or one elsewhere."""
-    name = str(path[-1])
-    known = known_keys(written.schema, path, written.raw)
-    known |= written.also if len(path) == 1 else set()
-    brought = hint_for("" if len(path) == 1 else str(path[0]), name)
-    if brought is not None:
-        return brought
-    of_recipe = "objective" in written.schema.model_fields and path[0] != "objective"
-    if of_recipe and name in objective_keys():
-        return f"it is a key of the objective: objective.{name}"
-    if difflib.get_close_matches(name, known, n=1, cutoff=0.75):
-        return suggest(name, known)
-    elsewhere: dict[str, list[str]] = {}
-    for dotted, section in sections(written.schema):
-        for field in section.model_fields:
-            elsewhere.setdefault(field, []).append(f"{dotted}.{field}".lstrip("."))
-    near = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.85)
-    if near:
-        return f"did you mean {' or '.join(dict.fromkeys(elsewhere[near[0]]))}?"
-    return suggest(name, known)
-
-
-def _remedy(item: Mapping[str, Any]) -> str:
-    """What to write instead, where the value tells, ending the sentence."""
-    kind, value = item["type"], item["input"]
-    if kind == "string_type" and isinstance(value, bool | int | float):
-        return "; put it in quotes."
-    if kind in {"int_type", "float_type"} and isinstance(value, str) and _is_number(value):
-        return ", without quotes."
-    if kind == "tuple_type" and isinstance(value, str):
-        return f": [{value}]."
-    if kind == "model_type" and isinstance(value, str):
-        return ", one a line under it, or {key: value}."
-    is_stage = tuple(item["loc"]) == ("stage",)
-    if is_stage and isinstance(value, str) and value in objective_names():
-        return f"; write objective: {{name: {value}}}."
-    if kind == "literal_error" and isinstance(value, str):
-        near = difflib.get_close_matches(value, _choices(item), n=1, cutoff=0.6)
-        return f"; did you mean {near[0]!r}?" if near else "."
-    return "."
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _choices(item: Mapping[str, Any]) -> list[str]:
-    expected = str(item["ctx"]["expected"]).replace(" or ", ", ")
-    return [choice.strip("'") for choice in expected.split(", ")]
-
-
 def _what_it_is(path: KeyPath, written: Written) -> str:
     """The first sentence of the key's documentation, with a leading space, where it has one."""
     doc = document_string(written.schema, path, written.raw)
     if not doc:
         return ""
-    sentence = doc.split(". ")[0].rstrip(".…, ")
+    sentence = _END_OF_SENTENCE.split(doc)[0].rstrip(".…, ")
     return f" {sentence}."
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from prefopt.errors import ConfigError
 from prefopt.recipe.explain import Written, explain
+from prefopt.recipe.plugin_code import leave_out
 from prefopt.recipe.registry import REGISTRIES
 from prefopt.recipe.schema import Recipe
 from prefopt.recipe.yaml_file import Document, KeyPath, apply_overrides, read_yaml
@@ -138,7 +139,10 @@ def _without_noise(items: Sequence[Any]) -> list[Any]:
 
 
 def plugin_problems(document: Document, file: Path) -> list[str]:
-    """Imports the recipe's plugins, so that objectives they register are known; returns what failed."""
+    """Imports the recipe's plugins, so that objectives they register are known; returns what failed.
+
+    Under `without_plugins` only that the files are there is looked at.
+    """
     problems = []
     plugins = document.raw.get("plugins")
     for index, plugin in enumerate(plugins if isinstance(plugins, list) else []):
@@ -149,11 +153,20 @@ def plugin_problems(document: Document, file: Path) -> list[str]:
                 f"{where}: no such Python file; a path is relative to the recipe: {path}"
             )
             continue
+        if leave_out(str(plugin)):
+            continue
         try:
             import_plugin(path)
         except Exception as error:  # user code: whatever it raises, say which file raised it
             problems.append(f"{where}: importing it raised {type(error).__name__}: {error}")
     return problems
+
+
+def plugins_named(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
+    """The plugins that a file names, none of which is run for it. Raises: ConfigError for no YAML."""
+    changed = [each for each in overrides if each.startswith("plugins")]
+    named = apply_overrides(read_yaml(Path(path)), changed).raw.get("plugins")
+    return [*map(str, named)] if isinstance(named, list) else []
 
 
 def import_plugin(path: Path) -> None:

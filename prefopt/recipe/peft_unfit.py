@@ -60,11 +60,8 @@ def _has_terms(value: Any) -> bool:
     """Do KaSA's two regularisation terms weigh anything? Both do by default."""
     if value is None:
         return False
-    weights = [
-        value.get(name, 1.0) if isinstance(value, dict) else getattr(value, name)
-        for name in ("beta", "gamma")
-    ]
-    return any(weights)
+    given = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return any(given.get(name, 1.0) for name in ("beta", "gamma"))
 
 
 # (type, key) -> does this value need more than the layers, and why it is refused.
@@ -128,7 +125,7 @@ def unfit(kind: str, option: Callable[[str], Any], *, new: bool) -> Iterator[tup
 
 
 def _unfit_start(value: Any) -> Iterator[tuple[str, str]]:
-    if value in _INITS:
+    if isinstance(value, str) and value in _INITS:
         yield "init_lora_weights", _INITS[value]
     if str(value).startswith("pissa_niter"):
         # measured: reloading redraws the random SVD, and the logits of a tiny Llama move by 5

@@ -241,6 +241,7 @@ SIGNALS: dict[str, str] = {
     "regex": "prefopt.signals.matching",
     "constraints": "prefopt.signals.constraints",
     "python_tests": "prefopt.signals.python_tests",
+    "python_io": "prefopt.signals.python_io",
     "checkers": "prefopt.signals.checkers",
     "reward_model": "prefopt.signals.reward_model",
     "judge": "prefopt.signals.judge",

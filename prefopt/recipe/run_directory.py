@@ -18,6 +18,7 @@ from prefopt.recipe.explain import show_value
 from prefopt.recipe.schema import Recipe
 from prefopt.recipe.walk import Schema, default_at, recorded
 from prefopt.recipe.yaml_file import KeyPath
+from prefopt.shown import without_credentials
 from prefopt.storage.code import code_hash
 from prefopt.storage.run_files import (
     CHECKPOINTS,
@@ -148,7 +149,7 @@ def changed_settings(
         recipe: what is asked for now.
         strict: also the length of the run, where it changes no step there was.
     """
-    dump = recipe.model_dump(mode="json")
+    dump = without_credentials(recipe.model_dump(mode="json"))
     was, now = (recorded(Recipe, each, "run") for each in (record["recipe"], dump))
     passed_over = set() if strict else {*_free_length(was, now), *_unread_evaluation(was, now)}
     if now["train"]["precision"] == "auto":  # decided once the weights are known, and compared then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import typing
@@ -11,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from prefopt.errors import ConfigError, suggest
 from prefopt.recipe.declared import is_declaration, run_declaration
+from prefopt.recipe.plugin_code import why_unknown
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,19 @@ class Spec:
     @property
     def fields(self) -> dict[str, tuple[Any, Any]]:
         """Hyper-parameters as ``{name: (annotation, default)}``, from the keyword-only signature."""
-        hints = typing.get_type_hints(self.fn, include_extras=True)
-        parameters = inspect.signature(self.fn).parameters.values()
-        keywords = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        required = inspect.Parameter.empty
-        return {
-            p.name: (hints[p.name], ... if p.default is required else p.default) for p in keywords
-        }
+        return dict(_fields(self.fn))
+
+
+@functools.cache  # asked of every entry for one wrong key
+def _fields(fn: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    hints = typing.get_type_hints(fn, include_extras=True)
+    keywords = [
+        p
+        for p in inspect.signature(fn).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    required = inspect.Parameter.empty
+    return {p.name: (hints[p.name], ... if p.default is required else p.default) for p in keywords}
 
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
@@ -70,7 +78,9 @@ class Registry(Generic[AnySpec]):
         if name not in self._specs and name in self.table:
             importlib.import_module(self.table[name])
         if name not in self._specs:
-            raise ConfigError(f"{self.key} = {name!r}: unknown; {suggest(name, self.names())}")
+            raise ConfigError(
+                f"{self.key} = {name!r}: unknown; {suggest(name, self.names())}{why_unknown()}"
+            )
         return self._specs[name]
 
     def declared(self, name: str) -> AnySpec:

@@ -70,10 +70,26 @@ def known_keys(schema: Schema, path: KeyPath, raw: Any) -> set[str]:
 def owners(schema: Schema, path: KeyPath, raw: Any) -> tuple[str, list[str]] | None:
     """Of a key that belongs to other choices than the one made: the name chosen, and the names to choose."""
     section, annotation = _walk(schema, path, raw)
+    entry = _entry(annotation)
+    if entry is not None:
+        having = entry.having(str(path[-1]))
+        return (str(at(raw, path[:-1])["name"]), having) if section and having else None
     members = choices(annotation) if is_choice(choices(annotation)) else ()
     having = [choice_name(each) for each in members if path[-1] in each.model_fields]
     chosen = [choice_name(each) for each in members if each is section]
     return (chosen[0], having) if chosen and having else None
+
+
+def short_key(schema: Schema, path: KeyPath, raw: Any) -> str | None:
+    """Whose value a bare text would be that stands in the place of the section, or sections, at ``path``."""
+    section, annotation = _walk(schema, (*path, ""), raw)
+    if _entry(annotation) is not None or is_choice(choices(annotation)):
+        return "name"
+    fields = section.model_fields if section else {}
+    required = [key for key, field in fields.items() if field.is_required()]
+    if len(required) == 1:
+        return required[0]
+    return "type" if "type" in fields else None
 
 
 def at(raw: Any, path: Sequence[str | int]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, cast
 from accelerate import Accelerator
 
 from prefopt.data.groups import GroupSource
+from prefopt.model.fit import check_reference_tokens
 from prefopt.model.layouts import build_logp_model
 from prefopt.model.load import LoadedPolicy, load_policy
 from prefopt.model.logps import LogpModel
@@ -91,5 +92,6 @@ def _load_outside(
     assert isinstance(section, ModelReference)  # the check has seen to it
     place = recipe.model.model_copy(update={"path": section.path, "revision": section.revision})
     loaded = load_policy(place, None, seed=0, trainable=False)
+    check_reference_tokens(recipe.model, place, loaded.model)
     model = build_logp_model(loaded.model, "packed" if limits.packed else "padded")
     return loaded, model.to(accelerator.device)

@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from prefopt.shown import shown
+
 logger = logging.getLogger(__name__)
 
 LINE_EVERY_S = 30.0
@@ -29,13 +31,14 @@ class Bar(tqdm):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._is_watched = is_watched()
+        options = {name: _shown(option) for name, option in options.items()}
         if not self._is_watched:
             options |= {"mininterval": LINE_EVERY_S, "maxinterval": 2 * LINE_EVERY_S}
             options |= {"bar_format": _LINE, "dynamic_ncols": False}
             options["file"] = _Lines()
             if not options.get("leave", True):
                 options["delay"] = LINE_EVERY_S
-        super().__init__(*args, **options)
+        super().__init__(*map(_shown, args), **options)
 
     def set_postfix(self, *args: Any, refresh: bool = True, **values: Any) -> None:
         """As tqdm's; where nobody watches, it is shown with the next line."""
@@ -46,6 +49,10 @@ class Bar(tqdm):
             return bool(super().display(msg, pos))
         self.fp.write(str(self) if msg is None else msg)
         return True
+
+
+def _shown(option: Any) -> Any:
+    return shown(option) if isinstance(option, str) else option
 
 
 class _Lines(io.TextIOBase):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -68,6 +68,11 @@ class RolloutRegime:
         on_push: called with every version pushed (`live_reference`).
         keep_from: the oldest step that a checkpoint can still send the run back to.
     """
+
+    tied_to_processes: ClassVar[str | None] = (
+        "each process of a run with rollouts keeps a log of those that it samples, and goes on with what it finds "
+        "there"
+    )
 
     def __init__(
         self,

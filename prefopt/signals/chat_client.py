@@ -16,8 +16,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -110,8 +110,7 @@ class ChatClient:
     async def _ask_all(self, waiting: Mapping[str, Messages]) -> dict[str, Reply | ChatRefused]:
         from openai import AsyncOpenAI  # as long to import as all of `prefopt check` takes
 
-        # By key: a whole group that is never answered is not asked before all others.
-        call = _Call(iter(sorted(waiting.items())) if self.cache else iter(waiting.items()))
+        call = _Call(deque(waiting.items()))
         async with _Attempts(self.endpoint, self._count) as http:
             client = AsyncOpenAI(
                 api_key="-",  # the real one goes in where the request goes out
@@ -122,8 +121,8 @@ class ChatClient:
             )
             try:
                 async with asyncio.TaskGroup() as workers:
-                    for _ in range(min(self.endpoint.concurrency, len(waiting))):
-                        workers.create_task(self._work(client, call))
+                    for number in range(min(self.endpoint.concurrency, len(waiting))):
+                        workers.create_task(self._work(client, call, from_end=number == 1))
             except ExceptionGroup as failed:  # one failure has cancelled what else was under way
                 raise failed.exceptions[0] from None
         for key, failure in call.held.items():
@@ -132,8 +131,9 @@ class ChatClient:
             self._refuse(call, key, failure)
         return call.found
 
-    async def _work(self, client: AsyncOpenAI, call: _Call) -> None:
-        for key, messages in call.todo:
+    async def _work(self, client: AsyncOpenAI, call: _Call, *, from_end: bool) -> None:
+        while call.todo:
+            key, messages = call.next(from_end)
             began = time.monotonic()
             try:
                 reply = await self._ask(client, messages, self.endpoint.deadline_s)
@@ -225,12 +225,19 @@ class ChatClient:
 class _Call:
     """One `complete_all`, worked on by several tasks."""
 
-    todo: Iterator[tuple[str, Messages]]
+    todo: deque[tuple[str, Messages]]
     found: dict[str, Reply | ChatRefused] = field(default_factory=dict)
     held: dict[str, Unanswered] = field(default_factory=dict)
     """Requests without an answer while nobody has had one."""
     began: float = field(default_factory=time.monotonic)
     proving: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def next(self, from_end: bool) -> tuple[str, Messages]:
+        """What to ask next: mostly in order, but where the first ones get no answer, something far from them.
+
+        A group that is never answered may be more requests than are under way at a time.
+        """
+        return self.todo.pop() if from_end or self.held else self.todo.popleft()
 
 
 def _run(asking: Coroutine[Any, Any, _T]) -> _T:

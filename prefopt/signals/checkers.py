@@ -5,7 +5,6 @@ The functions are model-written (AutoIF), so nothing of them is ever compiled in
 
 from __future__ import annotations
 
-import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +17,15 @@ from prefopt.errors import DataError
 from prefopt.recipe.registry import signal
 from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal, column
-from prefopt.signals.sandbox import Limits, run_program
+from prefopt.signals.markdown_code import readings
+from prefopt.signals.sandbox import Limits, Promise, run_program
 from prefopt.types import Candidates
 
 Vote: TypeAlias = bool | None
 """What a checker says of a text; None if it raised, ran too long, or gave neither true nor false."""
 
 _HARNESS = """
-def _check(source, texts, mark, timeout_s):
+def _check(sources, texts, timeout_s):
     import os, signal
     out, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1), os.dup2(nowhere, 2)  # what a checker prints is no vote
@@ -50,12 +50,22 @@ def _check(source, texts, mark, timeout_s):
         return None if late else value
 
     def say(what):
-        os.write(out, f"{mark} {what}\\n".encode())
+        os.write(out, f"{what}\\n".encode())
 
     signal.signal(signal.SIGALRM, ring)
     names = {"__name__": "checker"}
+
+    def code():
+        for source in sources:  # the ways in which a text may hold it: the first that is Python
+            try:
+                found = compile(source, "<checker>", "exec")
+            except (SyntaxError, ValueError):
+                continue
+            if "evaluate" in source:
+                return found
+
     try:
-        timed(lambda: exec(compile(source, "<checker>", "exec"), names))
+        timed(lambda: exec(code(), names))
         evaluate = names["evaluate"]
     except BaseException:
         return say("unusable")
@@ -76,6 +86,22 @@ class CheckerLimits:
 
     timeout_s: float = 5.0
     memory_bytes: int = 1 << 30
+    accept_risks: tuple[Promise, ...] = ()
+    """As in `prefopt.signals.sandbox.Limits`."""
+    readable: tuple[str, ...] = ()
+    """As in `prefopt.signals.sandbox.Limits`."""
+
+    def for_calls(self, count: int) -> Limits:
+        """The limits of a program that makes so many calls."""
+        whole_s = self.timeout_s * count + 1.0
+        return Limits(
+            whole_s,
+            whole_s,
+            self.memory_bytes,
+            output_bytes=(1 << 16) + 64 * count,
+            accept_risks=self.accept_risks,
+            readable=self.readable,
+        )
 
 
 def run_checker(source: str, texts: Sequence[str], limits: CheckerLimits) -> list[Vote] | None:
@@ -84,25 +110,39 @@ def run_checker(source: str, texts: Sequence[str], limits: CheckerLimits) -> lis
     A call that cannot be interrupted takes the rest of its texts with it: their votes are None.
 
     Args:
-        source: Python that defines ``evaluate(response) -> bool``.
+        source: Python that defines ``evaluate(response) -> bool``, in a Markdown fence or bare.
         texts: responses.
         limits: of each call.
 
     Returns: a vote a text; None if the source does not run or defines no ``evaluate``.
     Raises: SignalError where code cannot be isolated.
     """
-    mark = secrets.token_hex(8)  # a checker that writes to descriptor 1 itself does not know it
-    orders = f"_check({source!r}, {list(texts)!r}, {mark!r}, {limits.timeout_s!r})\n"
-    whole_s = limits.timeout_s * (len(texts) + 1) + 1.0
-    outcome = run_program(
-        _HARNESS + orders,
-        Limits(whole_s, whole_s, limits.memory_bytes, output_bytes=(1 << 16) + 64 * len(texts)),
-    )
-    said = [line.split()[1:] for line in outcome.output.splitlines() if line.startswith(f"{mark} ")]
-    if ["usable"] not in said:
+    ways = ["\n\n".join(each for each, _ in reading) for reading in readings(source)]
+    orders = f"_check({ways!r}, {list(texts)!r}, {limits.timeout_s!r})\n"
+    outcome = run_program(_HARNESS + orders, limits.for_calls(len(texts) + 1))
+    return read_votes(outcome.output, len(texts))
+
+
+def read_votes(said: str, num_texts: int) -> list[Vote] | None:
+    """The votes in what the harness wrote: ``usable``, then ``number vote`` for each text in order.
+
+    There is no secret in the process that could be found: a checker may write here itself, and a vote that it
+    writes is its vote as one that it returns. But the harness writes too, so what is out of order, or no vote,
+    says that another did; then none of it counts. Votes that are missing at the end are None.
+
+    Returns: a vote a text; None without ``usable``.
+    """
+    first, *lines = said.split("\n")[:-1] or [""]  # a line without an end is none
+    if first != "usable":
         return None
-    found = {words[0]: _VOTES[words[1]] for words in said if len(words) == 2}
-    return [found.get(str(number)) for number in range(len(texts))]
+    votes: list[Vote] = []
+    none: list[Vote] = [None] * num_texts
+    for number, line in enumerate(lines):
+        place, _, vote = line.partition(" ")
+        if number >= num_texts or place != str(number) or vote not in _VOTES:
+            return none
+        votes.append(_VOTES[vote])
+    return votes + none[len(votes) :]
 
 
 def run_checkers(
@@ -197,6 +237,8 @@ def checkers(
     timeout_s: PositiveFloat = 5.0,
     memory_mib: PositiveInt = 1024,
     num_workers: Annotated[PositiveInt, NoEffect()] = 2,
+    accept_risks: tuple[Promise, ...] = (),
+    readable: tuple[str, ...] = (),
 ) -> Signal:
     """The share of the row's checker functions that accept the response, in [0, 1].
 
@@ -211,11 +253,13 @@ def checkers(
         timeout_s: longest wall time of one call.
         memory_mib: address space of one checker, MiB.
         num_workers: checkers run at a time.
+        accept_risks: what the sandbox promises and need not hold here; ``prefopt doctor`` shows what does.
+        readable: files and directories that a checker may read beside Python's libraries.
 
-    Raises: SignalError where code cannot be isolated (no Linux seccomp).
+    Raises: SignalError where code cannot be isolated, naming what is missing.
     """
-    limits = CheckerLimits(timeout_s, memory_mib << 20)
-    run_program("", Limits(memory_bytes=limits.memory_bytes))
+    limits = CheckerLimits(timeout_s, memory_mib << 20, accept_risks, readable)
+    run_program("", limits.for_calls(0))
     return _Checkers(checkers, failed, limits, num_workers)
 
 

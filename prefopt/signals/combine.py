@@ -14,6 +14,7 @@ from prefopt.errors import SignalError
 from prefopt.recipe.only_where import Rows, nobody_judges
 from prefopt.recipe.registry import BoundSignal
 from prefopt.recipe.scored_rows import part_names
+from prefopt.shown import redacted
 from prefopt.signals.answers import shown_answers
 from prefopt.signals.base import Replacing, Reporting, Signal
 from prefopt.types import Candidates
@@ -226,4 +227,4 @@ def _checked(scores: Any, groups: Sequence[Candidates]) -> list[PartScores]:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()[:300]}"
+    return redacted(f"{type(error).__name__}: {str(error).strip()[:300]}")

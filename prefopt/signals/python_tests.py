@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
+import ast
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated
 
 from pydantic import PositiveFloat, PositiveInt
 
+from prefopt.errors import DataError
 from prefopt.recipe.registry import signal
+from prefopt.recipe.section import NoEffect
 from prefopt.signals.base import Signal, column
-from prefopt.signals.sandbox import Limits, run_program
+from prefopt.signals.markdown_code import readings
+from prefopt.signals.sandbox import Limits, Program, Promise, run_program
+from prefopt.signals.sandbox_source import only_defines
 from prefopt.types import Candidates
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+
+@dataclass(frozen=True)
+class RowTests:
+    """A row's tests, read once."""
+
+    source: str
+    imports: tuple[str, ...]
 
 
 class _PythonTests:
@@ -29,19 +41,24 @@ class _PythonTests:
         self._counts: Counter[str] = Counter()
 
     def score(self, groups: Sequence[Candidates]) -> list[list[float]]:
-        programs = [self._program(group, text) for group in groups for text in group.texts]
+        programs = [program for group in groups for program in self._programs(group)]
         with ThreadPoolExecutor(self.num_workers) as threads:
             outcomes = list(threads.map(lambda p: run_program(p, self.limits), programs))
         self._counts.update(outcome.verdict for outcome in outcomes)
         scores = iter(outcomes)
         return [[float(next(scores).passed) for _ in group.texts] for group in groups]
 
-    def _program(self, group: Candidates, text: str) -> str:
-        tests = column(group.prompt, self.tests)
-        parts = [] if self.prefix is None else [str(column(group.prompt, self.prefix))]
-        parts.append(extract_code(text))
-        parts += [str(test) for test in tests] if isinstance(tests, list | tuple) else [str(tests)]
-        return "\n\n".join(parts) + "\n"
+    def _programs(self, group: Candidates) -> list[Program]:
+        value = column(group.prompt, self.tests)
+        parts = value if isinstance(value, list | tuple) else [value]
+        tests = read_tests("\n\n".join(str(part) for part in parts) + "\n")
+        if isinstance(tests, str):
+            raise DataError(f"prompt {group.prompt.id}: column {self.tests!r}: {tests}")
+        before = "" if self.prefix is None else str(column(group.prompt, self.prefix))
+        return [
+            Program(tuple(readings(text)), before, tests=tests.source, imports=tests.imports)
+            for text in group.texts
+        ]
 
     def report(self) -> Mapping[str, float]:
         """Programs by how they ended."""
@@ -66,32 +83,65 @@ def python_tests(
     prefix: str | None = None,
     timeout_s: PositiveFloat = 10.0,
     memory_mib: PositiveInt = 1024,
-    num_workers: PositiveInt = 2,
+    num_workers: Annotated[PositiveInt, NoEffect()] = 2,
+    accept_risks: tuple[Promise, ...] = (),
+    readable: tuple[str, ...] = (),
 ) -> Signal:
     """1.0 if the response's code followed by the row's tests runs to its end, else 0.0.
 
-    The code is the last Python fence of the response, else its last fence, else all of it. What the sandbox
-    guarantees, and what not, is in `prefopt.signals.sandbox`; it is tried once here.
+    How code comes out of a response is in `prefopt.signals.markdown_code`. The tests reach the process only once
+    the code ran, and find the modules they import as these were before; a run of unittest or doctest that failed
+    or found nothing is no pass. What the sandbox guarantees, and what not, is in `prefopt.signals.sandbox`; it is
+    tried once here. A row whose tests are no Python or run nothing (functions that nobody calls) has no score.
 
     Args:
         tests: column with Python source that raises where the code is wrong, or a list of such statements.
             HumanEval's ``test`` needs the call appended: ``check(entry_point)``.
-        prefix: column with source put before the code (HumanEval's ``prompt``: its imports).
+        prefix: column with source put before the code (HumanEval's ``prompt``: its imports). Code that is indented
+            goes on where it ends.
         timeout_s: longest wall and CPU time of one program.
         memory_mib: address space of one program, MiB.
         num_workers: programs run at a time.
+        accept_risks: what the sandbox promises and need not hold here; ``prefopt doctor`` shows what does.
+        readable: files and directories that a program may read beside Python's libraries.
 
-    Raises: SignalError where code cannot be isolated (no Linux seccomp).
+    Raises: SignalError where code cannot be isolated, naming what is missing.
     """
-    limits = Limits(wall_s=timeout_s, cpu_s=timeout_s, memory_bytes=memory_mib << 20)
+    limits = Limits(
+        wall_s=timeout_s,
+        cpu_s=timeout_s,
+        memory_bytes=memory_mib << 20,
+        accept_risks=accept_risks,
+        readable=readable,
+    )
     run_program("", limits)
     return _PythonTests(tests, prefix, limits, num_workers)
 
 
-def extract_code(text: str) -> str:
-    """The last fence marked as Python, else the last fence, else the whole text. Indented fences too."""
-    fences = _FENCE.findall(text)
-    marked = [code for language, code in fences if language.lower() in {"python", "py", "python3"}]
-    if not fences:
-        return text
-    return textwrap.dedent(marked[-1] if marked else fences[-1][1])
+@lru_cache(maxsize=256)
+def read_tests(source: str) -> RowTests | str:
+    """Tests with the modules that they import, or what is wrong with them."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        return (
+            f"the tests are no Python ({error}{line}). Mend the row, or drop it from data.prompts"
+        )
+    if all(map(only_defines, tree.body)):
+        return (
+            "the tests run nothing, so that every program would pass. What they define must be called: for "
+            "HumanEval's `test` append check(entry_point), for unittest unittest.main(), for pytest's functions "
+            "a call of each. For programs that read and print there is the signal python_io"
+        )
+    return RowTests(source, tuple(sorted(_imports(tree))))
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+    return found

@@ -221,6 +221,7 @@ def _load(section: Any, tokenizer: Any) -> tuple[Any, int | None]:
     from transformers import AutoModelForSequenceClassification
 
     from prefopt.model.adapters import load_saved_adapter
+    from prefopt.model.distributed import loaded_whole
     from prefopt.model.source import LOAD_ERRORS, first_line, resolve_source
 
     source = resolve_source(section.path, section.revision)
@@ -229,14 +230,15 @@ def _load(section: Any, tokenizer: Any) -> tuple[Any, int | None]:
             f"signals reward_model.path = {section.path!r} is an adapter on an adapter; merge the inner one"
         )
     try:
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            source.name,
-            revision=source.revision or "main",
-            dtype=section.dtype,
-            trust_remote_code=section.trust_remote_code,
-            output_loading_info=True,
-            **({"num_labels": 1} if source.adapters else {}),  # the head is in the adapter
-        )
+        with loaded_whole():
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                source.name,
+                revision=source.revision or "main",
+                dtype=section.dtype,
+                trust_remote_code=section.trust_remote_code,
+                output_loading_info=True,
+                **({"num_labels": 1} if source.adapters else {}),  # the head is in the adapter
+            )
     except LOAD_ERRORS as error:
         raise SignalError(
             f"signals reward_model.path = {section.path!r}: cannot be loaded as a sequence classifier: "

@@ -15,7 +15,9 @@ import struct
 from _thread import start_new_thread
 from collections import namedtuple
 
-TYPE_CHECKING = False  # as `typing` has it, without the 2 ms that importing it takes of every program
+TYPE_CHECKING = (
+    False  # as `typing` has it, without the 2 ms that importing it takes of every program
+)
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
@@ -27,12 +29,12 @@ PROMISES = {
     "new_processes": "no new process, and no other program in this one",
     "other_processes": "no other process is signalled, read, written, traced or set",
     "reads": "no file is read but its own and Python's; no keys, no descriptor of the parent",
-    "changes": "no file but its own is made, written, moved or removed; mode, owner, times, "
-    "attributes, locks and leases of none",
+    "changes": "no file but its own is made, written, moved or removed, or has its mode set; owner, "
+    "times, attributes, locks and leases of none",
     "privileges": "no rights of root, no namespace, no clock, no kernel interface for administrators",
     "lifetime": "it ends with the process that started it",
 }
-"""Name -> what is promised. The names are what `Limits.accept` takes."""
+"""Name -> what is promised. The names are what `Limits.accept_risks` takes."""
 
 REFUSALS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EROFS, errno.EXDEV}
 """How a wall says no; any other error means that the call got behind it."""
@@ -108,7 +110,9 @@ def _limits(_libc: ctypes.CDLL, orders: dict[str, Any]) -> Iterator[Attempt]:
         ("open files", resource.RLIMIT_NOFILE, 64),
         ("core dumps", resource.RLIMIT_CORE, 0),
     ):
-        yield Attempt("limits", f"to raise the limit of {name}", lambda k=kind, m=most: raised(k, m))
+        yield Attempt(
+            "limits", f"to raise the limit of {name}", lambda k=kind, m=most: raised(k, m)
+        )
 
 
 def _threads(_libc: ctypes.CDLL, _orders: dict[str, Any]) -> Iterator[Attempt]:
@@ -127,14 +131,26 @@ def _threads(_libc: ctypes.CDLL, _orders: dict[str, Any]) -> Iterator[Attempt]:
 
 
 def _network(libc: ctypes.CDLL, _orders: dict[str, Any]) -> Iterator[Attempt]:
-    families = {"unix": 1, "IPv4": 2, "IPv6": 10, "netlink": 16, "packet": 17, "crypto": 38, "vsock": 40}
+    families = {
+        "unix": 1,
+        "IPv4": 2,
+        "IPv6": 10,
+        "netlink": 16,
+        "packet": 17,
+        "crypto": 38,
+        "vsock": 40,
+    }
     for name, family in families.items():
         yield Attempt("network", f"a socket ({name})", lambda f=family: _c(libc.socket, f, 1, 0))
     pair = (ctypes.c_int * 2)()
-    yield Attempt("network", "a pair of datagram sockets", lambda: _c(libc.socketpair, 1, 2, 0, pair))
+    yield Attempt(
+        "network", "a pair of datagram sockets", lambda: _c(libc.socketpair, 1, 2, 0, pair)
+    )
     yield Attempt("network", "connect", lambda: _c(libc.connect, -1, b"\1\0/x", 4))
     yield Attempt("network", "bind", lambda: _c(libc.bind, -1, b"\1\0/x", 4))
-    yield Attempt("network", "sendto an address", lambda: _c(libc.sendto, -1, b"", 0, 0, b"\1\0/x", 4))
+    yield Attempt(
+        "network", "sendto an address", lambda: _c(libc.sendto, -1, b"", 0, 0, b"\1\0/x", 4)
+    )
     yield Attempt("network", "sendmsg", lambda: _c(libc.sendmsg, -1, None, 0))
     yield Attempt("network", "io_uring", lambda: _c(libc.syscall, 425, 1, None))
 
@@ -150,7 +166,9 @@ def _processes(libc: ctypes.CDLL, _orders: dict[str, Any]) -> Iterator[Attempt]:
         os.execv("/nowhere/to/be/found", ["x"])
 
     yield Attempt("new_processes", "fork", fork)
-    yield Attempt("new_processes", "clone3", lambda: _c(libc.syscall, 435, None, ctypes.c_size_t(0)))
+    yield Attempt(
+        "new_processes", "clone3", lambda: _c(libc.syscall, 435, None, ctypes.c_size_t(0))
+    )
     yield Attempt("new_processes", "execve", execute)
 
 
@@ -158,7 +176,9 @@ def _others(libc: ctypes.CDLL, orders: dict[str, Any]) -> Iterator[Attempt]:
     parent, own = int(orders["parent"]), os.getpid()
     numbers = {"x86_64": (200, 129, 297), "aarch64": (130, 138, 240)}[os.uname().machine]
     tkill, sigqueue, tgsigqueue = numbers
-    queued = struct.pack("iii", 0, 0, -1) + bytes(116)  # SI_QUEUE: the kernel's own checks let it pass
+    queued = struct.pack("iii", 0, 0, -1) + bytes(
+        116
+    )  # SI_QUEUE: the kernel's own checks let it pass
     calls: dict[str, Callable[[], object]] = {
         "kill": lambda: os.kill(parent, 0),
         "kill of all": lambda: os.kill(-1, 0),
@@ -191,17 +211,23 @@ def _others(libc: ctypes.CDLL, orders: dict[str, Any]) -> Iterator[Attempt]:
     }
     for name, call in calls.items():
         yield Attempt("other_processes", name, call)
-    for name in ("environ", "mem", "maps", "cmdline", "root/", "cwd/", "fd/"):
+    for name in ("environ", "mem", "maps", "root/", "cwd/"):
         path = f"/proc/{parent}/{name}"
         yield Attempt("other_processes", f"the parent's {name}", lambda p=path: _read(p))
-    yield Attempt("other_processes", "the parent's memory, to write", lambda: _open(f"/proc/{parent}/mem", os.O_RDWR))
+    yield Attempt(
+        "other_processes",
+        "the parent's memory, to write",
+        lambda: _open(f"/proc/{parent}/mem", os.O_RDWR),
+    )
 
 
 def _reads(_libc: ctypes.CDLL, orders: dict[str, Any]) -> Iterator[Attempt]:
-    given = {"HOME", "TMPDIR", "LANG", "LC_CTYPE", "PYTHONHASHSEED", "OMP_NUM_THREADS"}
+    given = {
+        "HOME", "TMPDIR", "LANG", "LC_CTYPE", "PYTHONHASHSEED", "OMP_NUM_THREADS", "MALLOC_ARENA_MAX",
+    }  # fmt: skip
 
     def inherited() -> None:
-        kept = {0, 1, 2, int(orders["result_fd"])}
+        kept = {0, 1, 2, *orders["kept"]}
         for handle in range(256):
             if handle not in kept:
                 try:
@@ -211,12 +237,16 @@ def _reads(_libc: ctypes.CDLL, orders: dict[str, Any]) -> Iterator[Attempt]:
                 return
         _refuse_unless(True)
 
-    outside = orders["outside"]
+    outside, parent = orders["outside"], orders["parent"]
+    yield Attempt("reads", "the parent's command line", lambda: _read(f"/proc/{parent}/cmdline"))
+    yield Attempt("reads", "the parent's list of open files", lambda: _read(f"/proc/{parent}/fd/"))
     yield Attempt("reads", "a file outside", lambda: _read(outside))
     yield Attempt("reads", "the directory it lies in", lambda: _read(os.path.dirname(outside)))
     yield Attempt("reads", "what is in /", lambda: _read("/"))
     yield Attempt("reads", "/proc/self/environ", lambda: _read("/proc/self/environ"))
-    yield Attempt("reads", "variables of the environment", lambda: _refuse_unless(set(os.environ) <= given))
+    yield Attempt(
+        "reads", "variables of the environment", lambda: _refuse_unless(set(os.environ) <= given)
+    )
     yield Attempt("reads", "descriptors of the parent", inherited)
 
 
@@ -270,8 +300,8 @@ def _rights(libc: ctypes.CDLL, _orders: dict[str, Any]) -> Iterator[Attempt]:
         data = ctypes.create_string_buffer(24)
         _c(libc.capget, struct.pack("Ii", 0x20080522, 0), data)
         effective, permitted, inherited, *upper = struct.unpack("6I", data.raw)
-        # CAP_DAC_READ_SEARCH may be left: see `sandbox_walls._identity`
-        _refuse_unless(not any(((effective | permitted) & ~4, inherited, *upper)))
+        # CAP_DAC_OVERRIDE or CAP_DAC_READ_SEARCH may be left: see `sandbox_walls._identity`
+        _refuse_unless(not any(((effective | permitted) & ~6, inherited, *upper)))
 
     personality, keyctl, bpf, userfault, perf = (
         (135, 250, 321, 323, 298) if os.uname().machine == "x86_64" else (92, 219, 280, 282, 241)
@@ -305,7 +335,9 @@ def _end(libc: ctypes.CDLL, orders: dict[str, Any]) -> Iterator[Attempt]:
         _refuse_unless(last.value == signal.SIGKILL and os.getppid() == orders["parent"])
 
     yield Attempt("lifetime", "to be on its own", bound)
-    yield Attempt("lifetime", "PR_SET_PDEATHSIG", lambda: _c(libc.prctl, 1, signal.SIGKILL, 0, 0, 0))
+    yield Attempt(
+        "lifetime", "PR_SET_PDEATHSIG", lambda: _c(libc.prctl, 1, signal.SIGKILL, 0, 0, 0)
+    )
     yield Attempt("lifetime", "PR_SET_CHILD_SUBREAPER", lambda: _c(libc.prctl, 36, 0, 0, 0, 0))
 
 
@@ -319,5 +351,3 @@ def _read(path: str) -> None:
         os.listdir(path)
     else:
         _open(path, os.O_RDONLY)
-
-

@@ -99,7 +99,9 @@ _O_TRUNC, _O_ACCMODE = 0o1000, 0o3
 
 _LOAD, _EQUAL, _ABOVE, _AT_LEAST, _ANY_BIT, _AND, _GIVE = 0x20, 0x15, 0x25, 0x35, 0x45, 0x54, 0x06
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
-_EPERM, _ENOSYS, _ENOTSUP = (0x00050000 | code for code in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP))
+_EPERM, _ENOSYS, _ENOTSUP = (
+    0x00050000 | code for code in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)
+)
 
 
 def seccomp_filter(machine: str, pid: int, *, modes: bool) -> bytes:

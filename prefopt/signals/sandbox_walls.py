@@ -15,7 +15,9 @@ import sys
 
 from prefopt.signals.sandbox_syscalls import ARCHITECTURES, seccomp_filter
 
-TYPE_CHECKING = False  # as `typing` has it, without the 2 ms that importing it takes of every program
+TYPE_CHECKING = (
+    False  # as `typing` has it, without the 2 ms that importing it takes of every program
+)
 if TYPE_CHECKING:
     from typing import Any
 
@@ -23,7 +25,7 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 1, 4, 8
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _PR_SET_NO_NEW_PRIVS = 22, 2, 38
 _CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWNET = 0x08000000, 0x10000000, 0x40000000
 _CAPGET, _CAPSET = {"x86_64": (125, 126), "aarch64": (90, 91)}.get(os.uname().machine, (0, 0))
-_DAC_READ_SEARCH = 1 << 2
+_DAC_OVERRIDE, _DAC_READ_SEARCH = 1 << 1, 1 << 2
 # CHOWN, DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID: to give a program an identity of its own, to end it and
 # to clean up after it. Our parent has what we have.
 _NEEDED_CAPS = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7
@@ -47,7 +49,7 @@ def isolate(orders: dict[str, Any]) -> dict[str, str]:
 
     Args:
         orders: ``parent`` (process number), ``outside`` (a file beside the working directory that must not be
-            reached), ``result_fd``, ``readable``, and the limits.
+            reached), ``kept`` (descriptors), ``readable``, and the limits.
 
     Returns: what was built, by the name of each wall; "not there: …" where this machine has no such wall.
     Raises: RuntimeError where the machine is none that we know the system calls of.
@@ -58,14 +60,16 @@ def isolate(orders: dict[str, Any]) -> dict[str, str]:
             f"needs Linux on x86_64 or arm64 (seccomp); this is {sys.platform} on {machine}"
         )
     libc = ctypes.CDLL(None, use_errno=True)
-    kept = int(orders["result_fd"])
-    os.closerange(3, kept)
-    os.closerange(kept + 1, 1 << 16)
+    below = 2
+    for kept in (*sorted(orders["kept"]), 1 << 16):
+        os.closerange(below + 1, kept)
+        below = kept
     readable = readable_paths(orders["readable"])
     built: dict[str, str] = {}
     own_count, modes = _identity(libc, orders, readable, built)
     limit(orders, own_count)
-    _call(libc.prctl, _PR_SET_DUMPABLE, 0, 0, 0, 0)
+    # For /dev/stdin, which is a link in its own /proc; another's is behind Landlock, and behind another user.
+    _call(libc.prctl, _PR_SET_DUMPABLE, 1, 0, 0, 0)
     # After the identity, a change of which would undo it.
     _call(libc.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != orders["parent"]:
@@ -110,7 +114,9 @@ def readable_paths(more: list[str]) -> list[str]:
     """What Python reads to import its libraries, and what the settings name; what is not there is left out."""
     prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
     below = tuple(os.path.join(os.path.realpath(prefix), "") for prefix in prefixes)
-    libraries = [os.path.join(prefix, name) for prefix in below for name in ("lib", "lib64", "share")]
+    libraries = [
+        os.path.join(prefix, name) for prefix in below for name in ("lib", "lib64", "share")
+    ]
     # wherever the packages are; but no checkout that an editable install points at: keys lie in such folders
     libraries += [path for path in sys.path if path.endswith(("/site-packages", "/dist-packages"))]
     found = [os.path.dirname(os.__file__), *libraries, *_PYTHON_NEEDS, *more]
@@ -128,8 +134,10 @@ def _identity(
     Returns: whether the kernel counts the threads of this program alone; whether all files but its own are
         another's, so that it may change modes.
     """
-    user = _free_user() if _capabilities(libc) & _NEEDED_CAPS == _NEEDED_CAPS else None
-    spaces = _CLONE_NEWNET | _CLONE_NEWIPC | (0 if user is not None else _CLONE_NEWUSER)
+    spaces = _CLONE_NEWNET | _CLONE_NEWIPC
+    user = _other_user(libc, orders["outside"])
+    if user is None:
+        spaces |= _CLONE_NEWUSER
     apart = libc.unshare(spaces) == 0
     built["namespaces"] = ("" if apart else "not there: ") + (
         "network, ipc" if user is not None else "user, network, ipc"
@@ -139,17 +147,39 @@ def _identity(
         _set_capabilities(libc, 0)
         # before 5.14, a namespace had no count of its own
         return apart and _kernel() >= (5, 14), False
-    os.chmod(os.path.dirname(orders["outside"]), 0o711)
-    os.chown(os.getcwd(), user, user)
-    _call(libc.prctl, _PR_SET_KEEPCAPS, 1, 0, 0, 0)
-    os.setgroups([])
-    os.setresgid(user, user, user)
-    os.setresuid(user, user, user)
-    # Root's Python often lies where only root may look (/root/.pyenv). Landlock bounds what this reads.
+    # Root's Python often lies where only root may look (/root/.pyenv). Landlock bounds what this reads; containers
+    # often lack the first of the two rights.
+    had = _capabilities(libc)
+    looks = had & _DAC_READ_SEARCH or had & _DAC_OVERRIDE
+    _set_capabilities(libc, 0, looks)
     hidden = [path for path in (*readable, os.getcwd()) if not os.access(path, os.R_OK)]
-    _set_capabilities(libc, _DAC_READ_SEARCH if hidden else 0)
-    built["user"] = f"one of its own ({user})" + (", which may look into directories" if hidden else "")
+    _set_capabilities(libc, looks if hidden else 0)
+    built["user"] = f"one of its own ({user})" + (
+        ", which may look into directories" if hidden else ""
+    )
     return True, True
+
+
+def _other_user(libc: ctypes.CDLL, outside: str) -> int | None:
+    """Becomes a user that nobody is, who owns the working directory; None without the rights to.
+
+    The capabilities are kept for what must come after.
+    """
+    had = _capabilities(libc)
+    user = _free_user() if had & _NEEDED_CAPS == _NEEDED_CAPS else None
+    if user is None:
+        return None
+    _call(libc.prctl, _PR_SET_KEEPCAPS, 1, 0, 0, 0)
+    try:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    except OSError:  # not this number, or not under this container's rules
+        return None
+    _set_capabilities(libc, had)
+    os.chmod(os.path.dirname(outside), 0o711)
+    os.chown(os.getcwd(), user, user)
+    return user
 
 
 def _free_user() -> int | None:
@@ -177,8 +207,8 @@ def _capabilities(libc: ctypes.CDLL) -> int:
     return struct.unpack("6I", data.raw)[0]
 
 
-def _set_capabilities(libc: ctypes.CDLL, mask: int) -> None:
-    wanted = struct.pack("6I", mask, mask, 0, 0, 0, 0)
+def _set_capabilities(libc: ctypes.CDLL, effective: int, permitted: int | None = None) -> None:
+    wanted = struct.pack("6I", effective, effective if permitted is None else permitted, 0, 0, 0, 0)
     _call(libc.syscall, _CAPSET, struct.pack("Ii", 0x20080522, 0), wanted)
 
 
@@ -206,7 +236,12 @@ def _landlock(libc: ctypes.CDLL, readable: list[str]) -> int:
     ruleset = _call(libc.syscall, create, attributes, ctypes.c_size_t(len(attributes)), 0)
     rules = [(path, _READ_FILE | _READ_DIR) for path in readable]
     for path, allowed in (*rules, (os.getcwd(), own), ("/dev/null", _READ_FILE | write)):
-        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except (
+            PermissionError
+        ):  # below a directory that this user may not enter: without a rule it is as shut
+            continue
         if not os.path.isdir(path):
             allowed &= _READ_FILE | write
         _call(libc.syscall, add_rule, ruleset, 1, struct.pack("=Qi", allowed, handle), 0)

@@ -39,11 +39,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        # mkstemp makes the file private; a cache may be shared by a group, so the umask decides
-        os.chmod(temporary, 0o666 & ~_umask())
+        by_umask(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def by_umask(file: Path) -> None:
+    """Lets the umask decide who may read ``file``: mkstemp and safetensors make theirs private, and a group shares
+    caches and models."""
+    os.chmod(file, 0o666 & ~_umask())
 
 
 @functools.cache  # once: setting it races with other threads that make files
@@ -87,6 +92,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.iterdir():
+            by_umask(file)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         os.chmod(temporary, 0o777 & ~_umask())

@@ -24,10 +24,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from prefopt.errors import InUseError
 from prefopt.storage.cache import write_whole, writing
+from prefopt.storage.json_text import parse_json
+from prefopt.storage.reading import as_object
 
 logger = logging.getLogger(__name__)
 
@@ -205,11 +208,16 @@ def _in_use(root: Path, work: str, who: str, advice: str) -> str:
     ).rstrip()
 
 
+_KEYS = {
+    "host": str, "system": str, "pid": int, "started": (str, NoneType), "since": str, "command": str, "token": str,
+}  # fmt: skip
+
+
 def _read(root: Path) -> Holder | None:
     """Who the record says; None without one, or for one that a kill or a full disk left unreadable."""
     try:
-        raw = json.loads((root / HOLDER_FILE).read_text(encoding="utf-8"))
-        return Holder(**raw)
+        raw = parse_json((root / HOLDER_FILE).read_text(encoding="utf-8"))
+        return Holder(**as_object(raw, _KEYS))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, set_seed
 from accelerate.utils import load as load_file_of_accelerate
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,9 @@ from torch import nn
 
 from prefopt.errors import ConfigError, TrainingError
 from prefopt.model.distributed import together
+from prefopt.storage.cache import by_umask
 from prefopt.storage.run_files import complete_checkpoints
+from prefopt.training.divided import check_processes
 from prefopt.training.integrity import checkpoint_damage, checkpoint_sums, read_state, write_state
 
 logger = logging.getLogger(__name__)
@@ -105,18 +107,21 @@ class Checkpoints:
         with together(self.accelerator, what):
             yield
 
-    def load(self, path: Path) -> dict[str, Any]:
+    def load(self, path: Path, *, tied: str | None = None) -> dict[str, Any]:
         """Restores weights, optimizer and random states from ``path``; returns the saved state.
 
-        Raises: ConfigError if it is of another number of processes or of other weights; TrainingError if
-            a file is missing or damaged.
+        Args:
+            tied: why the run can only go on on as many processes as wrote it; None: it has no reason of its own.
+
+        Raises: ConfigError if it is of another number of processes where that matters, or of other weights;
+            TrainingError if a file is missing or damaged.
         """
         options: dict[str, Any] = {"load_module_strict": False} if self._deepspeed else {}
         state = read_state(path)
-        self._check_processes(path, state["num_processes"])
+        check_processes(path, state["num_processes"], self.accelerator, tied)
         try:
             self.accelerator.load_state(str(path), **options)
-            _check_random_state(path / f"random_states_{self.accelerator.process_index}.pkl")
+            _check_random_state(path, self.accelerator.process_index, state["num_processes"])
         except _DAMAGED as error:
             raise TrainingError(
                 f"the checkpoint {path} cannot be loaded: {' '.join(str(error).split())}. If it is damaged, "
@@ -177,14 +182,6 @@ class Checkpoints:
     def _tensor_file(self) -> str:
         return f"reference-{self.accelerator.process_index}.safetensors"
 
-    def _check_processes(self, path: Path, processes: int) -> None:
-        if processes != self.accelerator.num_processes:
-            raise ConfigError(
-                f"train.resume: {path} was written by {processes} processes, this run has "
-                f"{self.accelerator.num_processes}; start it with as many, or use "
-                "another run.output_dir to start afresh"
-            )
-
     def path_of(self, step: int | None) -> Path:
         """Where the checkpoint of ``step`` is, or would be."""
         return self.root / f"step-{step}"
@@ -231,12 +228,19 @@ def oldest_checkpoint(root: Path) -> int | None:
     return int(found[0].name.removeprefix("step-")) if found else None
 
 
-def _check_random_state(path: Path) -> None:
-    """Raises if the random state saved in ``path`` is not the one in force.
+def _check_random_state(checkpoint: Path, rank: int, written_by: int) -> None:
+    """Raises if the random state that a process saved is not the one in force; a process more gets one of its own.
 
     accelerate 1.15 goes on with whatever state there is when it cannot read the saved one, and says nothing.
     """
+    path = checkpoint / f"random_states_{rank if rank < written_by else 0}.pkl"
     states = load_file_of_accelerate(path)
+    if (
+        rank >= written_by
+    ):  # what dropout draws there differs from the others, and from the run's first steps
+        torch.set_rng_state(states["torch_manual_seed"])
+        set_seed(int(torch.randint(2**31, ()).item()) + rank)
+        return
     if not torch.equal(states["torch_manual_seed"], torch.get_rng_state()):
         raise ValueError(f"{path.name}: the random state could not be restored")
 
@@ -266,6 +270,7 @@ def _publish(temporary: Path, final: Path) -> None:
     """Flushes every file of a finished checkpoint to disk, then renames it into place."""
     for file in temporary.rglob("*"):
         if file.is_file():
+            by_umask(file)
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)

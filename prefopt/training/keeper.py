@@ -87,7 +87,7 @@ class Keeper:
 
         Raises: ConfigError if it is of other weights, data or processes; TrainingError if it is damaged.
         """
-        state = self.checkpoints.load(path)
+        state = self.checkpoints.load(path, tied=self.regime.tied_to_processes)
         self.regime.load_state_dict(state["regime"])
         if self.reference is not None:
             self.reference.load_state(self.checkpoints.load_tensors(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from prefopt.recipe.schema import TrainSection
+
+logger = logging.getLogger(__name__)
 
 
 def learning_rate(train: TrainSection, step: int, num_steps: int) -> float:
@@ -26,6 +29,19 @@ def learning_rate(train: TrainSection, step: int, num_steps: int) -> float:
     if train.lr_scheduler == "linear":
         return train.learning_rate * (1 - progress)
     return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def say_if_nothing_moves(train: TrainSection, num_steps: int) -> None:
+    """Warns where no step moves a weight: warm-up begins at 0, and may be all there is.
+
+    No error: whoever tries a recipe for one step means to see it run.
+    """
+    if not any(learning_rate(train, step, num_steps) for step in range(num_steps)):
+        logger.warning(
+            "train.warmup_frac = %g: the run has %d step, the first of its warm-up, whose learning rate is 0: "
+            "the result will be the weights it began with. To train, set it to 0 or take more steps "
+            "(train.num_epochs, a smaller train.global_batch_size)", train.warmup_frac, num_steps,
+        )  # fmt: skip
 
 
 def build_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -21,6 +21,8 @@ class Regime(Protocol):
     step: int
     """Optimizer steps whose windows have been given."""
     num_steps: int
+    tied_to_processes: ClassVar[str | None]
+    """Why it must go on on as many processes as it was on; None: who trains on a row changes nothing."""
 
     def next(self) -> Window:
         """The window of the next optimizer step; StopIteration after the last."""
@@ -60,6 +62,8 @@ class OfflineRegime:
             ``step_frac``.
         world_size, rank: processes, and which of them this is.
     """
+
+    tied_to_processes: ClassVar[str | None] = None
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from prefopt.model.load import LoadedPolicy
 from prefopt.recipe.run_directory import differences, plugin_code
 from prefopt.recipe.schema import Recipe
 from prefopt.recipe.walk import recorded
+from prefopt.shown import without_credentials
 from prefopt.storage.cache import atomic_write
 from prefopt.storage.run_files import RUN_FILE
 from prefopt.training.checkpoint import writing
@@ -43,7 +44,7 @@ def describe_run(
     """The run record: resolved recipe, versions, git commit, hashes of weights, data and data order."""
     accelerator = trainer.accelerator
     return {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": without_credentials(recipe.model_dump(mode="json")),
         "plugin_code": plugin_code(recipe),
         "objective": {
             "params": dict(trainer.objective.params),
@@ -88,7 +89,8 @@ def _samples(data: DataBundle, trainer: PreferenceTrainer) -> dict[str, Any]:
 
 def settings_that_count(recipe: Recipe) -> dict[str, Any]:
     """The recipe's settings that decide what a run computes, as a flat mapping."""
-    return _leaves(recorded(Recipe, recipe.model_dump(mode="json"), "run"))
+    dump = without_credentials(recipe.model_dump(mode="json"))
+    return _leaves(recorded(Recipe, dump, "run"))
 
 
 def versions() -> dict[str, str]:
@@ -142,7 +144,7 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
     name = recipe.run.name or Path(recipe.run.output_dir).name
     settings = {
         key: value if isinstance(value, bool | int | float | str) else str(value)
-        for key, value in _leaves(recipe.model_dump()).items()
+        for key, value in _leaves(without_credentials(recipe.model_dump())).items()
     }
     accelerator.init_trackers("prefopt", settings, init_kwargs={"wandb": {"name": name}})
 

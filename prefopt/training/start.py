@@ -10,6 +10,7 @@ import contextlib
 import logging
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,8 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
 
     Raises: ConfigError if they are not what the launch asked for.
     """
+    # Of DDP, where it looks for idle weights and all have their part.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     precision = recipe.train.precision
     precision = "no" if precision in ("fp32", "auto") else precision
     try:

@@ -328,15 +328,15 @@ class PreferenceTrainer:
                 )
             self._policy_gap.add(seen, window)
         loss = reduced(output, window)
-        if balance is not None:
-            loss = loss + self._balance(balance, micro_batch, window)
+        reaches_all = micro_batch.counts and loss.requires_grad  # the routers' loss alone does not
+        loss = loss if balance is None else loss + self._balance(balance, micro_batch, window)
         if not torch.isfinite(loss):
             raise TrainingError(name_culprits(micro_batch.groups, forward, output, window.step))
         add_batch_metrics(self._meter, seen, output)
         # The very number that is minimised: summed over micro-batches and ranks, counted once a window.
         self._meter.add("loss/total", loss, 0.0)
         # With nothing to learn from here, run backward through everything with the others all the same.
-        return loss if micro_batch.counts and loss.requires_grad else loss + forward.sum() * 0.0
+        return loss if reaches_all else loss + forward.sum() * 0.0
 
     def _balance(self, loss: Tensor, micro_batch: MicroBatch, window: Window) -> Tensor:
         """The routers' part of a forward's loss: over a step, a mean over the tokens of all its forwards."""

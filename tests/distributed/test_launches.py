@@ -78,6 +78,11 @@ def test_processes_that_will_know_of_each_other_are_counted(
         ({"WORLD_SIZE": "0"}, 2, "WORLD_SIZE = '0': is not a number"),
         ({"WORLD_SIZE": "-1"}, 2, "WORLD_SIZE = '-1': is not a number"),
         ({"RANK": "3", "LOCAL_RANK": "3"}, 2, "RANK = 3, WORLD_SIZE = 1: a rank is below"),
+        (
+            {"LOCAL_RANK": "0"},
+            2,
+            "LOCAL_RANK = 0: says that a launcher started this process, and RANK and",
+        ),
         (OF_TWO | {"RANK": "2"}, 2, "RANK = 2, WORLD_SIZE = 2: a rank is below"),
     ],
 )

@@ -77,6 +77,11 @@ def assert_same_run(got: Path, want: Path) -> None:
     for row, other in zip(rows, expected, strict=True):
         for name in ("loss/total", "train/grad_norm", "rewards/margin", "logps/chosen"):
             assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), (row["step"], name)
+    assert_same_weights(got, want)
+
+
+def assert_same_weights(got: Path, want: Path) -> None:
+    """Adam moves a weight whose gradient is rounding by as much as any other: 1e-3 a step here."""
     for file in (want / "final").glob("*.safetensors"):
         ours, theirs = load_file(got / "final" / file.name), load_file(file)
         assert ours.keys() == theirs.keys()
@@ -172,3 +177,52 @@ def test_resumed_run_of_two_processes_ends_where_the_single_one_does(
     assert f"step-6 is damaged ({name} is not what was written" in done.stderr
     assert f"resumed from {checkpoints / 'step-3'}" in done.stderr
     assert_same_run(tmp_path / "two" / "run", single["lora"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("cpu", 1), ("ddp", 2)),
+        pytest.param(("ddp", 2), ("cpu", 1), marks=pytest.mark.slow),
+        pytest.param(("ddp", 2), ("ddp", 4), marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("tuning", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_a_run_goes_on_on_another_number_of_processes(
+    before: tuple[str, int],
+    after: tuple[str, int],
+    tuning: str,
+    inputs: Path,
+    single: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """Its checkpoint falls between two rows of metrics.jsonl, whose sums all of them had a part in."""
+    more = ("train.save_every=3", "train.keep_checkpoints=9", "train.log_every=2")
+    left = run(tmp_path / "run", inputs, *before, tuning, *more)
+    for step in (6, 8):
+        shutil.rmtree(left / "checkpoints" / f"step-{step}")
+    shutil.rmtree(left / "final")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    done = launch(cpu_config(*after, tmp_path), "dpo", recipe, "train.log_every=2")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"resumed from {left / 'checkpoints' / 'step-3'}" in done.stderr
+    record = json.loads((left / "run.json").read_text())
+    assert record["processes"] == after[1]
+    rows = {row["step"]: row for row in read_metrics(single[tuning] / "metrics.jsonl")}
+    for row in read_metrics(left / "metrics.jsonl"):
+        pair = [rows[row["step"] - 1], rows[row["step"]]]
+        mean = sum(each["loss/total"] for each in pair) / 2
+        assert row["loss/total"] == pytest.approx(mean, rel=1e-4), row["step"]
+    assert_same_weights(left, single[tuning])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_a_reference_of_other_weights_is_whole_on_every_process(
+    config: str, inputs: Path, tmp_path: Path
+) -> None:
+    """ZeRO-3 splits what trains; nobody would gather the reference, which is asked before there is an engine."""
+    other = write_model(tmp_path / "other", seed=1)
+    reference = f"reference={{name: model, path: {other}}}"
+    one = run(tmp_path / "one", inputs, "cpu", 1, "full", reference)
+    assert_same_run(run(tmp_path / "two", inputs, config, 2, "full", reference), one)

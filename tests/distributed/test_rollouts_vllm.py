@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from prefopt.engines.vllm.door import KEY_VARIABLE
 from prefopt.engines.vllm.hosts import StartedHost
 from prefopt.rollouts.experience import read_log
 from prefopt.training.metrics import read_metrics
@@ -63,7 +64,9 @@ def server(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     host.begin()
     try:
         host.wait_until_ready()
-        yield host.client.url
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(KEY_VARIABLE, host.key)
+            yield host.client.url
     finally:
         host.close()
 
@@ -121,7 +124,8 @@ def test_a_run_whose_server_died_goes_on_on_one_that_somebody_else_started(
 ) -> None:
     dead_end(tmp_path, inputs)
     recipe = recipe_on(server, tmp_path / "recipe.yaml", inputs, **AHEAD)
-    code, output = run("train", str(recipe), log=tmp_path / "log")
+    accept = "train.accept_changes=true"  # what the other server is started with is not ours to say
+    code, output = run("train", str(recipe), accept, log=tmp_path / "log")
     assert code == 0, output
     assert "resumed from" in output
     assert_nothing_is_lost(tmp_path / "run")

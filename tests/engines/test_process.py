@@ -200,19 +200,28 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_watched_processes_end_with_the_one_that_watches_and_not_when_the_watch_is_dismissed(
     tmp_path: Path,
 ) -> None:
-    """vLLM's subprocess in process: started by a library, it does not notice that the trainer was killed."""
-    spared, doomed = (subprocess.Popen(["sleep", "300"]) for _ in range(2))
-    watchdog = Watchdog([spared.pid])
+    """vLLM's subprocess in process: started by a library, it does not notice that the trainer was killed.
+
+    One is known by its pid, the other by what it was started with: nobody was told its pid before the kill.
+    """
+    watchdog = Watchdog()
+    spared = subprocess.Popen(["sleep", "300"], env={**os.environ, **watchdog.variables})
+    told = subprocess.Popen(["sleep", "300"])
+    watchdog.add([spared.pid])
     watchdog.dismiss()
     watchdog.dismiss()
     script = f"""
-import os, signal
+import os, signal, subprocess
 from prefopt.engines.child import Watchdog
-Watchdog([{doomed.pid}])
+watchdog = Watchdog()
+watchdog.add([{told.pid}])
+started = subprocess.Popen(["sleep", "300"], env={{**os.environ, **watchdog.variables}}, stdout=subprocess.DEVNULL)
+print(started.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", script], timeout=HANG_S)
-    assert doomed.wait(HANG_S) == -signal.SIGKILL
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, timeout=HANG_S)
+    assert told.wait(HANG_S) == -signal.SIGKILL
+    assert wait_until(lambda: is_gone(int(done.stdout)), timeout_s=30)
     assert spared.poll() is None
     spared.kill()
     spared.wait()

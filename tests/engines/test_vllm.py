@@ -5,24 +5,28 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 
 from prefopt.engines.base import PolicyFiles, Request, SamplingSpec
 from prefopt.engines.child import free_port
+from prefopt.engines.vllm.door import KEY_VARIABLE
 from prefopt.engines.vllm.hosts import FoundHost, StartedHost
 from prefopt.engines.vllm.server import VllmServers
 from prefopt.errors import EngineError
-from tests.engines.conftest import Running
+from tests.engines.conftest import Running, make_engine
 from tests.engines.policies import Policies
 from tests.engines.processes import HANG_S, is_gone, wait_until
 from tests.engines.test_contract import PROMPTS, SPEC, assert_logps_are_the_truth, requests
+from tests.fork_server import fork
 
 server = pytest.mark.parametrize("running", ["vllm_server"], indirect=True)
 local = pytest.mark.parametrize("running", ["vllm"], indirect=True)
@@ -36,7 +40,9 @@ def host(running: Running) -> StartedHost:
 
 def found(running: Running, model: Path) -> VllmServers:
     """The same server as one that was given by URL."""
-    at = FoundHost(host(running).client.url, startup_timeout_s=400.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_VARIABLE, host(running).key)
+        at = FoundHost(host(running).client.url, startup_timeout_s=400.0)
     return VllmServers([at], model=str(model), timeout_s=600.0)
 
 
@@ -64,6 +70,43 @@ def test_full_weights_need_a_server_that_takes_them(running: Running) -> None:
     with pytest.raises(EngineError, match=r"version 3 cannot be loaded.*VLLM_SERVER_DEV_MODE"):
         engine.load_policy(PolicyFiles(3, running.policies.other, is_adapter=False))
     engine.close()
+
+
+@server
+def test_every_route_asks_for_the_key_of_this_start(running: Running) -> None:
+    """Routes that the server itself lists, and some that it does not, by every method; with the key it answers."""
+    at = host(running)
+    url = at.client.url
+    with httpx2.Client(
+        base_url=url, trust_env=False, headers={"Authorization": f"Bearer {at.key}"}
+    ) as ours:
+        listed = ours.get("/openapi.json").json()["paths"]
+        assert ours.get("/health").status_code == 200
+    routes = {
+        (method.upper(), re.sub(r"{\w+}", "x", path))
+        for path, ways in listed.items()
+        for method in ways
+    }
+    assert {path for _, path in routes} >= {"/v1/completions", "/v1/load_lora_adapter", "/health"}
+    more = [
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+        "/collective_rpc",
+        "/reset_prefix_cache",
+        "/sleep",
+        "/",
+        "/no/such",
+    ]
+    routes |= {(method, path) for path in more for method in ("GET", "POST", "OPTIONS", "PUT")}
+    for key in (None, "Bearer x", f"Bearer {at.key[:-1]}", f"Basic {at.key}", at.key):
+        headers = {} if key is None else {"Authorization": key}
+        with httpx2.Client(base_url=url, trust_env=False, headers=headers) as stranger:
+            answers = {route: stranger.request(*route).status_code for route in sorted(routes)}
+        assert set(answers.values()) == {401}, answers
+    command = psutil.Process(at.pid).cmdline()
+    assert at.key and not any(at.key in part for part in command)
+    assert at.key not in at.log.read_text(errors="replace")
 
 
 def test_a_url_where_nothing_answers_is_an_error_within_the_deadline() -> None:
@@ -153,3 +196,29 @@ def test_a_killed_engine_in_process_without_a_restart_left_is_an_error(running: 
     kill_core()
     with pytest.raises(EngineError, match=r"subprocess died[\s\S]*No restart is left"):
         running.engine.generate(requests(), SPEC)
+
+
+def start_in_process(policies: Policies, directory: Path) -> None:
+    make_engine("vllm", policies, directory, is_adapter=False).start()
+
+
+@pytest.mark.slow  # two starts
+@pytest.mark.parametrize("sign", ["spawn_main", "EngineCore"])
+def test_who_is_killed_while_it_starts_vllm_leaves_nobody_behind(
+    policies: Policies, tmp_path: Path, sign: str
+) -> None:
+    """As soon as its subprocess is there, and when that has a title and loads the model."""
+    trainer = fork(start_in_process, policies, tmp_path)  # no daemon, which could have no children
+    trainer.start()
+    left: list[psutil.Process] = []
+
+    def core_is_there() -> bool:
+        left[:] = psutil.Process(trainer.pid).children(recursive=True)
+        return any(sign in " ".join(each.cmdline()) for each in left)
+
+    try:
+        assert wait_until(core_is_there)
+    finally:
+        trainer.kill()
+        trainer.join()
+    assert wait_until(lambda: all(is_gone(each.pid) for each in left), timeout_s=60), left

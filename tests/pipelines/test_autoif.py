@@ -102,6 +102,10 @@ def test_lines_that_fetch_are_taken_out() -> None:
             '{"input": "b", "output": false}]}',
             Proposal("f", (("b", False),)),
         ),
+        ('```json\n{"func": "f", "cases": []}', Proposal("f", ())),  # cut, or its end forgotten
+        ('~~~JSON\n{"func": "f", "cases": []}\n~~~', Proposal("f", ())),
+        ('```json {"func": "f", "cases": []}```', Proposal("f", ())),
+        ('```json\n{"func": "a\n```\nb", "cases": []}\n```', Proposal("a\n```\nb", ())),
         ("I cannot do that.", "no_json"),
         ("```json\n{'func': 1}\n```", "broken_json"),
         ('{"function": "f"}', "no_func"),
@@ -128,6 +132,12 @@ def test_a_source_that_does_not_run_or_checks_nothing_is_no_checker() -> None:
     for source in ("def evaluate(r:", "raise ValueError", "x = 1"):
         assert run_checker(source, ["x"], LIMITS) is None
     assert run_checker("while True: pass", ["x"], HANGING) is None
+
+
+@pytest.mark.parametrize("text", ["```python\n{}```", "Here:\n~~~\n{}", "{}```", "{}"])
+def test_a_checker_may_stand_in_a_fence(text: str) -> None:
+    source = 'def evaluate(r):\n    """\n    ```\n    evaluate("x")\n    ```\n    """\n    return r == "x"\n'
+    assert run_checker(text.format(source), ["x", "y"], LIMITS) == [True, False]
 
 
 def test_functions_beside_evaluate_are_seen_by_it() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
+import pyarrow.dataset
 import pyarrow.parquet
 import pytest
 
@@ -58,6 +60,27 @@ def test_all_shards_of_a_stage_have_one_schema(tmp_path: Path, stage: str) -> No
         without_nulls(row) | {"id": ""} for row in MIXED
     ]
     assert not (folder / ".parts").exists() or not list((folder / ".parts").iterdir())
+
+
+def test_a_shard_that_every_row_is_dropped_from_is_read_by_every_reader(tmp_path: Path) -> None:
+    """`datasets` takes the batch size of the first row group, and 0 rows are no size."""
+    lines = [{**row, "prompt": "p" if 20 <= n < 40 else "pp"} for n, row in enumerate(MIXED)]
+    lines = [{**row, "prompt": f"{row['prompt']} {n:02}"} for n, row in enumerate(lines)]
+    path = made(tmp_path, lines)
+    text = path.read_text().replace("min_prompt_chars: 1", "min_prompt_chars: 5")
+    path.write_text(f"{text}- {{stage: filter, id: again, min_prompt_chars: 1}}\n")
+    folder = build(path) / "filter"
+    first, *others = schemas(folder)
+    assert all(each.equals(first) for each in others)
+    kept = [line["prompt"] for line in lines if line["prompt"].startswith("pp")]
+    files = sorted(map(str, folder.glob("*.parquet")))
+    cache = str(tmp_path / "hub")
+    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
+    assert loaded["prompt"][:] == kept
+    assert pyarrow.dataset.dataset(files).to_table().column("prompt").to_pylist() == kept
+    assert [x for file in files for x in pandas.read_parquet(file)["prompt"]] == kept
+    later = sorted(map(str, (folder.parent / "again").glob("*.parquet")))
+    assert pyarrow.dataset.dataset(later).to_table().column("prompt").to_pylist() == kept
 
 
 def test_a_column_that_the_first_row_lacks_is_kept() -> None:

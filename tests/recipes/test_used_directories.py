@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from prefopt.storage.reading import sealed
 from tests.distributed.launch import write_pairs
 from tests.recipes.commands import Prefopt
 
@@ -328,14 +327,13 @@ def test_a_record_that_is_none_is_named_with_what_to_do(
             assert "Restore it" in said
 
 
-def test_checkpoint_of_another_number_of_processes_is_refused(
+def test_what_processes_keep_for_themselves_is_gone_on_with_on_as_many(
     command: Prefopt, recipe: Path, used: Path
 ) -> None:
-    state = json.loads((used / "prefopt.json").read_text())
-    del state["seal"]
-    (used / "prefopt.json").write_text(json.dumps(sealed({**state, "num_processes": 4})))
+    (used / "pytorch_model").mkdir()  # as DeepSpeed's shares lie there
     said = command.refuses("train", recipe, "train.num_epochs=2")
-    assert f"{used} was written by 4 processes, this run has 1; start it with as many" in said
+    assert f"{used} was written by 1 process of DeepSpeed, this launch has 1 process: " in said
+    assert "Start it as it was started" in said
 
 
 def test_branching_off_into_a_directory_with_other_checkpoints_is_refused(

@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 from prefopt.recipe.registry import get_signal
-from prefopt.signals.python_tests import extract_code
 from prefopt.signals.sandbox import Limits, Outcome, run_program
 from tests.signals.cases import candidates, scores
 
@@ -191,21 +190,6 @@ def test_tests_may_be_a_list_of_statements() -> None:
     tests = ["assert f(1) == 2", "assert f(2) == 3"]
     texts = ("```\ndef f(x): return x + 1\n```", "def f(x): return 2", "no code here")
     assert scores(signal, *texts, tests=tests) == [1, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("text", "code"),
-    [
-        ("a\n```python\nx = 1\n```\nb\n```py\ny = 2\n```", "y = 2\n"),
-        ("```python\nx = 1\n```\n```\noutput\n```", "x = 1\n"),
-        ("```\nx = 1\n```\nthen\n```\ny\n```", "y\n"),
-        ("1. so\n   ```python\n   x = 1\n   ```", "x = 1\n"),
-        ("x = 1", "x = 1"),
-        ("```python\nx = 1", "```python\nx = 1"),
-    ],
-)
-def test_code_is_taken_from_the_last_python_fence(text: str, code: str) -> None:
-    assert extract_code(text) == code
 
 
 def _leftovers() -> list[psutil.Process]:

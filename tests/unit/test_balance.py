@@ -19,7 +19,7 @@ from prefopt.model.layouts import build_logp_model, build_score_model
 from prefopt.model.load import disable_dropout
 from prefopt.model.reward_model import load_reward_model
 from prefopt.recipe.schema import ModelSection
-from prefopt.types import Group
+from prefopt.types import Group, ObjectiveOutput
 from tests.unit.every_causal_lm import tiny_causal_lm
 from tests.unit.memory_trainer import make_trainer, random_pairs
 from tests.unit.test_logps import make_groups
@@ -155,3 +155,23 @@ def test_a_reward_model_has_it_too(tmp_path: Path) -> None:
         assert scores.shape == (10,)
         found.append(balance)
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0)
+
+
+def test_an_objective_that_asks_for_nothing_leaves_no_weight_without_a_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The routers' loss goes through no head and no last expert, and DDP waits for every weight's gradient."""
+    model = tiny_causal_lm("mixtral", router_aux_loss_coef=COEFFICIENT, output_router_logits=True)
+    settings = {"objective": {"name": "dpo", "beta": 0.1}, "max_steps": 1}
+    trainer = make_trainer(tmp_path, GroupList(random_pairs(8)), model=model, **settings)
+    nothing = ObjectiveOutput(losses=torch.zeros(8))
+    monkeypatch.setattr(trainer, "objective", lambda seen: nothing)
+    without: list[str] = []
+
+    def backward(loss: torch.Tensor) -> None:
+        loss.backward()
+        without.extend(n for n, p in trainer.model.named_parameters() if p.grad is None)
+
+    monkeypatch.setattr(trainer.accelerator, "backward", backward)
+    trainer.train()
+    assert without == []

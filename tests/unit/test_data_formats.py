@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -30,6 +31,40 @@ def read(data: dict[str, Any], *, pairs: bool = True, **settings: Any) -> Row | 
 
 def sides(chosen: Any, rejected: Any, **more: Any) -> dict[str, Any]:
     return {"chosen": chosen, "rejected": rejected, **more}
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings"),
+    [
+        (sides(json.dumps([YES]), json.dumps([NO]), prompt=json.dumps([USER])), {}),
+        (sides(json.dumps([USER, YES]), json.dumps([USER, NO]), prompt="Is it?"), {}),
+        (sides(json.dumps([YES]), json.dumps([NO]), prompt=[USER]), {}),  # the prompt is a list
+        # as pandas writes numpy's arrays into CSV: no commas between messages
+        (sides("Yes.", "No.", prompt=f"[{FIRST[0]}\n {FIRST[1]}]"), {"format": "chat"}),
+        (sides(json.dumps({"from": "gpt", "value": "Yes."}), "No.", prompt="Is it?"), {}),
+    ],
+    ids=["json", "dialogues", "one column", "numpy", "sharegpt"],
+)
+def test_messages_written_out_as_text_are_named(columns: Any, settings: dict[str, Any]) -> None:
+    """Else brackets, quotes and roles are what the policy learns to say."""
+    with pytest.raises(
+        DataError, match=r"f.jsonl:7: column '\w+' holds a list of messages written out as text"
+    ):
+        read(columns, **settings)
+
+
+def test_text_that_is_json_is_text() -> None:
+    for text in ('{"role": "editor"}', "[1, 2]", '{"city": "Oslo"}', "['role', 'content']"):
+        assert isinstance(read(sides(text, "No.", prompt="Is it?"), format="chat"), Row)
+    written = json.dumps([USER])
+    assert isinstance(read(sides("Yes.", "No.", prompt=written), format="text"), Row)
+
+
+def test_a_prompt_that_is_answered_already_is_a_reject() -> None:
+    """TRL continues that turn, others begin a second one in a row: nobody is to guess."""
+    refused = read(sides([YES], [NO], prompt=FIRST))
+    assert isinstance(refused, Refused) and refused.reason == Reject.PROMPT_ANSWERED
+    assert read(sides([*FIRST, USER, YES], [*FIRST, USER, NO], prompt=[*FIRST, USER])) == TWO_TURNS
 
 
 ONE_TURN = Row([USER], (YES, NO), (None, None))

@@ -12,6 +12,7 @@ from trl import DPOConfig, DPOTrainer
 from prefopt.data.options import AS_RENDERED
 from prefopt.data.render import Rendered, Renderer, Request
 from prefopt.data.rows import Refused, Reject
+from prefopt.data.template import ChatTemplate
 from prefopt.errors import ModelError
 from tests.unit.tiny_tokenizers import make_tokenizer
 
@@ -44,6 +45,56 @@ def refused(tokenizer: PreTrainedTokenizerFast, prompt: Any, *responses: Any) ->
     result = render(tokenizer, prompt, *responses)
     assert isinstance(result, Refused), result
     return result
+
+
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [
+        (
+            TURNS,
+            r"writes '<\|im_start\|>assistant\\n' before an answer, and not where it is asked to open",
+        ),
+        (
+            TURNS + "<|im_start|>assistant\n",
+            "after an answer that nothing follows: it opens another one",
+        ),
+        (TURNS.replace("\n", "\\n"), r"a backslash and an n \(\\n\) where it means a line break"),
+        # as old tools wrote it: without special tokens
+        (
+            "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}### assistant:\n",
+            "after an answer that nothing follows",
+        ),
+    ],
+)
+def test_a_template_that_writes_what_no_policy_should_learn_is_refused(
+    chat: str, said: str
+) -> None:
+    """Else the opening would carry loss: at the start of every response, or after the end of each."""
+    with pytest.raises(ModelError, match=said):
+        render(make_tokenizer(chat), PROMPT, CHOSEN)
+
+
+# An end of the whole text after the last turn's own (Phi 3), an empty thought before the last answer (Qwen 3).
+@pytest.mark.parametrize(
+    "chat",
+    [
+        TURNS
+        + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}",
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think>\n\n"
+        "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"
+        "{% endif %}{% endfor %}{% if messages[-1].role == 'assistant' %}{{ eos_token }}{% endif %}",
+    ],
+    ids=["phi3", "qwen3", "inst"],
+)
+def test_templates_that_only_look_so_are_taken(chat: str) -> None:
+    assert ChatTemplate(make_tokenizer(chat)).fault is None
 
 
 @pytest.mark.parametrize("chat", ["chatml", "llama3", "alternating"])

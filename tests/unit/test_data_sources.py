@@ -12,9 +12,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from prefopt.data.readers import READERS
 from prefopt.data.sources import HubRows, open_source
 from prefopt.errors import ConfigError, DataError
-from prefopt.recipe.schema import SourceSection
+from prefopt.recipe.checks.files import hub_is_not_asked
+from prefopt.recipe.checks.rules import Surroundings
+from prefopt.recipe.local_paths import DATA_SUFFIXES
+from prefopt.recipe.schema import Recipe, SourceSection
 
 ROWS = [
     {"prompt": "p1", "chosen": 'line one\nline two, "quoted"', "rejected": "ñ\u2028é"},
@@ -206,3 +210,44 @@ def test_a_hub_data_set_that_does_not_exist_says_so(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     fails("org/pairs", "org/pairs", "cannot be loaded", "doesn't exist on the Hub")
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [
+        ("org/pairs", False), ("pairs", False), ("org/pairs.v2", False), ("org-1/a_b", False),
+        ("pairs.jsonl", True), ("org/pairs.json.gz", True), ("a/b/c", True), ("data/*.parquet", True),
+        ("my pairs", True), ("./pairs", True), ("~/pairs", True), ("/pairs", True), ("here", True),
+        ("s3://b/k", True),
+        ("org/train-[0-9]", True),
+    ],
+)  # fmt: skip
+def test_check_and_training_agree_what_is_local(
+    path: str, local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `prefopt check` takes for the hub, a run asks the hub for, and the other way round."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    asked: list[str] = []
+
+    def load_dataset(name: str, *_: object, **__: object) -> datasets.Dataset:
+        asked.append(name)
+        return datasets.Dataset.from_list([{"prompt": "p", "chosen": "c", "rejected": "r"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    section = SourceSection(path=path)
+    try:
+        open_source(section)
+    except DataError as error:
+        assert not asked, error
+    assert bool(asked) is not local
+    recipe = {
+        "model": {"path": "org/m"}, "data": {"train": [section]}, "stage": "sft",
+        "train": {"learning_rate": 1e-6}, "run": {"output_dir": "out"},
+    }  # fmt: skip
+    noted = [each.text for each in hub_is_not_asked(Recipe.model_validate(recipe), Surroundings())]
+    assert any(path in text.split(": ")[1].split(", ") for text in noted) is not local
+
+
+def test_every_kind_of_file_that_is_read_says_that_a_path_is_meant() -> None:
+    assert set(DATA_SUFFIXES) == READERS.keys()

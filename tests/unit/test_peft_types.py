@@ -23,9 +23,11 @@ from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapters import add_adapter, load_saved_adapter, merged_into_base, save_adapter
 from prefopt.model.layouts import build_logp_model
 from prefopt.model.load import disable_dropout, num_embeddings, seeded
+from prefopt.recipe.checks.peft import peft_keys_exist
+from prefopt.recipe.checks.rules import Surroundings
 from prefopt.recipe.peft_config import peft_config
 from prefopt.recipe.peft_unfit import unfit
-from prefopt.recipe.schema import PeftSection
+from prefopt.recipe.schema import PeftSection, Recipe
 from tests.unit.test_logps import (
     VOCABULARY,
     assert_same_gradients,
@@ -267,6 +269,38 @@ def test_biases_that_are_not_there_are_refused() -> None:
         ConfigError, match=r"peft\.bias = 'all': no module that it would train has a bias"
     ):
         add_adapter(tiny_model("llama", VOCABULARY), config)
+
+
+def test_an_ia3_adapter_on_all_linear_layers_is_read_back(tmp_path: Path) -> None:
+    """peft wants its feed-forward modules to be targets by name, and names targets it finds in full."""
+    options = {"target_modules": "all-linear", "feedforward_modules": ["down_proj", "up_proj"]}
+    config = peft_config(PeftSection.model_validate({"type": "ia3", **options}))
+    model = add_adapter(tiny_model("llama", VOCABULARY), config)
+    stir(model)
+    save_adapter(model, tmp_path)
+    again = load_saved_adapter(tiny_model("llama", VOCABULARY), tmp_path, trainable=False)
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
+    assert len(again.peft_config["default"].feedforward_modules) == 4  # two of each layer
+
+
+def test_a_feedforward_module_that_is_no_target_is_refused() -> None:
+    config = peft_config(
+        PeftSection.model_validate({"type": "ia3", "feedforward_modules": ["up_proj"]})
+    )
+    with pytest.raises(ConfigError, match=r"feedforward_modules.*subset"):
+        add_adapter(tiny_model("llama", VOCABULARY), config)
+
+
+@pytest.mark.parametrize("case", [*TYPES, *OPTIONS])
+def test_check_has_nothing_against_what_trains(case: str) -> None:
+    recipe = {
+        "model": {"path": "org/m"},
+        "data": {},
+        "train": {"learning_rate": 1e-6},
+        "run": {"output_dir": "o"},
+    }
+    drawn = Recipe.model_validate({**recipe, "peft": section(case)})
+    assert [each.text for each in peft_keys_exist(drawn, Surroundings())] == []
 
 
 def test_every_type_and_option_of_peft_is_here() -> None:

@@ -93,9 +93,12 @@ def problems(path: Path, *overrides: str) -> list[str]:
             "regime.name=rolouts",
             "regime.name = 'rolouts': must be 'offline' or 'rollouts'; did you mean",
         ),
-        ("regime.name=null", "regime.name = null: must be 'offline' or 'rollouts'."),
+        (
+            "regime.name=null",
+            "regime.name = null: must be 'offline' or 'rollouts'; leave the key out for its default, offline.",
+        ),
         ("engine.name=[hf]", "engine.name: must be 'hf', 'vllm' or 'vllm_server'"),
-        ("engine=hf", "engine = 'hf': must be a section of keys, one a line under it"),
+        ("engine=hf", "engine = 'hf': must be a section of keys; write {name: hf}."),
         ("regime.sync_evry=2", "regime.sync_evry: unknown key; did you mean 'sync_every'?"),
         (
             "engine.batch_size=0",

@@ -5,21 +5,29 @@ httpx2 and not a client of OpenAI's: it is what huggingface_hub, and so transfor
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-import math
-import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 
 import httpx2
 
 from prefopt.engines.base import Completion, SamplingSpec
+from prefopt.engines.vllm.answers import (
+    ModelCard,
+    read_completion,
+    read_logprobs,
+    read_model,
+    read_object,
+)
+from prefopt.engines.vllm.door import bearer
 from prefopt.engines.vllm.local import sampling_parameters
 from prefopt.errors import EngineError
-from prefopt.storage.json_text import parse_json
+from prefopt.shown import redacted
+from prefopt.storage.http_body import BodyTooLarge, read_body
 
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request, thousands a step
 
@@ -27,40 +35,40 @@ MAX_CONNECTIONS = 128
 """Requests in flight to one server; vLLM batches them."""
 
 _CONNECT_S = 10.0
-_UNAVAILABLE = (502, 503, 504)
-
-
+_UNAVAILABLE = (429, 502, 503, 504)
 _COMPLETIONS = "/v1/completions"
-_FINISHED: dict[str, Literal["eos", "length"]] = {"stop": "eos", "length": "length"}
+_MOST_BYTES = 256 * 2**20
+"""Of one answer: log-probs of a prompt of a million tokens are 100 MiB."""
+
+_T = TypeVar("_T")
 
 
 class ConnectionLost(Exception):
     """The server was not reached, or went away before it answered: the request may be sent again."""
 
 
-@dataclass(frozen=True)
-class ModelCard:
-    """A full model that a server serves, of ``/v1/models``."""
-
-    id: str
-    root: str
-    max_model_len: int | None
-
-
 class ServerClient:
     """HTTP client of one server; its methods may be called from many threads.
 
+    Every request is bounded as a whole, however slowly the server sends its answer: one thread of the client's own
+    sends them all, on an event loop, where a wait can be ended at any point.
+
     Args:
-        url: e.g. http://node7:8000, with or without ``/v1``.
+        url: e.g. http://node7:8000, with or without ``/v1``. A user and password in it, and its query, go with
+            every request; what messages call the server has neither.
         through_proxy: honour HTTP_PROXY and the like; not for a server on this machine.
+        key: what it asks for, if anything.
     """
 
-    def __init__(self, url: str, *, through_proxy: bool) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        key = os.environ.get("VLLM_API_KEY")  # what vLLM itself reads, where it asks for one
-        self._http = httpx2.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+    def __init__(self, url: str, *, through_proxy: bool, key: str | None = None) -> None:
+        base, _, query = url.partition("?")
+        base = base.rstrip("/").removesuffix("/v1")
+        self.url = redacted(base)
+        self._loop = _LoopThread()
+        self._http = httpx2.AsyncClient(
+            base_url=base,
+            params=httpx2.QueryParams(query),
+            headers={"Authorization": bearer(key)} if key else {},
             limits=httpx2.Limits(max_connections=MAX_CONNECTIONS),
             trust_env=through_proxy,
         )
@@ -68,8 +76,8 @@ class ServerClient:
     def is_healthy(self, timeout_s: float = 5.0) -> bool:
         """Does it answer ``/health``?"""
         try:
-            return self._http.get("/health", timeout=timeout_s).status_code == 200
-        except (httpx2.RequestError, OSError):
+            return self._exchange("GET", "/health", None, timeout_s).status_code == 200
+        except (httpx2.RequestError, TimeoutError, BodyTooLarge, OSError):
             return False
 
     def model(self, deadline: float) -> ModelCard:
@@ -77,45 +85,31 @@ class ServerClient:
         path = "/v1/models"
         answer = self._object(self._request("GET", path, None, deadline), path)
         with self._expected(path):
-            card = next(card for card in answer["data"] if not card.get("parent"))
-            name, root, longest = card["id"], card.get("root"), card.get("max_model_len")
-            if not isinstance(name, str) or not isinstance(longest, int | None):
-                raise TypeError(f"id is {name!r}, max_model_len {longest!r}")
-        return ModelCard(name, str(root or name), longest)
+            return read_model(answer)
 
     def complete(
-        self, model: str, prompt_ids: Sequence[int], spec: SamplingSpec, seed: int, deadline: float
+        self,
+        model: str,
+        prompt_ids: Sequence[int],
+        spec: SamplingSpec,
+        seed: int,
+        deadline: float,
+        vocab_size: int | None = None,
     ) -> Completion:
-        """One sampled response. Raises: EngineError, ConnectionLost."""
-        choice = self._completion(
-            {"model": model, "prompt": list(prompt_ids), **sampling_parameters(spec, seed)},
-            deadline,
-        )
-        if choice.get("token_ids") is None or choice.get("logprobs") is None:
-            raise EngineError(
-                f"{self.url} returns no token ids or log-probs: it is no vLLM server, or an old one (0.11 or "
-                "newer is needed)"
-            )
+        """One sampled response, of token ids below ``vocab_size``. Raises: EngineError, ConnectionLost."""
+        body = {"model": model, "prompt": list(prompt_ids), **sampling_parameters(spec, seed)}
+        answer = self._completion(body, deadline)
         with self._expected(_COMPLETIONS):
-            ids = tuple(map(_token_id, choice["token_ids"]))
-            logprobs = tuple(map(_logprob, choice["logprobs"]["token_logprobs"]))
-            if len(ids) != len(logprobs):
-                raise ValueError(f"{len(ids)} token ids and {len(logprobs)} log-probs")
-            reason = _FINISHED[choice["finish_reason"]]
-        return Completion(ids, logprobs, reason)
+            return read_completion(answer, model, prompt_ids, spec, vocab_size)
 
     def score(
         self, model: str, prompt: Sequence[int], response: Sequence[int], deadline: float
     ) -> list[float]:
         """Log-probs of ``response`` at temperature 1. Raises: EngineError, ConnectionLost."""
         body = {"model": model, "prompt": [*prompt, *response], "max_tokens": 1}
-        choice = self._completion({**body, "prompt_logprobs": 0}, deadline)
+        answer = self._completion({**body, "prompt_logprobs": 0}, deadline)
         with self._expected(_COMPLETIONS):
-            rows = choice["prompt_logprobs"]
-            return [
-                _logprob(rows[len(prompt) + i][str(token)]["logprob"])
-                for i, token in enumerate(response)
-            ]
+            return read_logprobs(answer, model, prompt, response)
 
     def post_object(
         self, path: str, body: dict[str, Any] | None, deadline: float
@@ -128,7 +122,7 @@ class ServerClient:
         return self._request("POST", path, body, deadline)
 
     def close(self) -> None:
-        self._http.close()
+        self._loop.close(self._http.aclose)
 
     def _completion(self, body: dict[str, Any], deadline: float) -> dict[str, Any]:
         common = {
@@ -138,29 +132,21 @@ class ServerClient:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,  # needs no tokenizer
         }
-        answer = self.post_object(_COMPLETIONS, {**common, **body}, deadline)
-        with self._expected(_COMPLETIONS):
-            choice = answer["choices"][0]
-            if not isinstance(choice, dict):
-                raise TypeError(f"a choice that is {type(choice).__name__}")
-        return choice
+        return self.post_object(_COMPLETIONS, {**common, **body}, deadline)
 
     def _object(self, response: httpx2.Response, path: str) -> dict[str, Any]:
         with self._expected(path):
-            found = parse_json(response.content.decode("utf-8"), twice=True)
-            if not isinstance(found, dict):
-                raise TypeError(f"JSON that is {type(found).__name__}")
-        return found
+            return read_object(response.content, response.headers.get("content-type"))
 
     @contextlib.contextmanager
     def _expected(self, path: str) -> Iterator[None]:
         """Turns what an answer of another shape raises into an EngineError that says who gave it."""
         try:
             yield
-        except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+        except ValueError as error:
             raise EngineError(
-                f"{self.url}{path} answers otherwise than vLLM does ({type(error).__name__}: {str(error)[:200]}). "
-                "Is it a vLLM server, and of a version that is known here?"
+                f"{self.url}{path} answers otherwise than vLLM does: {str(error)[:300]}. Is it a vLLM server, of "
+                "0.11 or newer, and nothing between that changes its answers?"
             ) from error
 
     def _request(
@@ -168,36 +154,85 @@ class ServerClient:
     ) -> httpx2.Response:
         left = max(deadline - time.monotonic(), 0.001)
         try:
-            response = self._http.request(
-                method, path, json=body, timeout=httpx2.Timeout(left, connect=min(left, _CONNECT_S))
-            )
-        except (httpx2.ReadTimeout, httpx2.WriteTimeout, httpx2.PoolTimeout) as error:
+            response = self._exchange(method, path, body, left)
+        except (TimeoutError, httpx2.ReadTimeout, httpx2.WriteTimeout, httpx2.PoolTimeout) as error:
             raise EngineError(
                 f"{self.url}{path} did not answer in time ({type(error).__name__}). Raise engine.timeout_s, "
                 "or look at the server's log"
             ) from error
         except (httpx2.TransportError, OSError) as error:
             raise ConnectionLost(f"{type(error).__name__}: {error}") from error
-        except httpx2.RequestError as error:  # a body that does not decompress
+        except (
+            httpx2.RequestError,
+            BodyTooLarge,
+        ) as error:  # a body that does not decompress, or never ends
             raise EngineError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         except httpx2.InvalidURL as error:
             raise EngineError(f"engine.urls: {self.url!r} is no URL: {error}") from error
-        if response.status_code in _UNAVAILABLE:
-            raise ConnectionLost(f"HTTP {response.status_code}")
-        if response.status_code >= 400:
-            raise EngineError(
-                f"{self.url}{path}: HTTP {response.status_code}: {response.text[:600]}"
-            )
+        status = response.status_code
+        if status in _UNAVAILABLE:
+            raise ConnectionLost(f"HTTP {status}")
+        if not 200 <= status < 300:
+            raise EngineError(f"{self.url}{path}: HTTP {status}: {_refusal(response)}")
         return response
 
+    def _exchange(
+        self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float
+    ) -> httpx2.Response:
+        """Request and whole answer. Raises: TimeoutError, BodyTooLarge; httpx2's errors."""
+        connect_s = min(timeout_s, _CONNECT_S)
 
-def _token_id(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31:
-        return value
-    raise ValueError(f"{str(value)[:40]!r} is no token id")
+        async def exchange() -> httpx2.Response:
+            request = self._http.build_request(
+                method, path, json=body, timeout=httpx2.Timeout(timeout_s, connect=connect_s)
+            )
+            async with asyncio.timeout(timeout_s):
+                return await read_body(await self._http.send(request, stream=True), _MOST_BYTES)
+
+        return self._loop.run(exchange())
 
 
-def _logprob(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    raise ValueError(f"{str(value)[:40]!r} is no log-prob")
+class _LoopThread:
+    """An event loop in a thread of its own, started by the first who needs it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """The coroutine's result, to any thread."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._loop.run_forever, name="vllm-client", daemon=True
+                )
+                self._thread.start()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # a signal ended the wait: nobody wants the answer
+            raise
+
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Ends the thread, after ``last``; nothing to do where nobody needed it."""
+        if self._loop is None or self._thread is None:
+            return
+        self.run(last())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._loop = self._thread = None
+
+
+def _refusal(response: httpx2.Response) -> str:
+    """What a server says that does not do as it was asked, and what helps."""
+    status, said = response.status_code, response.text[:600].strip()
+    if status < 400:
+        where = response.headers.get("location", "nowhere")
+        return f"it sends to {where[:200]}, which is not followed. Set engine.urls to where the server is"
+    if status in (401, 403):
+        return f"{said}. It wants a key: export VLLM_API_KEY, or ask who runs it"
+    return said

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from prefopt.engines.child import (
     wait_briefly,
 )
 from prefopt.engines.vllm.client import ServerClient
+from prefopt.engines.vllm.door import KEY_VARIABLE, MIDDLEWARE
 from prefopt.engines.vllm.settings import (
     command_line,
     engine_environment,
@@ -81,6 +84,8 @@ class StartedHost:
         self.restarts_left = max_restarts
         self.environment = dict(environment or {})
         self.client: ServerClient = None  # type: ignore[assignment]  (there is no port yet)
+        self.key = ""
+        """What the server asks for on every route; another at every start, and in no file."""
         self._process: GuardedProcess | None = None
 
     @property
@@ -92,16 +97,19 @@ class StartedHost:
         require_vllm("vllm_server")
         port = free_port()
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--host", "127.0.0.1", "--port", str(port), *command_line(self.arguments)]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--middleware", MIDDLEWARE]
+        command += command_line(self.arguments)
+        self.key = secrets.token_urlsafe(32)
         adapters = bool(self.arguments.get("enable_lora"))
         extra = {
             **engine_environment(quiet=False),
-            # Each opens what this run's pushes need and no more; the server listens on this machine only.
+            # Each opens what this run's pushes need and no more, to who has the key, on this machine.
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(int(adapters)),
             "VLLM_SERVER_DEV_MODE": str(int(not adapters)),
             **self.environment,
+            KEY_VARIABLE: self.key,
         }
-        self.client = ServerClient(f"http://127.0.0.1:{port}", through_proxy=False)
+        self.client = ServerClient(f"http://127.0.0.1:{port}", through_proxy=False, key=self.key)
         self._process = GuardedProcess(command, clean_environment(extra), self.log)
 
     def wait_until_ready(self) -> None:
@@ -169,12 +177,15 @@ class StartedHost:
 class FoundHost:
     """A server that someone else started, at ``url``; it is waited for, and never stopped.
 
+    Where it asks for a key, that is VLLM_API_KEY of this process's environment.
+
     Args:
         startup_timeout_s: longest wait for it to answer for the first time.
     """
 
     def __init__(self, url: str, *, startup_timeout_s: float = 900.0) -> None:
-        self.client = ServerClient(url, through_proxy=True)
+        key = os.environ.get(KEY_VARIABLE)
+        self.client = ServerClient(url, through_proxy=True, key=key)
         self.startup_timeout_s = startup_timeout_s
 
     def begin(self) -> None:

@@ -152,6 +152,8 @@ class VllmEngine:
             return
         require_vllm("vllm")
         before = set(multiprocessing.active_children())
+        # vLLM's subprocess does not notice that we are gone (0.32), and would hold its GPU for ever
+        self._watchdog = Watchdog()
         try:
             with waiting(starting_text(self.arguments)):
                 self._llm = self._waited(self._make, self.startup_timeout_s, "to start")
@@ -159,14 +161,14 @@ class VllmEngine:
             self._children = [c for c in multiprocessing.active_children() if c not in before]
             if self._llm is None:
                 self.close()
-        # vLLM's subprocess does not notice that we are gone (0.32), and would hold its GPU for ever
-        self._watchdog = Watchdog([child.pid for child in self._children])
+        self._watchdog.add([child.pid for child in self._children])
         if self._policy is not None:
             what = f"to load policy version {self._policy.version} again"
             self._waited(self._load, self.timeout_s, what, self._llm, self._policy)
 
     def _make(self) -> Any:
-        with _vllm_environment():
+        assert self._watchdog is not None
+        with _vllm_environment(self._watchdog.variables):
             from vllm import LLM
 
             return LLM(**self.arguments, use_tqdm_on_load=False)
@@ -302,12 +304,12 @@ def _translated(error: BaseException, what: str) -> BaseException:
 
 
 @contextlib.contextmanager
-def _vllm_environment() -> Iterator[None]:
+def _vllm_environment(more: Mapping[str, str]) -> Iterator[None]:
     """vLLM reads its settings from the environment, and its subprocess inherits it: a clean one, for a while."""
     before = dict(os.environ)
     for name in filter(is_launcher_variable, before):
         del os.environ[name]
-    os.environ.update(engine_environment(quiet=True))
+    os.environ.update({**engine_environment(quiet=True), **more})
     try:
         yield
     finally:

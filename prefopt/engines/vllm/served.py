@@ -41,7 +41,8 @@ def served_model(section: VllmKeys, task: Task) -> ServedModel:
         rank = _saved_rank(section.name, task, source)
         own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
         dtype = own if task.model.dtype == "auto" else task.model.dtype
-    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    text = config.get_text_config(decoder=True)
+    context = getattr(text, "max_position_embeddings", None)
     if task.training is None:
         # vLLM scores with one token more than asked for, so the context is one short of the model's.
         wanted = int(min(wanted, context - 1 if context else math.inf))
@@ -50,6 +51,7 @@ def served_model(section: VllmKeys, task: Task) -> ServedModel:
         dtype if section.dtype == "auto" else section.dtype,
         wanted,
         context=context,
+        vocab_size=getattr(text, "vocab_size", None),
         revision=source.revision,
         trust_remote_code=task.model.trust_remote_code,
         lora_rank=rank,

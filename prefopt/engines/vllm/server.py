@@ -47,6 +47,7 @@ def start_servers(section: VllmServerSection, task: Task) -> Started:
         model=served.path,
         timeout_s=section.timeout_s,
         max_model_len=served.max_model_len,
+        vocab_size=served.vocab_size,
     )
     return started(servers, task, served)
 
@@ -100,6 +101,7 @@ class VllmServers:
         model: hub id or directory that each of them must serve.
         timeout_s: longest wait for one call.
         max_model_len: longest prompt + response in tokens, where that is less than the servers allow.
+        vocab_size: of the model; None accepts any token id.
     """
 
     name = "vllm_server"
@@ -111,10 +113,12 @@ class VllmServers:
         model: str,
         timeout_s: float = 1800.0,
         max_model_len: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.hosts = list(hosts)
         self.model = model
         self.timeout_s = timeout_s
+        self.vocab_size = vocab_size
         self.context = max_model_len
         """Longest prompt + response in tokens; known after the start at the latest."""
         # A server may have adapters of other runs, or of this run before it was resumed.
@@ -206,7 +210,7 @@ class VllmServers:
                 )
             # also takes the slow first request out of the first step
             probe = SamplingSpec(max_new_tokens=1, top_k=1)
-            answer = host.client.complete(card.id, (1,), probe, 0, deadline)
+            answer = host.client.complete(card.id, (1,), probe, 0, deadline, self.vocab_size)
         except ConnectionLost as error:
             raise EngineError(f"{host.client.url} went away during the start: {error}") from error
         if abs(answer.logps[0]) > 1e-3:
@@ -222,7 +226,7 @@ class VllmServers:
 
     def _sampling(self, request: Request, seed: int, spec: SamplingSpec) -> Ask:
         return lambda client, model, deadline: client.complete(
-            model, request.prompt_ids, spec, seed, deadline
+            model, request.prompt_ids, spec, seed, deadline, self.vocab_size
         )
 
     def _scoring(self, prompt: tuple[int, ...], response: tuple[int, ...]) -> Ask:

@@ -27,6 +27,9 @@ _FIXED = (
     "skip_tokenizer_init",
     "host",
     "port",
+    "uds",
+    "api_key",
+    "middleware",
 )
 
 
@@ -42,6 +45,8 @@ class ServedModel:
     """Longest prompt + response in tokens."""
     context: int | None = None
     """Longest sequence the model itself takes, in tokens."""
+    vocab_size: int | None = None
+    """Rows of its embedding that are tokens."""
     revision: str | None = None
     trust_remote_code: bool = False
     lora_rank: int | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prefopt.recipe.checks.files import is_local_data
 from prefopt.recipe.checks.rules import (
     PROBE_PROMPTS,
     Finding,
@@ -14,6 +13,7 @@ from prefopt.recipe.checks.rules import (
     was_set,
 )
 from prefopt.recipe.checks.settings import objective_needs, reads_samples
+from prefopt.recipe.local_paths import is_local_data
 from prefopt.recipe.registry import Need
 from prefopt.recipe.schema import Recipe, SourceSection
 
@@ -23,7 +23,7 @@ HUB_ONLY = ("split", "subset", "revision")
 @rule("data", "eval")
 def sources_take_their_keys(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     for key, source in named_sources(recipe):
-        if is_local_data(source):
+        if is_local_data(source.path):
             for name in HUB_ONLY:
                 if getattr(source, name) is not None:
                     yield Finding(

@@ -12,27 +12,15 @@ from typing import Any
 
 from prefopt.errors import ModelError
 from prefopt.recipe.checks.rules import Finding, Surroundings, named_sources, rule
-from prefopt.recipe.schema import ModelReference, Recipe, SourceSection
+from prefopt.recipe.local_paths import is_local, is_local_data
+from prefopt.recipe.run_directory import FINAL
+from prefopt.recipe.schema import ModelReference, Recipe
 from prefopt.storage import model_files as storage
+from prefopt.storage.run_files import METRICS_FILE, RUN_FILE
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What training tools call the directories of a run: no hub repository is called so.
 _OF_A_RUN = re.compile(r"final|best|last|(step|checkpoint|epoch)-\d+")
-_DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".csv", ".gz"}
-
-
-def is_local(path: str) -> bool:
-    """Is this a path of this machine (there or not) rather than a hub id?"""
-    return (
-        Path(path).expanduser().exists()
-        or path.startswith((".", "~", os.sep))
-        or _HUB_ID.fullmatch(path) is None
-    )
-
-
-def is_local_data(source: SourceSection) -> bool:
-    """As `is_local`; a data file's suffix also says that a path is meant."""
-    return is_local(source.path) or Path(source.path).suffix in _DATA_SUFFIXES
+_VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?")
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any] | None:
@@ -46,7 +34,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any] | None:
 @rule("data", "eval")
 def data_files_exist(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     for key, source in named_sources(recipe):
-        if is_local_data(source) and not _matches(source.path):
+        if is_local_data(source.path) and not _matches(source.path):
             yield Finding(f"{key}.path", _missing("file", source.path))
 
 
@@ -57,7 +45,7 @@ def hub_is_not_asked(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     models += [recipe.reference.path] if isinstance(recipe.reference, ModelReference) else []
     models += [signal.params.get("path") for signal in recipe.signals]
     names = [name for name in models if name and not is_local(name)]
-    names += [source.path for _, source in named_sources(recipe) if not is_local_data(source)]
+    names += [source.path for _, source in named_sources(recipe) if not is_local_data(source.path)]
     if names:
         yield Finding(
             "", f"not checked, on the hub: {', '.join(dict.fromkeys(names))}", is_note=True
@@ -106,6 +94,14 @@ def output_directory_is_writable(recipe: Recipe, _: Surroundings) -> Iterator[Fi
     if directory.exists() and not directory.is_dir():
         yield Finding("run.output_dir", "is a file; the run needs a directory of its own")
         return
+    if directory.is_symlink() and not directory.exists():
+        yield Finding(
+            "run.output_dir", f"is a link to {os.readlink(directory)}, which is not there; make it"
+        )
+        return
+    if variable := _VARIABLE.search(recipe.run.output_dir):
+        yield Finding("run.output_dir", f"a directory would be called {_unfilled(variable[0])}")
+    yield from _in_the_way(directory)
     existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     if not existing.is_dir():
         yield Finding("run.output_dir", f"cannot be made: {existing} is a file")
@@ -114,6 +110,19 @@ def output_directory_is_writable(recipe: Recipe, _: Surroundings) -> Iterator[Fi
             "run.output_dir",
             f"cannot be written: no permission in {existing}. Choose another place",
         )
+
+
+def _in_the_way(directory: Path) -> Iterator[Finding]:
+    """What stands under a name that the run writes to, and is of another kind."""
+    wanted = {FINAL: "directory", "checkpoints": "directory"}
+    wanted |= dict.fromkeys((RUN_FILE, METRICS_FILE, "rejects.jsonl"), "file")
+    for name, kind in wanted.items():
+        path = directory / name
+        if path.exists() and path.is_dir() != (kind == "directory"):
+            yield Finding(
+                "run.output_dir",
+                f"{path} stands where the run writes a {kind}, and is none. Move it away, or choose another place",
+            )
 
 
 def _model_findings(key: str, path: str) -> Iterator[Finding]:
@@ -125,6 +134,14 @@ def _model_findings(key: str, path: str) -> Iterator[Finding]:
         yield Finding(key, _missing("directory", path))
     elif not (directory / "config.json").is_file():
         config = read_adapter_config(directory)
+        if config is None and (directory / FINAL / "config.json").is_file():
+            yield Finding(key, f"is the directory of a run; its result is {directory / FINAL}")
+            return
+        if config is None and (directory / FINAL / storage.ADAPTER_CONFIG).is_file():
+            yield Finding(
+                key, f"is the directory of a run; its result is the adapter {directory / FINAL}"
+            )
+            return
         if config is None:
             yield Finding(
                 key,
@@ -164,8 +181,21 @@ def _matches(path: str) -> bool:
 def _missing(kind: str, path: str) -> str:
     """``no such file``, with the nearest name beside it and where a relative path was looked for."""
     full = Path(path).expanduser()
+    if kind == "file" and full.is_dir():
+        return "is a directory, and a file is needed"
+    if kind == "directory" and full.is_file():
+        return "is a file, and a directory is needed: name the one that holds it"
+    if (variable := _VARIABLE.search(path)) is not None:
+        return f"no such {kind}: it is looked for under {_unfilled(variable[0])}"
     names = os.listdir(full.parent) if full.parent.is_dir() else []
     near = difflib.get_close_matches(full.name, names, n=1)
     hint = f"; did you mean {full.parent / near[0]}?" if near else ""
     place = "" if full.is_absolute() else f" (looked in {Path.cwd()})"
     return f"no such {kind}{place}{hint}"
+
+
+def _unfilled(variable: str) -> str:
+    return (
+        f"{variable}: variables are not filled in within a recipe. Write the path out, or give it on the command "
+        "line, where the shell does"
+    )

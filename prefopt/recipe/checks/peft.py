@@ -7,12 +7,16 @@ import difflib
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
 from prefopt.errors import ConfigError, suggest
-from prefopt.recipe.checks.files import is_local, mistaken_for_hub, read_adapter_config
+from prefopt.recipe.checks.files import mistaken_for_hub, read_adapter_config
 from prefopt.recipe.checks.rules import Finding, Surroundings, rule, was_set
-from prefopt.recipe.other_tools import PEFT, hint_for
+from prefopt.recipe.local_paths import is_local
+from prefopt.recipe.other_tools import PEFT, family_hint, hint_for, value_hint, written_here
 from prefopt.recipe.peft_unfit import unfit
 from prefopt.recipe.schema import PeftSection, Recipe
 
@@ -41,7 +45,9 @@ def peft_keys_exist(recipe: Recipe, _: Surroundings) -> Iterator[Finding]:
     config_class = _config_class(recipe.peft.type)
     if config_class is None:
         known = [str(getattr(name, "value", name)).lower() for name in _config_classes()]
-        yield Finding("peft.type", f"unknown peft type; {suggest(recipe.peft.type, known)}")
+        brought = value_hint("peft", "type", recipe.peft.type)
+        hint = f"{brought}. " if brought else ""
+        yield Finding("peft.type", f"unknown peft type; {hint}{suggest(recipe.peft.type, known)}")
         return
     unfitting = dict(unfit(recipe.peft.type.lower(), recipe.peft.options.get, new=True))
     for key, why in unfitting.items():
@@ -155,19 +161,59 @@ def _key_problem(key: str, value: Any, fields: set[str], hints: Any, owner: str)
     if key in SET_BY_CODE:
         return "is set by prefopt; leave it out"
     if key not in fields:
-        brought = PEFT.get(key) or hint_for("peft", key)
-        if brought is not None:
-            return f"unknown key of peft's {owner}; {brought}"
-        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        return f"unknown key of peft's {owner}; {hint}Known: {', '.join(sorted(fields))}."
+        return f"unknown key of peft's {owner}; {_instead(key, fields)}"
     kind = hints.get(key)
     wrong_type = kind in _PLAIN and not _is(value, kind)
     if wrong_type:
         return f"must be {_PLAIN[kind]} (peft's {owner})"
+    if not _fits(value, kind):
+        return f"must be {_said(kind)} (peft's {owner})"
     if key == "r" and isinstance(value, int) and value < 1:
         return "must be >= 1: a rank of 0 has nothing to train"
     return None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Is it of the type that peft says? A section may stand for a class of its own, which peft makes of it."""
+    if isinstance(value, dict) and _names_a_class(kind):
+        return True
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    except PydanticUserError:  # a type that pydantic has no word for: peft itself will say
+        return True
+    return True
+
+
+def _names_a_class(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or any(map(_names_a_class, typing.get_args(kind)))
+
+
+def _said(kind: Any) -> str:
+    """A type in words as Python has them: ``list[str] | str``."""
+    parts = (
+        typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else [kind]
+    )
+    names = [
+        getattr(part, "__name__", str(part)) if not typing.get_args(part) else str(part)
+        for part in parts
+    ]
+    return " | ".join(
+        "null" if name == "NoneType" else name.replace("typing.", "") for name in names
+    )
+
+
+def _instead(key: str, fields: set[str]) -> str:
+    spelt = written_here(key)
+    brought = PEFT.get(spelt) or hint_for("peft", spelt)
+    if brought is not None:
+        return brought
+    slip = difflib.get_close_matches(spelt, PEFT, n=1, cutoff=0.85)
+    if slip:
+        return f"did you mean {slip[0]!r}? {PEFT[slip[0]]}"
+    near = difflib.get_close_matches(spelt, fields, n=1, cutoff=0.75)
+    return (None if near else family_hint(spelt)) or suggest(spelt, fields)
 
 
 def _is(value: Any, kind: type) -> bool:

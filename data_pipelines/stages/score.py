@@ -125,9 +125,14 @@ class Score(StageSettings):
         return Needs(stays=bool(models), num_gpus=int(on_gpu))
 
     def code(self) -> tuple[Any, ...]:
+        from prefopt.signals.choices import extract_choice
+        from prefopt.signals.math_text import rewritten
+        from prefopt.signals.numbers import extract_number
+        from prefopt.signals.plain_text import spelled
         from prefopt.signals.thinking import answer_of
 
-        return (candidates, answer_of, *(entry.fn for entry in self.signals))
+        reading = (answer_of, spelled, extract_number, rewritten, extract_choice)
+        return (candidates, *reading, *(entry.fn for entry in self.signals))
 
     def open(self, place: Place) -> ScoreWorker:
         """Loads the signals. Raises: SignalError, ModelError for one that cannot be set up."""

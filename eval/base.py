@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from prefopt.data.options import PLAIN, RenderOptions
+from prefopt.errors import DataError
 
 Message = Mapping[str, str]
 
@@ -266,7 +267,7 @@ class Readable(Task, Protocol):
     """A task that can read published annotation, judgment or response files: `prefopt eval score`."""
 
     def read(self, path: Path) -> dict[str, list[Row]]:
-        """Rows by model name; a file that names no model has the one name ``""``.
+        """Rows by model name; a file that names no model has the one name ``""``. See also `ReadModels`.
 
         A task of kind ``generate`` is also given the marks of the thinking in these responses (`Tags`).
 
@@ -275,6 +276,19 @@ class Readable(Task, Protocol):
         Raises: DataError naming file, line and key.
         """
         ...
+
+
+class ReadModels(dict[str, list[Row]]):
+    """Rows by model of a file in which the rows of some models contradict each other: the others can be scored.
+
+    Args:
+        rows: of each model, of a contradicted one those that stand.
+        broken: what is wrong, by model; it must be raised where that model's rows are wanted.
+    """
+
+    def __init__(self, rows: Mapping[str, list[Row]], broken: Mapping[str, DataError]) -> None:
+        super().__init__(rows)
+        self.broken = dict(broken)
 
 
 def close_task(task: object) -> None:

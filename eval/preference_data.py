@@ -201,7 +201,7 @@ def scored_pairs(path: Path, columns: ColumnMap) -> dict[str, list[Example]]:
     found = {}
     for model, each in by_model.items():
         if id_column is not None:
-            keyed(each, lambda data: data.get(id_column), "pair")
+            keyed(each, lambda data: data.get(id_column), "pair", id_column)
         found[model] = numbered(_scored_pair(raw, columns, names, id_column) for raw in each)
     return found
 

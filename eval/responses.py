@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.base import Answer, Conversation, Example
+from eval.harness_samples import unwrapped
 from eval.sources import columns, file_rows, keyed
 from prefopt.data.readers import RawRow
 from prefopt.errors import DataError
@@ -20,6 +21,8 @@ _ANSWERS = ("answer", "response", "output", "completion")
 
 def response_rows(path: Path, *names: str) -> list[RawRow]:
     """The rows of a file of answers, in file order, no two of them one model's answer to one problem.
+
+    Rows of lm-evaluation-harness's samples are read as its documents with a ``response``.
 
     Args:
         names: columns that identify a problem; the first that a row has is taken. ``model``, where a row has
@@ -34,7 +37,7 @@ def response_rows(path: Path, *names: str) -> list[RawRow]:
             return None
         return f"{data['model']}: {problem}" if data.get("model") else str(problem)
 
-    return list(keyed(file_rows(path), identity, "answer").values())
+    return list(keyed(unwrapped(file_rows(path)), identity, "answer", *names).values())
 
 
 def model_of(row: RawRow) -> str:
@@ -117,7 +120,7 @@ def answers_from_file(path: Path, examples: Sequence[Example]) -> dict[str, list
         raise DataError(
             f"{rows[0].where}: none of the columns {', '.join(_KEYS)}: nothing to match by"
         )
-    found = keyed(rows, lambda data: _text(data.get(column)), "answer")
+    found = keyed(rows, lambda data: _text(data.get(column)), "answer", column)
     by_text = column in ("instruction", "prompt")
     wanted = {each.key: _text(each.prompt) if by_text else each.key for each in examples}
     missing = [key for key, name in wanted.items() if name not in found]

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from eval.base import Readable
+from eval.base import Readable, ReadModels
 from eval.registry import TaskSpec, get_task, make_task
 from eval.results import flat
 from prefopt.errors import ConfigError, DataError
@@ -44,7 +44,11 @@ def score_file(
     if model is not None:
         if model not in found:
             raise DataError(f"{path}: no model {model!r}; it has: {', '.join(sorted(found))}")
+        if isinstance(found, ReadModels) and model in found.broken:
+            raise found.broken[model]
         found = {model: found[model]}
+    elif isinstance(found, ReadModels) and found.broken:
+        raise _first_broken(found)
     if not found:
         raise DataError(f"{path}: holds no rows")
     head = {"task": name, "version": spec.version, "file": path.name}
@@ -53,6 +57,16 @@ def score_file(
         (only, summary), *_ = summaries.items()
         return {**head, **({"model": only} if only else {}), **flat(summary)}
     return {**head, "models": {each: flat(summary) for each, summary in summaries.items()}}
+
+
+def _first_broken(found: ReadModels) -> DataError:
+    """What is wrong with one model, and which others can be scored alone."""
+    error = next(iter(found.broken.values()))
+    whole = [name for name in found if name not in found.broken]
+    if not whole:
+        return error
+    shown = ", ".join(f"--model {name}" for name in whole[:5]) + (", …" if len(whole) > 5 else "")
+    return DataError(f"{error}. The others can be scored alone: {shown}")
 
 
 def _reads_responses(spec: TaskSpec) -> bool:

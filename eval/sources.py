@@ -70,9 +70,14 @@ def file_rows(path: Path) -> list[RawRow]:
 
 
 def keyed(
-    rows: Iterable[RawRow], key: Callable[[dict[str, Any]], Any], what: str
+    rows: Iterable[RawRow], key: Callable[[dict[str, Any]], Any], what: str, *names: str
 ) -> dict[str, RawRow]:
     """``{key: row}`` in file order.
+
+    Args:
+        key: of a row's data; None or empty for a row that has none.
+        what: such a row is called.
+        names: the columns that ``key`` reads, any of which identifies the row.
 
     Raises: DataError for a row without a key, or two rows with one (both lines named).
     """
@@ -80,7 +85,10 @@ def keyed(
     for row in rows:
         value = key(row.data)
         if value is None or value == "":
-            raise DataError(f"{row.where}: this {what} has no key; its columns: {columns(row)}")
+            wanted = " or ".join(map(repr, names)) or "a column of that name"
+            raise DataError(
+                f"{row.where}: this {what} has no key: {wanted} is missing or empty; its columns: {columns(row)}"
+            )
         if str(value) in found:
             raise DataError(
                 f"{row.where}: a second {what} with key {str(value)[:80]!r}; the first is at "

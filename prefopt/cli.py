@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefopt import __version__
 from prefopt.errors import ConfigError
@@ -15,20 +14,8 @@ from prefopt.process.guarded import guarded
 from prefopt.process.launch import check_launched
 from prefopt.process.ranks import joined
 from prefopt.recipe.plugin_code import OPTION, without_plugins
+from prefopt.recipe.scripts import require_script
 from prefopt.shown import say
-
-if TYPE_CHECKING:
-    from prefopt.recipe.schema import Recipe
-
-RECIPE_SCRIPTS = {
-    **{name: name for name in ("sft", "reward_model", "dpo", "simpo")},
-    **dict.fromkeys(("a_lol", "a_lol_ref_free", "a_lol_seq", "a_lol_kl"), "a_lol"),
-    **dict.fromkeys(
-        ("filtered_nll", "rwr", "reward_conditioned", "wbc", "r_gold", "r_lol"), "offline_rl"
-    ),
-}
-"""Stage or objective -> its script under ``recipes/``; preference.py takes the rest, and online_dpo.py every
-recipe with rollouts, whatever its objective."""
 
 _OVERRIDES = (
     "section.key=value, e.g. train.learning_rate=8e-7 data.train.0.path=pairs.jsonl peft=null"
@@ -88,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_keys(commands)
     _add_registries(commands)
+    _add_doctor(commands)
     for name, point in sorted(_siblings().items()):
         commands.add_parser(name, help=point.load().SUMMARY)
     return parser
@@ -277,6 +265,18 @@ def _add_registries(commands: argparse._SubParsersAction[argparse.ArgumentParser
         parser.add_argument("name", nargs="?", metavar="NAME", help="only this one, in full")
 
 
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "What the sandbox of model-written code holds on this machine, each item tried; exit code 1 if signals "
+        "that run code would refuse.",
+        "prefopt doctor",
+    )
+    parser.add_argument("--json", action="store_true", help="every attempt with what it met")
+
+
 def say_plugins_run(plugins: Sequence[str]) -> None:
     """Says, before it happens, that code which a recipe or pipeline names is run to check it."""
     if plugins:
@@ -345,7 +345,7 @@ def _train_recipe(arguments: argparse.Namespace, trains: str | None) -> None:
     launch = check_launched()  # first: what a recipe needs depends on it
     recipe, notes = examine(arguments.recipe, arguments.overrides, num_processes=launch.world_size)
     if trains is not None:
-        _require_script(arguments.recipe, recipe, trains)
+        require_script(arguments.recipe, recipe, trains)
     if launch.is_main:
         for note in notes:
             say(f"note: {note}", file=sys.stderr)
@@ -354,33 +354,17 @@ def _train_recipe(arguments: argparse.Namespace, trains: str | None) -> None:
     train(recipe)
 
 
-def script_of(recipe: Recipe) -> str:
-    """The script under ``recipes/`` that trains a recipe, without ``.py``."""
-    if recipe.has_rollouts:
-        return "online_dpo"
-    found = recipe.objective.name if recipe.objective else recipe.stage
-    return RECIPE_SCRIPTS.get(found, "preference")
-
-
-def _require_script(path: str, recipe: Recipe, trains: str) -> None:
-    """Raises ConfigError if a recipe is given to the script of another regime, objective or stage."""
-    right = script_of(recipe)
-    if right == trains:
-        return
-    if "online_dpo" in (right, trains):
-        takes = "rollouts" if trains == "online_dpo" else "a fixed data set"
-        found = f"regime.name = '{recipe.regime.name}', and this script trains on {takes}"
-    else:
-        name = recipe.objective.name if recipe.objective else recipe.stage
-        found = f"trains '{name}', and this script trains '{trains}'"
-    raise ConfigError(f"{found}. Launch recipes/{right}.py", source=path)
-
-
 def _merge(arguments: argparse.Namespace) -> None:
     from prefopt.model.merge import merge_adapter
 
     merge_adapter(arguments.source, arguments.output, trust_remote_code=arguments.trust_remote_code)
     say(f"wrote {arguments.output}")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from prefopt.commands.doctor import show_doctor
+
+    show_doctor(as_json=arguments.json)
 
 
 def _keys(arguments: argparse.Namespace) -> None:

@@ -21,7 +21,8 @@ _CONTROLS = re.compile(
     "\U000e0000-\U000e007f\ud800-\udfff]"
 )
 
-_NAMES = r"[\w.-]*(?:key|token|secret|passw|pwd|auth|sig|cred|session)[\w.-]*"
+# Bounded: what is shown may be made to take long.
+_NAMES = r"[\w.-]{0,40}(?:key|token|secret|passw|pwd|auth|sig|cred|session)[\w.-]{0,40}"
 _USERINFO = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*://)"
     r"(?:[^/?#\s'\"<>]*"  # a password with a slash is wrongly written, and a password
@@ -29,7 +30,10 @@ _USERINFO = re.compile(
     re.IGNORECASE,
 )
 _PARAMETER = re.compile(rf"([?&;]{_NAMES}=)[^&;#\s'\"<>]+", re.IGNORECASE)
-_BEARER = re.compile(r"\b(Bearer|Basic)(\s+)[A-Za-z0-9._~+/=-]{8,}")
+_HEADER = re.compile(
+    r"(authorization['\"]?\s?[:=]\s?['\"]?(?:bearer|basic)\s|\bbearer\s(?=\S{0,200}\d))[\w.~+/=-]{8,}",
+    re.IGNORECASE,
+)
 _SECRET_KEYS = frozenset(
     {
         "api_key", "apikey", "password", "passwd", "secret", "client_secret", "access_token", "auth_token",
@@ -52,7 +56,7 @@ def redacted(text: str) -> str:
         text = _USERINFO.sub(rf"\g<scheme>{HIDDEN}@", text)
     if "=" in text:
         text = _PARAMETER.sub(rf"\1{HIDDEN}", text)
-    return _BEARER.sub(rf"\1\2{HIDDEN}", text) if "B" in text else text
+    return _HEADER.sub(rf"\1{HIDDEN}", text)
 
 
 def without_credentials(value: Any) -> Any:

@@ -109,6 +109,7 @@ def choose(
     Args:
         changed: paths relative to the root, of files that may be gone.
         long: beginnings of test paths that take minutes; they run only if they are themselves changed.
+        cap: most files to run; tests that are themselves changed run all the same.
     """
     modules = {file: name for name, file in repository.files.items()}
     starts = [modules[file] for file in changed if file in modules]
@@ -118,9 +119,10 @@ def choose(
     choice = Choice()
     near = repository.tests_near(starts)
 
-    def order(name: str) -> tuple[int, int, str]:
+    def order(name: str) -> tuple[bool, int, int, str]:
         distance, origin = near[name]
-        return distance, -repository.mentions(name, origin), name
+        unchanged = repository.files[name] not in changed
+        return unchanged, distance, -repository.mentions(name, origin), name
 
     for name in sorted(near, key=order):
         file, (distance, origin) = repository.files[name], near[name]
@@ -128,7 +130,7 @@ def choose(
         reason = "changed" if file in changed else reason
         if file not in changed and file.startswith(tuple(long)):
             choice.too_long.append(file)
-        elif len(choice.run) >= cap:
+        elif len(choice.run) >= cap and file not in changed:
             choice.beyond_the_cap.append(file)
         else:
             choice.run[file] = reason

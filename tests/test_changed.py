@@ -72,6 +72,12 @@ def test_changed_tests_run_even_if_long_and_files_belong_to_those_that_name_them
     assert choice.run == {"tests/test_recipes.py": "reads it", "tests/unit/test_loss.py": "changed"}
 
 
+def test_no_other_test_takes_the_place_of_a_changed_one(root: Path) -> None:
+    changed = ["tests/unit/test_trainer.py", "tests/unit/test_table.py", "prefopt/losses/dpo.py"]
+    choice = choose(Repository(root), changed, long=[], cap=1)
+    assert choice.run == dict.fromkeys(reversed(changed[:2]), "changed")
+
+
 def test_changes_are_those_of_the_branch_and_of_the_working_tree(root: Path) -> None:
     def git(*words: str) -> None:
         who = ("-c", "user.name=t", "-c", "user.email=t@example.org")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.rows import prompt_text
+from eval.preference_data import score_columns, scores_of
 from prefopt.data.formats import Reading, canonical, resolve
 from prefopt.data.options import PLAIN, RenderOptions
 from prefopt.data.readers import RawRow
@@ -94,10 +95,11 @@ class PairSource:
         """
         section = self.section()
         reading: Reading | None = None
+        usual: tuple[str, str] | None = None
         for raw in first_rows(open_source(section), section.max_rows):
             if reading is None:
-                reading = _reading(section, raw)
-            yield _view(raw, reading)
+                reading, usual = _reading(section, raw), score_columns(section.columns, raw)
+            yield _view(raw, reading, usual)
         if reading is None:
             raise DataError(f"{section.path}: holds no rows")
 
@@ -111,9 +113,9 @@ def _reading(section: SourceSection, first: RawRow) -> Reading:
     return resolve(section.model_copy(update={"columns": columns}), first, pairs=True)
 
 
-def _view(raw: RawRow, reading: Reading) -> PairView | RefusedPair:
+def _view(raw: RawRow, reading: Reading, usual: tuple[str, str] | None) -> PairView | RefusedPair:
     found = canonical(raw, reading)
-    scores = _scores(raw, reading)
+    scores = _scores(raw, reading, usual)
     if isinstance(found, Refused):
         return RefusedPair(found.reason, None not in scores and scores[0] == scores[1])
     sides = [each if isinstance(each, str) else str(each["content"]) for each in found.responses]
@@ -131,9 +133,16 @@ def _view(raw: RawRow, reading: Reading) -> PairView | RefusedPair:
     )
 
 
-def _scores(raw: RawRow, reading: Reading) -> tuple[float | None, float | None]:
-    """Scores under the names that were given, else under a pipeline's own, which some rows may lack."""
+def _scores(
+    raw: RawRow, reading: Reading, usual: tuple[str, str] | None
+) -> tuple[float | None, float | None]:
+    """Scores under the names that were given, else a pipeline's own, which some rows may lack, else ``usual``.
+
+    ``usual``: the columns in which `prefopt eval score pair_accuracy` finds scores without being told.
+    """
     names = (reading.columns.score_chosen, reading.columns.score_rejected)
+    if names == (None, None) and usual not in (None, _SCORES):
+        return scores_of(raw, usual)
     found = [
         score(raw, name or (own if has_column(raw.data, own) else None))
         for name, own in zip(names, _SCORES, strict=True)

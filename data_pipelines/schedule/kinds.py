@@ -18,13 +18,13 @@ from data_pipelines.pipeline import Pipeline, parse_pipeline
 from data_pipelines.rows import RowKind
 from data_pipelines.schedule.base import Found, StepSettings, Task
 from data_pipelines.schedule.filling import final_policy, put, set_to_train, with_plugins
-from prefopt.cli import RECIPE_SCRIPTS, script_of
 from prefopt.errors import ConfigError
 from prefopt.recipe.checks.rules import Surroundings, apply_rules
 from prefopt.recipe.checks.settings import objective_needs, reads_samples
 from prefopt.recipe.load import draft_document
 from prefopt.recipe.registry import Need
 from prefopt.recipe.schema import PathText, Recipe, Section
+from prefopt.recipe.scripts import RECIPE_SCRIPTS, script_of
 from prefopt.storage.reading import as_object, load_json, reading
 from prefopt.storage.run_files import METRICS_FILE, read_metrics
 

@@ -241,7 +241,13 @@ class ArenaTask:
     def _questions(self) -> dict[str, RawRow]:
         file = f"data/{self.edition.folder}/question.jsonl"
         rows = file_or_hub_rows(self._option("data"), self.options.data, repo=HUB, file=file)
-        return keyed(rows, lambda data: data.get("question_id", data.get("uid")), "question")
+        return keyed(
+            rows,
+            lambda data: data.get("question_id", data.get("uid")),
+            "question",
+            "question_id",
+            "uid",
+        )
 
     def _example(self, row: RawRow) -> Example:
         text = row.data.get("prompt")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.harness_samples import unwrapped
 from eval.sources import benchmark_rows, columns, file_rows, require, text_key
 from prefopt.data.readers import RawRow
 from prefopt.data.rows import shown
@@ -100,7 +101,7 @@ def read_responses(path: Path, data: str | None) -> dict[str, list[Response]]:
     Raises: DataError naming file, line and key: a second response to a prompt, a prompt of another benchmark,
         other instructions than the benchmark's.
     """
-    rows = file_rows(path)
+    rows = unwrapped(file_rows(path))
     own = data is None and all(map(_has_instructions, rows))
     published = None if own else _find_published(path, data)
     source = published.source if published else "the file's own rows"

@@ -55,6 +55,24 @@ def stored_identity(raw: RawRow) -> tuple[str, str, str]:
     return str(raw.data.get("model") or ""), str(require(raw, "question_id")), TURNS[turn - 1]
 
 
+def judged_twice(model: str, pairs: Sequence[tuple[RawRow, RawRow]]) -> DataError:
+    """What is wrong with a model whose turns have two judgments: ``(first, second)`` rows of each."""
+    (first, second), *_ = pairs
+    _, key, turn = stored_identity(second)
+    places = ", ".join(f"{one.where} and {other.where}" for one, other in pairs[:5])
+    places += f" and {len(pairs) - 5} more" if len(pairs) > 5 else ""
+    judges = [str(raw.data.get("judge")) for raw in (first, second)]
+    by = (
+        f"by judge {judges[0]}"
+        if judges[0] == judges[1]
+        else f"by the judges {' and '.join(judges)}"
+    )
+    return DataError(
+        f"{second.where}: a second judgment of {model or 'the model'} on question {key}, {turn}; the first is at "
+        f"{first.where} ({by}). {len(pairs)} turns have two: {places}. Keep one of each"
+    )
+
+
 def stored_rating(raw: RawRow) -> Rated:
     """The stored score, which is what published numbers are made of; -1 and null are none."""
     if "score" not in raw.data:

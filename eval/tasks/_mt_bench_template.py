@@ -96,7 +96,7 @@ def load_template(option: str, path: str | None) -> Template:
     found = Path(path).expanduser() if path is not None else package
     if found is None:
         return Template("single answer, rating 1 to 10", "prefopt", _OWN)
-    prompts = keyed(file_rows(found), lambda data: data.get("name"), "judge prompt")
+    prompts = keyed(file_rows(found), lambda data: data.get("name"), "judge prompt", "name")
     missing = [name for name in _HELD if name not in prompts]
     if missing:
         raise ConfigError(

@@ -119,7 +119,9 @@ class AlpacaEval2:
         self._whose: str | None = None
 
     def examples(self) -> list[Example]:
-        rows = keyed(self._instructions(), lambda data: data.get("instruction"), "instruction")
+        rows = keyed(
+            self._instructions(), lambda data: data.get("instruction"), "instruction", "instruction"
+        )
         found = [_example(row) for row in rows.values()]
         if all(instruction_number(example.key) is None for example in found):
             raise ConfigError(
@@ -150,7 +152,9 @@ class AlpacaEval2:
 
     def baseline_answers(self, examples: Sequence[Example]) -> dict[str, list[Conversation]]:
         self._whose = BASELINE
-        rows = keyed(self._baseline_rows(), lambda data: data.get("instruction"), "answer")
+        rows = keyed(
+            self._baseline_rows(), lambda data: data.get("instruction"), "answer", "instruction"
+        )
         answers = {
             text_key(instruction): str(require(row, "output")) for instruction, row in rows.items()
         }
@@ -194,7 +198,9 @@ class AlpacaEval2:
         return {
             model: [
                 annotation_row(raw)
-                for raw in keyed(rows, lambda data: data.get("instruction"), "annotation").values()
+                for raw in keyed(
+                    rows, lambda data: data.get("instruction"), "annotation", "instruction"
+                ).values()
             ]
             for model, rows in models.items()
         }

@@ -54,7 +54,7 @@ class Gsm8k:
         rows = benchmark_rows(
             "tasks.gsm8k.data", self.data, hub="openai/gsm8k", subset="main", split="test"
         )
-        found = keyed(rows, lambda data: data.get("question"), "problem")
+        found = keyed(rows, lambda data: data.get("question"), "problem", "question")
         return [_example(row) for row in found.values()]
 
     def decoding(self, example: Example) -> Decoding:
@@ -71,7 +71,10 @@ class Gsm8k:
         return Summary({"accuracy": mean_metric(right, 100)}, counts)
 
     def read(self, path: Path, thinking: Tags = DEFAULT_TAGS) -> dict[str, list[Row]]:
-        """OpenAI's file of model solutions (a column a model), or rows with ``response`` and ``answer``."""
+        """OpenAI's file of model solutions (a column a model), or rows with ``response`` and ``answer``.
+
+        lm-evaluation-harness's samples are such rows.
+        """
         found: dict[str, list[Row]] = {}
         for raw in response_rows(path, *_PROBLEM):
             gold = str(require(raw, "ground_truth", "answer"))

@@ -128,7 +128,7 @@ class HumanEval:
         rows = benchmark_rows(
             "tasks.humaneval.data", self.data, hub="openai/openai_humaneval", split="test"
         )
-        found = keyed(rows, lambda data: data.get("task_id"), "problem")
+        found = keyed(rows, lambda data: data.get("task_id"), "problem", "task_id")
         return [_example(key, row, self.mode) for key, row in found.items()]
 
     def decoding(self, example: Example) -> Decoding:

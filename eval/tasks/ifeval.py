@@ -103,6 +103,7 @@ class Ifeval:
     def read(self, path: Path, thinking: Tags = DEFAULT_TAGS) -> dict[str, list[Row]]:
         """Files of responses: columns ``response`` and ``prompt`` (or ``key``), ``model`` where there are several.
 
+        lm-evaluation-harness's samples are read as such rows.
         What a prompt instructs is read from its own row if that has ``instruction_id_list`` and ``kwargs``, else
         from ``tasks.ifeval.data``, else from a file ``input_data*.jsonl`` beside this one, else from the hub.
         A null response follows nothing; a prompt without a row is counted and not scored.

@@ -67,7 +67,10 @@ class Math500:
         rows = benchmark_rows(
             "tasks.math.data", self.data, hub="HuggingFaceH4/MATH-500", split="test"
         )
-        return [_example(key, row) for key, row in keyed(rows, _key, "problem").items()]
+        return [
+            _example(key, row)
+            for key, row in keyed(rows, _key, "problem", *_KEY, *_PROBLEM).items()
+        ]
 
     def decoding(self, example: Example) -> Decoding:
         return self.preset

@@ -17,6 +17,7 @@ from eval.base import (
     Judgment,
     Judgments,
     Question,
+    ReadModels,
     Row,
     Summary,
     Template,
@@ -31,6 +32,7 @@ from eval.tasks._mt_bench_rows import (
     TURNS,
     Rated,
     clusters,
+    judged_twice,
     rated,
     rating_row,
     stored_identity,
@@ -183,28 +185,30 @@ class MTBench:
         return Summary(metrics, counts, _by_category(rows), self._notes(rows))
 
     def read(self, path: Path) -> dict[str, list[Row]]:
-        """FastChat's judgment files; several models in one are told apart by name."""
+        """FastChat's judgment files; several models in one are told apart by name.
+
+        A turn that is judged twice (two judges in one file) leaves that model without a number, and no other.
+        """
         found: dict[str, dict[str, dict[str, Rated]]] = {}
         where: dict[tuple[str, str, str], RawRow] = {}
+        twice: dict[str, list[tuple[RawRow, RawRow]]] = {}
         for raw in file_rows(path):
             model, key, turn = stored_identity(raw)
+            questions = found.setdefault(model, {})
             if (model, key, turn) in where:
-                first = where[model, key, turn]
-                raise DataError(
-                    f"{raw.where}: a second judgment of {model or 'the model'} on question {key}, {turn} (judge "
-                    f"{raw.data.get('judge')}); the first is at {first.where} (judge {first.data.get('judge')}). "
-                    "Keep one of them"
-                )
+                twice.setdefault(model, []).append((where[model, key, turn], raw))
+                continue
             where[model, key, turn] = raw
-            found.setdefault(model, {}).setdefault(key, {})[turn] = stored_rating(raw)
+            questions.setdefault(key, {})[turn] = stored_rating(raw)
         categories = self._categories()
         unknown = [key for each in found.values() for key in each if key not in categories]
         if unknown and self.data is not None:
             raise DataError(f"{path}: question {unknown[0]} is not in tasks.mt_bench.data")
-        return {
+        rows = {
             model: [rating_row(key, categories.get(key), turns) for key, turns in questions.items()]
             for model, questions in found.items()
         }
+        return ReadModels(rows, {model: judged_twice(model, each) for model, each in twice.items()})
 
     def _notes(self, rows: Sequence[Row]) -> tuple[str, ...]:
         notes = []
@@ -238,7 +242,7 @@ class MTBench:
             repo="HuggingFaceH4/mt_bench_prompts",
             file="raw/question.jsonl",
         )
-        return keyed(rows, lambda data: data.get("question_id"), "question")
+        return keyed(rows, lambda data: data.get("question_id"), "question", "question_id")
 
     def _references(self) -> dict[str, tuple[str, ...]]:
         package = package_file(
@@ -247,7 +251,9 @@ class MTBench:
         path = Path(self.reference).expanduser() if self.reference else package
         if path is None:
             return {}
-        rows = keyed(file_rows(path), lambda data: data.get("question_id"), "reference answer")
+        rows = keyed(
+            file_rows(path), lambda data: data.get("question_id"), "reference answer", "question_id"
+        )
         return {key: _reference(row) for key, row in rows.items()}
 
     def _categories(self) -> dict[str, str]:

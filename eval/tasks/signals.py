@@ -113,7 +113,9 @@ class Signals:
             raise DataError(f"tasks.signals.data = {self.source.path!r}: holds no rows")
         reading = prompt_reading(self.source, rows[0])
         name = self.source.columns.id
-        found = keyed(rows, lambda data: _hash(data) if name is None else data.get(name), "row")
+        found = keyed(
+            rows, lambda data: _hash(data) if name is None else data.get(name), "row", str(name)
+        )
         return [self._example(key, row, reading) for key, row in found.items()]
 
     def decoding(self, example: Example) -> Decoding:

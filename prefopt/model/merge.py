@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from torch import Tensor
 
 from prefopt.errors import ModelError
@@ -15,10 +15,11 @@ from prefopt.model.adapters import merged_into_base, save_full, staged
 from prefopt.model.end_tokens import add_end_tokens, end_token_ids, saved_end_ids
 from prefopt.model.load import load_policy, load_tokenizer, num_embeddings
 from prefopt.model.rehearsal import rehearse_saving
+from prefopt.model.reward_model import load_saved_reward_model
 from prefopt.model.source import load_config, resolve_source
 from prefopt.recipe.schema import ModelSection
 from prefopt.storage.checksums import write_sums
-from prefopt.storage.model_files import ADAPTER_CONFIG
+from prefopt.storage.model_files import ADAPTER_CONFIG, read_adapter_config
 from prefopt.storage.run_files import RUN_FILE, read_run
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,12 @@ def load_merge_parts(
     config = load_config(source, trust_remote_code=trust_remote_code)
     saved: Any = config.get_text_config(decoder=True).dtype or config.dtype
     dtype = getattr(torch, saved) if isinstance(saved, str) else saved or torch.float32
+    tokenizer = load_tokenizer(section)
+    if read_adapter_config(adapter).get("task_type") == TaskType.SEQ_CLS.value:
+        return load_saved_reward_model(source, section, tokenizer.pad_token_id), tokenizer, dtype
     loaded = load_policy(section, None, seed=0, trainable=False)
     assert isinstance(loaded.model, PeftModel)
-    return loaded.model, load_tokenizer(section), dtype
+    return loaded.model, tokenizer, dtype
 
 
 def _run_trusts(source: Path, adapter: Path) -> bool:

@@ -6,7 +6,7 @@ from peft import PeftModel, TaskType
 from transformers import AutoModelForSequenceClassification
 
 from prefopt.errors import ModelError
-from prefopt.model.adapters import add_adapter
+from prefopt.model.adapters import add_adapter, load_saved_adapter
 from prefopt.model.hashing import weights_hash
 from prefopt.model.load import LoadedPolicy, disable_dropout, load_base, seeded
 from prefopt.model.precision import half_parameters, widen
@@ -68,6 +68,27 @@ def load_reward_model(
         is_peft=isinstance(result, PeftModel),
         half=half,
     )
+
+
+def load_saved_reward_model(
+    source: Source, model: ModelSection, pad_token_id: int | None
+) -> PeftModel:
+    """A reward model's adapter, frozen, on its base; the head is in the adapter.
+
+    Raises: ModelError for one on another adapter, or that does not fit.
+    """
+    if len(source.adapters) != 1:
+        raise ModelError(
+            f"{source.adapters[-1]} is a reward model's adapter on another adapter: merge that one first, and "
+            "train the reward model on the result"
+        )
+    auto = AutoModelForSequenceClassification
+    base = load_base(source, model, auto=auto, new=_HEADS, num_labels=1)
+    base.config.get_text_config().pad_token_id = pad_token_id
+    result = load_saved_adapter(base, source.adapters[0], trainable=False)
+    disable_dropout(result)
+    result.eval()
+    return result
 
 
 def _refuse_classifier(source: Source, model: ModelSection) -> None:

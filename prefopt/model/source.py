@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
@@ -23,7 +24,9 @@ from prefopt.storage.model_files import (
 )
 
 # What transformers, safetensors and huggingface_hub raise for weights that are absent, damaged or foreign.
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+LOAD_ERRORS = (
+    OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError, EOFError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

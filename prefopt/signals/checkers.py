@@ -58,10 +58,11 @@ def _check(sources, texts, timeout_s):
     def code():
         for source in sources:  # the ways in which a text may hold it: the first that is Python
             try:
-                return compile(source, "<checker>", "exec")
-            except (SyntaxError, ValueError) as error:
-                found = error
-        raise found
+                found = compile(source, "<checker>", "exec")
+            except (SyntaxError, ValueError):
+                continue
+            if "evaluate" in source:
+                return found
 
     try:
         timed(lambda: exec(code(), names))

@@ -18,6 +18,8 @@ from markdown_it.token import Token
 _MARK = re.compile(r"`{3,}|~{3,}")
 _MOST = 16
 """Fences that may end what the prompt opened: as many readings are tried."""
+_MARKDOWN = frozenset({"markdown", "md"})
+_TAGS = re.compile(r"^[ \t]*(</?[a-zA-Z][^<>\n]*>[ \t]*)+$\n?", re.MULTILINE)
 _PYTHON = re.compile(r"(i?python|py|sage)[\d.]*", re.IGNORECASE)
 _SESSION = re.compile(r"\s*>>>( |$)", re.MULTILINE)
 _FIRST_LINE = re.compile(r"[ \t]*([\w.+#-]*)[^\n]*\n")
@@ -41,9 +43,19 @@ Reading: TypeAlias = tuple[tuple[str, bool], ...]
 """One way to read a text: sources in order, each with whether it is said to be Python."""
 
 
-def blocks(text: str) -> list[Block]:
-    """The fenced blocks of a text in order, by CommonMark: the last one may lack its end."""
-    return [Block(token.content, _language(token.info)) for token in _tokens(text, "fence")]
+def blocks(text: str, depth: int = 3) -> list[Block]:
+    """The fenced blocks of a text in order, by CommonMark: the last one may lack its end.
+
+    A block of Markdown is what an answer is wrapped in: its own blocks stand for it, to a depth.
+    """
+    found = [Block(token.content, _language(token.info)) for token in _tokens(text, "fence")]
+    return [
+        inner
+        for block in found
+        for inner in (
+            (depth and block.language in _MARKDOWN and blocks(block.source, depth - 1)) or [block]
+        )
+    ]
 
 
 def readings(text: str) -> list[Reading]:
@@ -52,11 +64,17 @@ def readings(text: str) -> list[Reading]:
     1. All of it: code without fences, fences inside its docstrings included.
     2. Its fences as Markdown has them: all that say Python, in order; unmarked ones too.
     3. From the first fence to the last, or to the end: a docstring of the code holds fences.
-    4. Fences that do not stand on a line of their own: after a word, or at the end of a line of code.
-    5. What stands before a fence: the prompt opened it. The last one first, for docstrings.
+    4. What stands before a fence: the prompt opened it. The last one first, for docstrings.
+    5. Fences that do not stand on a line of their own: after a word, or at the end of a line of code.
     6. What is indented by four spaces, where there is no fence.
+    7. All of this again without the lines that are tags alone (``<answer>``).
     """
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    bare = _TAGS.sub("", text)
+    return _readings(text) + (_readings(bare) if bare != text else [])
+
+
+def _readings(text: str) -> list[Reading]:
     whole: Reading = ((text, True),)
     marks = list(_MARK.finditer(text))
     if not marks:
@@ -68,7 +86,7 @@ def readings(text: str) -> list[Reading]:
         ((text[start : max(start, end)], True),) for end in (marks[-1].start(), len(text))
     ]
     before: list[Reading] = [((text[: mark.start()], True),) for mark in marks[:_MOST][::-1]]
-    return [whole, _python(blocks(text)), *outer, _python(_loose(text)), *before]
+    return [whole, _python(blocks(text)), *outer, *before, _python(_loose(text))]
 
 
 def sources(text: str, language: str) -> list[str]:

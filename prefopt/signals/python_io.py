@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -25,7 +25,7 @@ from prefopt.signals.contest_cases import (
     spread,
 )
 from prefopt.signals.markdown_code import readings
-from prefopt.signals.sandbox import Limits, Program, run_program
+from prefopt.signals.sandbox import Limits, Program, Promise, run_program
 from prefopt.types import Candidates
 
 
@@ -122,9 +122,7 @@ class _PythonIO:
     def _limits(self, expected: str) -> Limits:
         """Room for twice what must be printed: a right answer may be large."""
         room = max(self.limits.output_bytes, 2 * len(expected.encode(errors="replace")))
-        return Limits(
-            self.limits.wall_s, self.limits.cpu_s, self.limits.memory_bytes, output_bytes=room
-        )
+        return replace(self.limits, output_bytes=room)
 
     def report(self) -> Mapping[str, float]:
         """Cases by how they ended; ``failed`` raised or left with an error."""
@@ -139,6 +137,8 @@ class _PythonIO:
     "python_io",
     source="inputs and outputs, as APPS's (arXiv:2105.09938)",
     needs_fields=("inputs", "outputs", "function", "prefix"),
+    reads_answer=True,
+    no_answer=0.0,
 )
 def python_io(
     *,
@@ -153,6 +153,8 @@ def python_io(
     timeout_s: PositiveFloat = 10.0,
     memory_mib: PositiveInt = 1024,
     num_workers: Annotated[PositiveInt, NoEffect()] = 2,
+    accept_risks: tuple[Promise, ...] = (),
+    readable: tuple[str, ...] = (),
 ) -> Signal:
     """Whether the response's program gives the expected output for the row's inputs, in [0, 1].
 
@@ -174,10 +176,18 @@ def python_io(
         timeout_s: longest wall and CPU time of one case.
         memory_mib: address space of one process, MiB.
         num_workers: programs run at a time.
+        accept_risks: what the sandbox promises and need not hold here; ``prefopt doctor`` shows what does.
+        readable: files and directories that a program may read beside Python's libraries.
 
-    Raises: SignalError where code cannot be isolated (no Linux seccomp).
+    Raises: SignalError where code cannot be isolated, naming what is missing.
     """
-    limits = Limits(wall_s=timeout_s, cpu_s=timeout_s, memory_bytes=memory_mib << 20)
+    limits = Limits(
+        wall_s=timeout_s,
+        cpu_s=timeout_s,
+        memory_bytes=memory_mib << 20,
+        accept_risks=accept_risks,
+        readable=readable,
+    )
     run_program("", limits)
     return _PythonIO(
         Columns(inputs, outputs, function, prefix),

@@ -9,8 +9,9 @@ Promised on Linux (x86_64, arm64), with root's rights or without, and tried in t
 - ``other_processes``: none is signalled, read, written, traced or set, the parent included;
 - ``reads``: its own directory and Python's libraries, nothing else: no keys, no data, no source of the run. An
   empty environment, no descriptor of the parent;
-- ``changes``: nothing outside its directory; mode, owner, times, attributes and locks of no file at all (but for
-  the record locks that SQLite takes, exclusive ones on its own files only);
+- ``changes``: nothing outside its directory; owner, times, attributes and locks of no file at all (but for the
+  record locks that SQLite takes, exclusive ones on its own files only), modes only of its own and only where it
+  is a user of its own;
 - ``privileges``: none, root's neither; no namespace, no clock, no kernel interface for administrators;
 - ``lifetime``: it ends with the process that started it.
 

@@ -8,6 +8,7 @@ have passed.
 
 from __future__ import annotations
 
+import builtins
 import os
 import sys
 import traceback
@@ -49,12 +50,19 @@ def _checked(
     """The program, then what comes once it ran: tests, a call, or nothing."""
     file = os.path.abspath(_FILE)
     untouched = tests.Untouched(order.get("imports") or [], file)
-    module = _module(order.get("module") or "__main__", file)
+    name = order.get("module") or "__main__"
+    module = _module(name, file)
+    # The program can reach these through the frames below its own.
+    rooms = [(room, dict(room)) for room in (globals(), vars(tests))]
     if order.get("call"):
         exec(
             "from typing import *", vars(module)
         )  # starter code of contests names List and Optional
     _execute(module, source, source.units(order), file)
+    for room, kept in rooms:
+        room.clear()
+        room.update(kept)
+    _name(module, name)
     write(result, b"loaded\n")
     after = loads(_message(orders_fd))
     untouched.restore()
@@ -100,10 +108,16 @@ def _execute(module: ModuleType, source: ModuleType, units: list, file: str) -> 
 def _module(name: str, file: str) -> ModuleType:
     """The module that the program runs in: what pickle, dataclasses, unittest and doctest look up."""
     module = ModuleType(name)
-    vars(module).update(__file__=file, __builtins__=sys.modules["builtins"])
-    sys.modules["__main__"] = sys.modules[name] = module
+    vars(module)["__file__"] = file
+    _name(module, name)
     sys.argv = [file]
     return module
+
+
+def _name(module: ModuleType, name: str) -> None:
+    """Gives it its place and the builtins; again before its tests, for it may have given both away."""
+    vars(module)["__builtins__"] = builtins
+    sys.modules["__main__"] = sys.modules[name] = module
 
 
 def _called(module: ModuleType, name: str, arguments: list) -> object:

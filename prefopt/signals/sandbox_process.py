@@ -244,7 +244,9 @@ def _start(home: str, descriptors: tuple[int, int], stdin: str | None) -> subpro
     # address space, and each heap of the C library 64 MB of it: fifty threads would not fit.
     environment = {"HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
     environment |= {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    with tempfile.TemporaryFile() as given:  # a file, not a pipe: programs ask for its size
+    # a file, not a pipe: programs ask for its size; in their directory: some open it as /dev/stdin
+    with tempfile.TemporaryFile(dir=home) as given:
+        os.fchmod(given.fileno(), 0o644)
         given.write((stdin or "").encode(errors="surrogatepass"))
         given.seek(0)
         return subprocess.Popen(

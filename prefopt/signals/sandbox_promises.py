@@ -29,8 +29,8 @@ PROMISES = {
     "new_processes": "no new process, and no other program in this one",
     "other_processes": "no other process is signalled, read, written, traced or set",
     "reads": "no file is read but its own and Python's; no keys, no descriptor of the parent",
-    "changes": "no file but its own is made, written, moved or removed; mode, owner, times, "
-    "attributes, locks and leases of none",
+    "changes": "no file but its own is made, written, moved or removed, or has its mode set; owner, "
+    "times, attributes, locks and leases of none",
     "privileges": "no rights of root, no namespace, no clock, no kernel interface for administrators",
     "lifetime": "it ends with the process that started it",
 }
@@ -300,8 +300,8 @@ def _rights(libc: ctypes.CDLL, _orders: dict[str, Any]) -> Iterator[Attempt]:
         data = ctypes.create_string_buffer(24)
         _c(libc.capget, struct.pack("Ii", 0x20080522, 0), data)
         effective, permitted, inherited, *upper = struct.unpack("6I", data.raw)
-        # CAP_DAC_READ_SEARCH may be left: see `sandbox_walls._identity`
-        _refuse_unless(not any(((effective | permitted) & ~4, inherited, *upper)))
+        # CAP_DAC_OVERRIDE or CAP_DAC_READ_SEARCH may be left: see `sandbox_walls._identity`
+        _refuse_unless(not any(((effective | permitted) & ~6, inherited, *upper)))
 
     personality, keyctl, bpf, userfault, perf = (
         (135, 250, 321, 323, 298) if os.uname().machine == "x86_64" else (92, 219, 280, 282, 241)

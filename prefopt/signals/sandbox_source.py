@@ -90,14 +90,24 @@ def _chosen(readings: list[list[tuple[str, bool]]]) -> list[Unit]:
 
 
 def _units_of(reading: list[tuple[str, bool]]) -> list[Unit]:
-    """Blocks in order. Where one defines something, those that do not are examples and may fail."""
+    """Blocks in order. Where one defines something, those that do not are examples and may fail.
+
+    So may one that is no Python before one that defines: an error that is shown, then mended.
+    """
     kept = []
     for source, marked in reading:
         # unmarked beside marked: output as often as code
         if source.strip() and (marked or (_DEFINES.search(source) and tree(source))):
             kept.append(source)
     defines = [bool(_DEFINES.search(source)) for source in kept]
-    return [(source, own or not any(defines)) for source, own in zip(kept, defines, strict=True)]
+    if not any(defines):
+        return [(source, True) for source in kept]
+    whole = [own and tree(source) is not None for source, own in zip(kept, defines, strict=True)]
+    last = max((number for number, own in enumerate(whole) if own), default=-1)
+    return [
+        (source, defines[number] and (whole[number] or number > last))
+        for number, source in enumerate(kept)
+    ]
 
 
 def _is_program(found: ast.Module | None) -> bool:

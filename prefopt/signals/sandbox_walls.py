@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 1, 4, 8
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _PR_SET_NO_NEW_PRIVS = 22, 2, 38
 _CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWNET = 0x08000000, 0x10000000, 0x40000000
 _CAPGET, _CAPSET = {"x86_64": (125, 126), "aarch64": (90, 91)}.get(os.uname().machine, (0, 0))
-_DAC_READ_SEARCH = 1 << 2
+_DAC_OVERRIDE, _DAC_READ_SEARCH = 1 << 1, 1 << 2
 # CHOWN, DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID: to give a program an identity of its own, to end it and
 # to clean up after it. Our parent has what we have.
 _NEEDED_CAPS = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7
@@ -68,7 +68,8 @@ def isolate(orders: dict[str, Any]) -> dict[str, str]:
     built: dict[str, str] = {}
     own_count, modes = _identity(libc, orders, readable, built)
     limit(orders, own_count)
-    _call(libc.prctl, _PR_SET_DUMPABLE, 0, 0, 0, 0)
+    # For /dev/stdin, which is a link in its own /proc; another's is behind Landlock, and behind another user.
+    _call(libc.prctl, _PR_SET_DUMPABLE, 1, 0, 0, 0)
     # After the identity, a change of which would undo it.
     _call(libc.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != orders["parent"]:
@@ -146,10 +147,13 @@ def _identity(
         _set_capabilities(libc, 0)
         # before 5.14, a namespace had no count of its own
         return apart and _kernel() >= (5, 14), False
-    _set_capabilities(libc, 0, _DAC_READ_SEARCH)
-    # Root's Python often lies where only root may look (/root/.pyenv). Landlock bounds what this reads.
+    # Root's Python often lies where only root may look (/root/.pyenv). Landlock bounds what this reads; containers
+    # often lack the first of the two rights.
+    had = _capabilities(libc)
+    looks = had & _DAC_READ_SEARCH or had & _DAC_OVERRIDE
+    _set_capabilities(libc, 0, looks)
     hidden = [path for path in (*readable, os.getcwd()) if not os.access(path, os.R_OK)]
-    _set_capabilities(libc, _DAC_READ_SEARCH if hidden else 0)
+    _set_capabilities(libc, looks if hidden else 0)
     built["user"] = f"one of its own ({user})" + (
         ", which may look into directories" if hidden else ""
     )

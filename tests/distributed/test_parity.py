@@ -214,3 +214,15 @@ def test_a_run_goes_on_on_another_number_of_processes(
         mean = sum(each["loss/total"] for each in pair) / 2
         assert row["loss/total"] == pytest.approx(mean, rel=1e-4), row["step"]
     assert_same_weights(left, single[tuning])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_a_reference_of_other_weights_is_whole_on_every_process(
+    config: str, inputs: Path, tmp_path: Path
+) -> None:
+    """ZeRO-3 splits what trains; nobody would gather the reference, which is asked before there is an engine."""
+    other = write_model(tmp_path / "other", seed=1)
+    reference = f"reference={{name: model, path: {other}}}"
+    one = run(tmp_path / "one", inputs, "cpu", 1, "full", reference)
+    assert_same_run(run(tmp_path / "two", inputs, config, 2, "full", reference), one)

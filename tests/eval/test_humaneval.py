@@ -46,14 +46,20 @@ def _answered(task: Any, example: Example, *texts: str) -> Row:
     return task.row(example, [(Answer(text),) for text in texts], {})
 
 
-def test_all_canonical_solutions_pass_and_none_does_without_its_body(
+def _broken(row: dict[str, str]) -> str:
+    """The solution whose last ``return`` is a ``raise`` (an ``assert`` would leave one in an endless loop)."""
+    head, _, tail = row["canonical_solution"].rpartition("return")
+    return f"{head}raise{tail}"
+
+
+def test_all_canonical_solutions_pass_and_none_does_with_one_token_broken(
     shared_data: Path, tmp_path: Path
 ) -> None:
     data = shared_data / "misc" / "HumanEval.jsonl.gz"
     with gzip.open(data, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     task = make_task("humaneval", {"data": str(data), "timeout_s": 60.0})
-    bodies = {"right": lambda row: row["canonical_solution"], "broken": lambda row: "    pass\n"}
+    bodies = {"right": lambda row: row["canonical_solution"], "broken": _broken}
     samples = [
         {"task_id": row["task_id"], "model": model, "completion": body(row)}
         for model, body in bodies.items()

@@ -378,3 +378,15 @@ def test_a_question_of_one_turn_is_rated_once(tmp_path: Path) -> None:
     assert set(summary.metrics) == {"average", "first_turn"}
     assert (summary.metrics["average"].value, summary.notes) == (8, ())
     assert task.decoding(task.examples()[0]).temperature == 0.7
+
+
+def test_a_model_judged_twice_is_no_reason_not_to_score_another(tmp_path: Path) -> None:
+    """Two judges' files joined: that model has no number, the others have theirs, and the error says so."""
+    both = [{"model": "twice", "turn": turn, "question_id": 81, "score": 3} for turn in (1, 2)]
+    rows = [*both, {**both[0], "judge": "another"}, {**both[0], "model": "other", "score": 9}]
+    path = write(tmp_path / "j.jsonl", rows)
+    assert score_file("mt_bench", path, {}, model="other")["average"] == 9
+    with pytest.raises(DataError, match=r"j\.jsonl:3: .*j\.jsonl:1 .*: --model other$"):
+        score_file("mt_bench", path, {})
+    with pytest.raises(DataError, match=r"j\.jsonl:3: a second judgment of twice"):
+        score_file("mt_bench", path, {}, model="twice")

@@ -445,3 +445,21 @@ def test_the_line_of_a_bad_row_is_named(pairs: Pairs) -> None:
     path = pairs(("a", "b.", "c."), {"prompt": "d", "chosen": 3, "rejected": "e"})
     with pytest.raises(DataError, match=r"pairs\.jsonl:2"):
         card(path)
+
+
+@pytest.mark.parametrize(
+    "names", [("chosen_score", "rejected_score"), ("reward_chosen", "reward_rejected")]
+)
+def test_a_card_finds_the_scores_that_pair_accuracy_finds(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    scores = [(3, 1), (2, 2), (None, 2), ([1.0], 4)]
+    texts = {"prompt": "What?", "rejected": "No."}
+    rows = [
+        {**texts, "chosen": f"Yes {n}.", **dict(zip(names, each, strict=True))}
+        for n, each in enumerate(scores)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    views = [each for each in PairSource(str(path)).pairs() if isinstance(each, PairView)]
+    assert [view.margin for view in views] == [2, 0, None, -3]

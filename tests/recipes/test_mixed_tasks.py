@@ -40,7 +40,9 @@ def rows_of(directory: Path) -> None:
     """A file a task, each with the columns of its own task alone."""
     files = {
         "sums": [{"prompt": p.prompt, "answer": p.answer} for p in PROBLEMS[:6]],
-        "programs": [{"prompt": p.prompt, "tests": "pass"} for p in PROBLEMS[6:10]],
+        "programs": [
+            {"prompt": p.prompt, "tests": "assert len('ab') == 2"} for p in PROBLEMS[6:10]
+        ],
         "talk": [{"prompt": p.prompt, "answer": None} for p in PROBLEMS[10:14]],
         "poems": [{"prompt": p.prompt} for p in PROBLEMS[14:]],
     }
@@ -182,7 +184,7 @@ def test_prompts_and_rollouts_are_shown_with_what_scores_them(
     monkeypatch.chdir(directory)
     assert main(["show", "recipe.yaml", "-n", "8"]) == 0
     said = capsys.readouterr().out
-    assert said.count("answer: ") == 6 and said.count("tests: pass") == 2
+    assert said.count("answer: ") == 6 and said.count("tests: assert len") == 2
     assert "no_signal" in said
     assert main(["show", "run", "--rollouts", "-n", "7"]) == 0
     assert "judge" in capsys.readouterr().out

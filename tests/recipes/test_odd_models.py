@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import shutil
 import stat
 import sys
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForSequenceClassification,
@@ -291,3 +293,34 @@ def _in_ascii(arguments: Sequence[str]) -> int:
     code = main(arguments)
     sys.stdout.flush()
     return code
+
+
+def test_a_reward_models_adapter_is_merged_with_its_head(
+    command: Prefopt, inputs: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(
+        tmp_path / "r.yaml", inputs / "model", inputs / "pairs.jsonl", train=STEADY, objective=None
+    )
+    recipe.write_text(recipe.read_text() + "stage: reward_model\n")
+    assert command("train", recipe)[0] == 0
+    assert command("merge", tmp_path / "run", "--output", tmp_path / "merged")[0] == 0
+    head = "score.weight"
+    trained = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(merged[head], trained[f"base_model.model.{head}"])
+    model, found = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
+    assert not found["missing_keys"] and model.config.num_labels == 1
+
+
+def test_weights_that_are_a_pickle_of_code_or_cut_off_are_one_sentence(
+    command: Prefopt, inputs: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(inputs / "model", model)
+    (model / "model.safetensors").unlink()
+    recipe = write_recipe(tmp_path / "r.yaml", model, inputs / "pairs.jsonl", train=STEADY)
+    for content in (pickle.dumps(print), b"", b"PK"):
+        (model / "pytorch_model.bin").write_bytes(content)
+        assert f"cannot load the model '{model}'" in command.refuses("train", recipe, code=1)

@@ -13,10 +13,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 
-from prefopt.cli import script_of
 from prefopt.recipe.checks import check, examine
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.schema import Recipe
+from prefopt.recipe.scripts import script_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(

@@ -70,6 +70,18 @@ TABLE = (
         f"```python\n{AREA}```\nUse:\n```python\nprint(area(2",
         f"{AREA}\n\n? print(area(2",
     ),
+    Case(
+        "no Python, then mended",
+        f"```python\ndef area(w, h:\n```\nMended:\n```python\n{AREA}```",
+        f"? def area(w, h:\n\n\n{AREA}",
+    ),
+    Case(
+        "one that is cut after it",
+        f"```python\n{AREA}```\nBetter:\n```python\ndef area(w, h",
+        f"{AREA}\n\ndef area(w, h",
+    ),
+    Case("wrapped in Markdown", f"````markdown\n```python\n{AREA}```\n````", AREA),
+    Case("a tag without a fence", f"<answer>\n{AREA}</answer>", AREA),
     Case("a session", f"```python\n{AREA}```\n```python\n>>> area(2, 3)\n6\n```", AREA),
     Case("another language", f"```bash\npip install x\n```\n```python\n{AREA}```", AREA),
     Case("what it prints", f"```python\n{AREA}```\nprints\n```\n6\n```", AREA),

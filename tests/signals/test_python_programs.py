@@ -86,6 +86,7 @@ def test_a_run_that_finds_no_test_is_no_pass() -> None:
         "import inspect\nclass A:\n    x = 1\nassert 'x = 1' in inspect.getsource(A)",
         "import sys, os\nassert sys.argv == [__file__] and os.path.exists(__file__)",
         "import sys\nx = 1\nassert sys.modules['__main__'].x == 1 and __name__ == '__main__'",
+        "import sys\ndel sys.modules['__main__']",
         "import __main__\nx = 1\nassert __main__.x == 1",
         "import enum, collections\nA = enum.Enum('A', 'b c')\nP = collections.namedtuple('P', 'x')\n"
         "import pickle\nassert pickle.loads(pickle.dumps((A.b, P(1)))) == (A.b, P(1))",
@@ -133,6 +134,11 @@ HACKS = {
         "    if frame.f_code.co_filename == '<tests>' and event == 'line': frame.f_lineno = 99\n"
         f"    return skip\nsys.settrace(skip)\n{WRONG}"
     ),
+    "its own builtins": f"import builtins\n__builtins__ = dict(vars(builtins), abs=lambda x: 0)\n{WRONG}",
+    "ours": (
+        "import sys\nframe = sys._getframe()\nwhile frame:\n    frame.f_globals['exec'] = lambda *a: None\n"
+        f"    frame = frame.f_back\n{WRONG}"
+    ),
     "every descriptor": (
         f"{WRONG}import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'loaded\\n' + b'0' * 16)\n"
         "    except OSError: pass\n"
@@ -145,6 +151,8 @@ ASKED = {
     "leaves": "assert area(2, 3) == 6",
     "isclose": "import math\nassert math.isclose(area(2, 3), 6)",
     "builtins": "assert abs(area(2, 3) - 6) < 1e-9",
+    "its own builtins": "assert abs(area(2, 3) - 6) < 1e-9",
+    "ours": "assert area(2, 3) == 6",
     "trace": "assert area(2, 3) == 6\nx = 1",
     "every descriptor": "assert area(2, 3) == 6",
     "prints": "assert area(2, 3) == 6",

@@ -18,7 +18,7 @@ import pytest
 
 from prefopt.errors import SignalError
 from prefopt.signals import sandbox, sandbox_process, sandbox_promises, sandbox_syscalls
-from prefopt.signals.sandbox import Limits, Outcome, Promise, examine, run_program
+from prefopt.signals.sandbox import Limits, Outcome, Program, Promise, examine, run_program
 from tests.signals.machines import on_machine
 
 LIMITS = Limits(wall_s=20.0, cpu_s=20.0, memory_bytes=512 << 20)
@@ -453,6 +453,19 @@ def test_ordinary_programs_are_not_in_the_way_of_the_walls(program: str) -> None
     assert outcome.passed, outcome.output
 
 
+@pytest.mark.parametrize("root", [True, False])
+def test_programs_read_their_input_by_any_of_its_names(root: bool) -> None:
+    source = (
+        "import sys\nfor f in ('/dev/stdin', '/dev/fd/0', 0): print(open(f).read(), flush=True)"
+    )
+    program = Program((((source, True),),), stdin="7")
+    assert on_machine(lambda: run_program(program, LIMITS).output, root=root).split() == [
+        "7",
+        "7",
+        "7",
+    ]
+
+
 # --- machines -------------------------------------------------------------------------------------
 
 NO_SECCOMP = {"network", "new_processes", "other_processes", "changes", "privileges", "lifetime"}
@@ -482,6 +495,19 @@ def test_what_a_machine_lacks_is_found_by_trying(
     assert "reads" not in broken or "reads" in walls.broken
     missing = {name for name, what in walls.built.items() if what.startswith("not there")}
     assert missing >= set(lacks) & {"landlock", "seccomp"}
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_a_container_with_dockers_default_rights_holds_all_and_runs_programs(root: bool) -> None:
+    """No CAP_DAC_READ_SEARCH, no CAP_SYS_ADMIN, no user namespaces: the commonest place of all."""
+
+    def tried() -> tuple[tuple[str, ...], str]:
+        outcome = run(
+            "import json, sqlite3, decimal, numpy\nopen('x', 'w').close()", wall_s=60.0, cpu_s=60.0
+        )
+        return examine().broken, outcome.output + outcome.verdict
+
+    assert on_machine(tried, root=root, docker=True, lacks=("unshare",)) == ((), "passed")
 
 
 def _told() -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.cli import RECIPE_SCRIPTS, guarded, main, recipe_main
+from prefopt.cli import guarded, main, recipe_main
 from prefopt.errors import ConfigError, TrainingError
 from prefopt.recipe.registry import SIGNALS, get_objective, get_signal, objective_names
 from prefopt.recipe.schema import Recipe
+from prefopt.recipe.scripts import RECIPE_SCRIPTS
 from prefopt.recipe.walk import sections
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForSequenceClassification
-from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
     is_deepspeed_zero3_enabled,
     unset_hf_deepspeed_config,
 )
@@ -37,11 +38,12 @@ def zero3() -> Iterator[None]:
 
 def test_a_frozen_policy_is_whole(tmp_path: Path) -> None:
     """References of other weights, implicit rewards."""
-    want = tiny_causal_lm("llama").get_input_embeddings().weight
+    want: Any = tiny_causal_lm("llama").get_input_embeddings().weight
     tiny_causal_lm("llama").save_pretrained(tmp_path)
     with zero3():
         loaded = load_policy(ModelSection(path=str(tmp_path)), None, seed=0, trainable=False)
-    assert loaded.model.get_input_embeddings().weight.equal(want)
+    found: Any = loaded.model.get_input_embeddings().weight
+    assert found.equal(want)
 
 
 def test_a_reward_model_that_scores_is_whole(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from prefopt.recipe.run_directory import changed_settings
 from prefopt.recipe.schema import Recipe
 from prefopt.report.bars import Bar
 from prefopt.report.terminal import Terminal
-from prefopt.shown import ShownFormatter, redacted, say, visible, without_credentials
+from prefopt.shown import ShownFormatter, redacted, say, shown, visible, without_credentials
 from prefopt.training.run_record import settings_that_count
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +98,7 @@ SECRET = "s3cr3t"
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "hidden"),
     [
         (f"http://user:{SECRET}@host:8000/v1", "http://***@host:8000/v1"),
         (f"https://{SECRET}@host", "https://***@host"),
@@ -114,11 +115,13 @@ SECRET = "s3cr3t"
         (f"two: ftp://a:{SECRET}@b and http://c:{SECRET}@d", "two: ftp://***@b and http://***@d"),
         (f"'http://u:{SECRET}@h', \"http://u:{SECRET}@h\"", "'http://***@h', \"http://***@h\""),
         (f"Authorization: Bearer {SECRET}-{SECRET}", "Authorization: Bearer ***"),
+        ("{'authorization': 'Basic dXNlcjpwYXNz'}", "{'authorization': 'Basic ***'}"),
+        (f"bearer {SECRET}{SECRET}", "bearer ***"),
     ],
 )  # fmt: skip
-def test_credentials_are_hidden(text: str, shown: str) -> None:
-    assert redacted(text) == shown
-    assert redacted(shown) == shown
+def test_credentials_are_hidden(text: str, hidden: str) -> None:
+    assert redacted(text) == hidden
+    assert redacted(hidden) == hidden
     assert SECRET not in str(DataError(f"data: {text}: no such file"))
 
 
@@ -126,11 +129,24 @@ def test_credentials_are_hidden(text: str, shown: str) -> None:
     "text",
     [
         "http://host:8000/v1", "http://host:8000/path/user@example", "hf://datasets/a/b@main/x.parquet",
-        "https://host/search?q=monkey&page=2", "mail me@home", "Bearer of news", "a?b=c", "x = 3 @ y",
+        "https://host/search?q=monkey&page=2", "mail me@home", "Bearer of newspapers", "a?b=c", "x = 3 @ y",
+        "Basic understanding", "Why? monkeys=animals",
     ],
 )  # fmt: skip
 def test_what_is_no_credential_stays(text: str) -> None:
     assert redacted(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["?key" * 50_000 + "=", f"?{'key' * 70_000}=", "://" * 70_000 + "=", "bearer " * 30_000, "a:" * 99_999],
+)  # fmt: skip
+def test_text_that_is_made_to_take_long_does_not(text: str) -> None:
+    began = time.perf_counter()
+    shown(text)
+    assert (
+        time.perf_counter() - began < 20.0
+    )  # minutes, where a pattern goes back over the whole text
 
 
 def test_settings_are_hidden_at_every_depth() -> None:

@@ -190,11 +190,11 @@ def _broken_template(recipe: Recipe, chats: list[str]) -> Iterator[str]:
 def _missing_shards(recipe: Recipe) -> Iterator[str]:
     """Files of weights that an index names and that are not there: a download that was cut off."""
     for key, home in _models(recipe):
-        shards = _json(home / _INDEX).get("weight_map", {})
-        missing = sorted({name for name in shards.values() if not (home / name).is_file()})
+        shards = set(_weight_map(home).values())
+        missing = sorted(name for name in shards if not (home / name).is_file())
         if missing and not (home / "model.safetensors").is_file():
             yield (
-                f"{key}: {home} lacks {len(missing)} of the {len(set(shards.values()))} files that its index "
+                f"{key}: {home} lacks {len(missing)} of the {len(shards)} files that its index "
                 f"names, e.g. {missing[0]}: the download or the copy was cut off. Fetch it again"
             )
 
@@ -209,7 +209,10 @@ def _ids_beyond(recipe: Recipe) -> Iterator[str]:
     token, largest = max(ids.items(), key=lambda item: item[1])
     for key, home in _models(recipe):
         config = _json(home / "config.json")
-        rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+        text = config.get("text_config")
+        rows = config.get("vocab_size") or (
+            text.get("vocab_size") if isinstance(text, dict) else None
+        )
         if isinstance(rows, int) and largest >= rows:
             yield (
                 f"{key}: the model has {rows} embedding rows (vocab_size), and the tokenizer in {file} gives "
@@ -282,10 +285,7 @@ def _names_in_weights(home: Path) -> set[str]:
     """Module names by the names of their weights, which an index or a file's header tells at once."""
     index = home / _INDEX
     if index.is_file():
-        named = _json(index).get("weight_map")
-        tensors = (
-            list(named) if isinstance(named, dict) else []
-        )  # loading says what is wrong with it
+        tensors = list(_weight_map(home))
     else:
         tensors = [name for file in home.glob("*.safetensors") for name in _header(file)]
     return {name.rpartition(".")[0] for name in tensors}
@@ -334,6 +334,13 @@ def _text(path: Path) -> str:
         return path.read_text("utf-8-sig")
     except (OSError, ValueError):  # loading says what is wrong with it
         return ""
+
+
+def _weight_map(home: Path) -> dict[str, str]:
+    """Tensor -> file, of an index; empty for another shape, of which loading says what is wrong."""
+    found = _json(home / _INDEX).get("weight_map")
+    found = found if isinstance(found, dict) else {}
+    return {name: file for name, file in found.items() if isinstance(file, str)}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -138,3 +138,16 @@ SECTIONS: list[Any] = [
 ]  # fmt: skip
 test_files, test_many_files = fuzzed(CASE, check, share=0.5)
 test_sections, test_many_sections = fuzzed(mutated_value(SECTIONS), check_section, share=0.5)
+
+
+@pytest.mark.parametrize(
+    "base", ["\x00", "a" * 5000, "~nobody-of-that-name/x", "\ud83d", "./" + "b" * 300]
+)
+def test_a_saved_adapter_whose_base_is_no_path_is_one_for_another_base(
+    base: str, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(
+        as_json({**ADAPTER, "base_model_name_or_path": base})
+    )
+    found = list(adapter_fits_base(_recipe(adapter=str(tmp_path)), Surroundings()))
+    assert any("another base" in each.text for each in found)

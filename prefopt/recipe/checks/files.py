@@ -23,12 +23,19 @@ _OF_A_RUN = re.compile(r"final|best|last|(step|checkpoint|epoch)-\d+")
 _VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?")
 
 
+_BASE = "base_model_name_or_path"
+
+
 def read_adapter_config(directory: Path) -> dict[str, Any] | None:
     """The adapter_config.json of a directory, None if it has none or it is not JSON."""
     try:
-        return storage.read_adapter_config(directory)
+        found = storage.read_adapter_config(directory)
     except ModelError:
         return None
+    base = found.get(_BASE)
+    if isinstance(base, str):  # half of a surrogate pair names no file, and cannot be shown
+        found[_BASE] = base.encode("utf-8", "backslashreplace").decode("utf-8")
+    return found
 
 
 @rule("data", "eval")

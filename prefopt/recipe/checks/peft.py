@@ -247,4 +247,7 @@ def _config_class(name: str) -> type | None:
 def _same_model(base: str, path: str) -> bool:
     if base == path:
         return True
-    return Path(base).expanduser().resolve() == Path(path).expanduser().resolve()
+    try:
+        return Path(base).expanduser().resolve() == Path(path).expanduser().resolve()
+    except (OSError, ValueError, RuntimeError):  # no path at all: NUL, too long, the home of nobody
+        return False

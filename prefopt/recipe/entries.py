@@ -72,7 +72,12 @@ class Entry:
     def having(self, key: str) -> list[str]:
         """The names of the entries that have this key."""
         registry = REGISTRIES[self.section]
-        return [name for name in sorted(registry.names()) if key in registry.declared(name).fields]
+        specs = [registry.declared(name) for name in sorted(registry.names())]
+        return [
+            spec.name
+            for spec in specs
+            if key in spec.fields or key in _shared_keys(self.section, spec)
+        ]
 
 
 def parameters(spec: Spec, shared: Mapping[str, Any] | None = None) -> type[BaseModel]:

@@ -205,7 +205,7 @@ def test_a_judge_sees_answers_and_nothing_of_one_that_never_left_its_thinking(
         ({"name": "regex", "pattern": r"<think>.*</think>"}, r"pattern.*looks for <think>.*thinking: null"),
         ({"name": "exact_match", "extract": r"\[/THINK\](.*)"}, r"extract.*looks for \[/THINK\]"),
         ({"name": "final_number", "thinking": "<think>"}, r'thinking.*must be \["<think>"'),
-        ({"name": "length_penalty", "thinking": None}, r"thinking: unknown key"),
+        ({"name": "length_penalty", "thinking": None}, r"thinking.*belongs to .*'math' or 'multiple_choice'"),
     ],
 )  # fmt: skip
 def test_a_setting_of_thinking_that_cannot_be_meant_is_refused(

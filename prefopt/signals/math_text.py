@@ -8,15 +8,17 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-from prefopt.signals.plain_text import spelled
+from prefopt.signals.plain_text import spelled, tagged_answer
 
 _SPACED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?!\d| \d)")
 _COMMA_DECIMAL = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:\.\d{3})+),(\d+)(?![\d.,])")
 _BRACED_COMMA = re.compile(r"(\d)\{,\}(?=(\d+))")
 _CURRENCY = re.compile(r"(?:[€£¥₹]|\\(?:euro|pounds)(?![a-zA-Z])) ?(?=[-+]?[\d.])")
 _POWER_OF_TEN = re.compile(
-    r"(?<![\w.\\])(\d+(?:\.\d+)?)(?:[eE]([-+]?\d{1,3})(?![\w.])| ?[×xX·] ?10\^\{?([-+]?\d{1,3})\}?)"
+    r"(?<![\w.\\])(\d+(?:\.\d+)?)"
+    r"(?:[eE]([-+]?\d{1,3})(?![\w.])| ?[×xX·] ?10\^(?:\{([-+]?\d{1,3})\}|([-+]?\d{1,3})))"
 )
+_ROOT = re.compile(r"√ ?(?:\(([^()]{1,60})\)|\{([^{}]{1,60})\}|(\d+(?:\.\d+)?|[a-zA-Z]))")
 _REPEATING = re.compile(
     r"(?<![\d.])(\d*)\.(\d*)(?:\\(?:overline|bar)\s*\{?(\d+)\}?|\\dot\s*\{?(\d)\}?)(?!\d|\\dot)"
 )
@@ -40,6 +42,7 @@ _BASE = re.compile(
     rf"(?<![\w.\\])(?:\(({_NUMERAL})\)|\\text\{{({_NUMERAL})\}}|({_NUMERAL}))_(?:(\d)|\{{(\d{{1,2}})\}})(?!\w)"
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_DELIMITED = re.compile(r"\$|\\[(\[]|\\boxed|\\begin")
 _JOINT = re.compile(
     r"[\s$.;\\()\[\]]*(?:,|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})[\s$\\()\[\]]*(?:[a-zA-Z]\w*\s*=\s*)?"
 )
@@ -48,6 +51,9 @@ _LONGEST, _MOST_DIGITS = 60, 1000
 
 def rewritten(text: str) -> str:
     """``text`` with its numbers in a spelling that math-verify knows."""
+    said = tagged_answer(text)
+    if said is not None and "\\" in said and not _DELIMITED.search(said):
+        text = rf"\boxed{{{said.strip()}}}"  # math-verify reads LaTeX between its delimiters only
     text = _from_last_answer(text)
     # Before the general spelling, which has no braces around a comma: {,} is a decimal comma, or one of thousands.
     text = _BRACED_COMMA.sub(lambda m: m[1] + ("," if len(m[2]) == 3 else "."), text)
@@ -57,6 +63,7 @@ def rewritten(text: str) -> str:
     text = _CURRENCY.sub("", text)
     text = _NAMED_BASE.sub(lambda m: f"_{{{_BASES.get(m[1], m[1])}}}", text)
     text = _POWER_OF_TEN.sub(_multiplied, text)
+    text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2] or m[3]}}}", text)
     return _REPEATING.sub(_fraction, text)
 
 
@@ -113,7 +120,7 @@ def _parts(match: re.Match[str]) -> list[str]:
 
 
 def _multiplied(match: re.Match[str]) -> str:
-    value = f"{Decimal(match[1] + 'e' + (match[2] or match[3])):f}"
+    value = f"{Decimal(match[1] + 'e' + (match[2] or match[3] or match[4])):f}"
     return value if len(value) <= _LONGEST else match.group()
 
 

@@ -41,12 +41,22 @@ _WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|texttt|textrm|textsf|textnormal|mathrm|mathbf|mathit|mathsf|mathtt|mathbb|mbox|"
     r"operatorname\*?|emph|bold|boldsymbol|bm|underline|hbox)\s*\{([^{}]*)\}"
 )
+# Tags of answers (the form that R1 made common), and what HTML says of looks alone. No other: `a<b` is a relation.
+_TAGGED = re.compile(
+    r"<(?:final_?)?answer>(?P<x>(?:(?!<(?:final_?)?answer>).)*?)(?:</(?:final_?)?answer>|\Z)",
+    re.IGNORECASE | re.DOTALL,
+)
+_LOOKS = re.compile(
+    r"</?(?:b|strong|i|em|u|mark|span|font|p|div|center|code|kbd|sub|sup|big|small|br)(?:\s[^<>]*)?/?>",
+    re.IGNORECASE,
+)
 _SWITCH = re.compile(r"\\(?:bf|rm|it|sf|tt|bfseries|mathstrut)(?![a-zA-Z])\s*")
 
 
 def spelled(text: str) -> str:
     """``text`` with ASCII digits, minus signs, spaces and separators; superscripts as ``^``, LaTeX's spacing as
-    spaces."""
+    spaces; of ``<answer>…</answer>`` the last content, without tags of HTML that say how it looks."""
+    text = _untagged(text)
     if _OTHER_DIGIT.search(text):
         text = _SUPERS.sub(lambda found: "^" + _braced(found.group().translate(_SUPER)), text)
         text = _SUBS.sub(lambda found: "_" + _braced(found.group().translate(_SUB)), text)
@@ -73,6 +83,16 @@ def without_wrappers(text: str) -> str:
     text = _SWITCH.sub("", text)
     text = re.sub(r"\\[()\[\]]", " ", text)
     return re.sub(r"\*\*|__|`", "", text)
+
+
+def tagged_answer(text: str) -> str | None:
+    """What stands in the last ``<answer>…</answer>`` that holds something; None without one."""
+    said = [found["x"] for found in _TAGGED.finditer(text) if found["x"].strip()]
+    return said[-1] if said else None
+
+
+def _untagged(text: str) -> str:
+    return text if "<" not in text else _LOOKS.sub("", tagged_answer(text) or text)
 
 
 def _braced(digits: str) -> str:

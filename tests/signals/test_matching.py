@@ -15,6 +15,10 @@ from tests.signals.cases import scores
 from tests.signals.readings import require_in_page, table
 
 READ = [
+    ("<answer>B</answer>", "B"),
+    ("<answer> B. Paris </answer>", "B"),
+    ("It is <b>B</b>.\n\nThe answer is <strong>B</strong>.", "B"),
+    ("(A) is wrong.\n<answer>\nB\n</answer>", "B"),
     ("B", "B"),
     ("b", "B"),
     ("b)", "B"),

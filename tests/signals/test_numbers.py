@@ -14,6 +14,8 @@ from tests.signals.cases import scores
 from tests.signals.readings import require_in_page, table
 
 READ = [
+    ("<answer>42</answer> as 6 * 7 = 42 and 42 - 2 = 40", "42"),
+    ("The total is <b>42</b>", "42"),
     ("It is \u22125.", "-5"),
     ("It is \uff0d5 or \u20115", "-5"),
     ("x = \u2212 5", "-5"),

@@ -295,6 +295,7 @@ def _judge(models: Models, scoring: Scoring) -> Signal:
             "judge.base_url=http://…/v1 and judge.model=NAME"
         )
     keys = {name: value for name, value in section.model_dump().items() if value is not None}
+    keys["thinking"] = section.thinking  # as it is, null too: a dump has lists
     assert not keys.keys() & _OF_JUDGE
     options = {**keys, "mode": scoring.judge_mode, "template": scoring.judge_template}
     return get_signal("judge").fn(**options)

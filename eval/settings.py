@@ -24,6 +24,7 @@ from prefopt.recipe.schema import (
     PathText,
     Section,
 )
+from prefopt.recipe.section import Newer
 from prefopt.recipe.thinking import DEFAULT_TAGS, Thinking
 from prefopt.recipe.yaml_file import Document, apply_overrides, read_yaml
 
@@ -41,7 +42,7 @@ class JudgeSection(Section):
     """Default: what the benchmark published."""
     max_tokens: PositiveInt | None = None
     """Longest answer; default: what the benchmark published."""
-    thinking: Thinking = DEFAULT_TAGS
+    thinking: Annotated[Thinking, Newer()] = DEFAULT_TAGS
     """The marks between which the judge thinks: what stands there is no verdict, and a reply that never leaves its
     thinking has none. Default: the marks of the usual models. `null` reads replies as they are."""
     sampling: dict[str, Any] = Field(default_factory=dict)

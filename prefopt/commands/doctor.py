@@ -8,10 +8,11 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prefopt.errors import SignalError
+from prefopt.report.terminal import Terminal
 from prefopt.signals.sandbox import Attempt, Limits, Walls, examine, run_program
 from prefopt.signals.sandbox_promises import PROMISES
 
@@ -20,7 +21,12 @@ _PROGRAMS = (
     # what, program, its limits, the end that it must come to
     ("a program without an end", "while True: pass", Limits(wall_s=0.3), "timeout"),
     ("one that sleeps", "import time; time.sleep(60)", Limits(wall_s=0.3), "timeout"),
-    ("one that prints without an end", "while True: print('x' * 999)", Limits(), "output"),
+    (
+        "one that prints without an end",
+        "import os\nwhile True: os.write(1, b'x' * 999)",
+        Limits(),
+        "output",
+    ),
     (
         "one that fills the disk",
         "for n in range(9999): open(f'f{n}', 'wb').write(bytes(1 << 20))",
@@ -73,12 +79,12 @@ def doctor() -> Report:
     return Report(machine, walls, tuple(programs))
 
 
-def show_doctor(*, as_json: bool = False, console: Console | None = None) -> None:
+def show_doctor(*, as_json: bool = False, console: Terminal | None = None) -> None:
     """Prints what holds and what not.
 
     Raises: SignalError where signals that run code would refuse, so that the command fails.
     """
-    console = console or Console(highlight=False)
+    console = console or Terminal()
     report = doctor()
     if as_json:
         found = {"held": not report.broken, "broken": report.broken, **asdict(report)}
@@ -94,31 +100,33 @@ def show_doctor(*, as_json: bool = False, console: Console | None = None) -> Non
         )
 
 
-def _print(report: Report, console: Console) -> None:
-    console.print(f"Sandbox of model-written code, tried on {report.machine}", markup=False)
+def _print(report: Report, console: Terminal) -> None:
+    console.print(f"Sandbox of model-written code, tried on {report.machine}")
     for name, what in report.walls.built.items():
-        console.print(f"  {name}: {what}", markup=False)
+        console.print(f"  {name}: {what}")
     attempts = (*report.walls.attempts, *report.programs)
     table = Table("promise", "held", "what was tried, and what became of it")
     for promise, says in PROMISES.items():
         tried = [each for each in attempts if each.promise == promise]
         held = all(each.held for each in tried)
-        table.add_row(promise, "[green]yes[/]" if held else "[red]NO[/]", _tried(says, tried))
+        table.add_row(
+            promise, Text("yes", "green") if held else Text("NO", "red"), _tried(says, tried)
+        )
     console.print(table)
     if not report.broken:
         console.print("All of it holds: signals that run model-written code run.")
 
 
-def _tried(says: str, tried: Sequence[Attempt]) -> str:
+def _tried(says: str, tried: Sequence[Attempt]) -> Text:
     """The promise in words, then what got through, what was refused, and how programs ended."""
     ended = [f"{each.what}: {each.how}" for each in tried if each.how in _ENDS]
     through = [f"{each.what}: {each.how}" for each in tried if not each.held]
     met = [each.what for each in tried if each.held and each.how not in _ENDS]
-    lines = [f"[bold]{says}[/]"]
-    lines += [f"[red]got through: {'; '.join(through)}[/]"] if through else []
-    lines += [f"refused: {'; '.join(met)}"] if met else []
-    lines += [f"ended: {'; '.join(ended)}"] if ended else []
-    return "\n".join(lines)
+    lines = [Text(says, "bold")]
+    lines += [Text(f"got through: {'; '.join(through)}", "red")] if through else []
+    lines += [Text(f"refused: {'; '.join(met)}")] if met else []
+    lines += [Text(f"ended: {'; '.join(ended)}")] if ended else []
+    return Text("\n").join(lines)
 
 
 _ENDS = ("passed", "failed", "timeout", "output")

@@ -128,7 +128,7 @@ class _Reader:
     def _batch(
         self, rows: Sequence[RawRow], reading: Reading, has_response: bool
     ) -> Iterator[Prompt | dict[str, Any]]:
-        read = canonical if has_response else prompt_row
+        read = self._with_response if has_response else prompt_row
         found = [self._judged(row, self._conditioned(read(row, reading))) for row in rows]
         requests = [
             Request(row.prompt, row.responses, options=row.options)
@@ -143,6 +143,12 @@ class _Reader:
                 yield self._line(raw, reading, result)
             else:
                 yield self._prompt(raw, reading, row, result)
+
+    def _with_response(self, row: RawRow, reading: Reading) -> Row | Refused:
+        """The row; one whose prompt is answered already gives its question, where no response is needed."""
+        found = canonical(row, reading)
+        answered = isinstance(found, Refused) and found.reason is Reject.PROMPT_ANSWERED
+        return prompt_row(row, reading) if answered and not self.needs_offline else found
 
     def _conditioned(self, row: Row | Refused) -> Row | Refused:
         if self.condition is None or isinstance(row, Refused):

@@ -120,7 +120,10 @@ def run_checker(source: str, texts: Sequence[str], limits: CheckerLimits) -> lis
     ways = ["\n\n".join(each for each, _ in reading) for reading in readings(source)]
     orders = f"_check({ways!r}, {list(texts)!r}, {limits.timeout_s!r})\n"
     outcome = run_program(_HARNESS + orders, limits.for_calls(len(texts) + 1))
-    return read_votes(outcome.output, len(texts))
+    votes = read_votes(outcome.output, len(texts))
+    if votes and outcome.meddled:  # it is ended there, amid its votes
+        return [None for _ in texts]
+    return votes
 
 
 def read_votes(said: str, num_texts: int) -> list[Vote] | None:

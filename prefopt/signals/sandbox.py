@@ -110,6 +110,8 @@ class Outcome:
     """What it printed, cut to ``output_bytes``; of a program with ``stdin`` without standard error."""
     value: Any = None
     """What the call gave, as JSON has it."""
+    meddled: bool = False
+    """It wrote where the sandbox alone writes, and was ended for it."""
 
     @property
     def passed(self) -> bool:
@@ -176,7 +178,7 @@ def run_program(program: str | Program, limits: Limits) -> Outcome:
             passed = False
         verdict = "passed" if passed else "failed"
     output = running.output[: limits.output_bytes].decode(errors="replace")
-    return Outcome(verdict, output, value)
+    return Outcome(verdict, output, value, running.meddled)
 
 
 def _value(told: bytes) -> tuple[Any, bool]:

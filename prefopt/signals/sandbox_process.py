@@ -122,8 +122,8 @@ class Running:
                         open_ends.discard(key.fd)
                 if not started and b"\n" in self.result:
                     started, end = True, time.monotonic() + limits.wall_s
-                if not told and self.said and not _LOADED.startswith(self.said[: len(_LOADED)]):
-                    return None  # the program wrote here itself: what waits for an answer would wait for ever
+                if self.meddled:  # what waits for an answer would wait for ever
+                    return None
                 if not told and self.said.startswith(_LOADED):
                     told = True
                     self.waiting += later
@@ -144,6 +144,11 @@ class Running:
     def said(self) -> bytes:
         """What came after that."""
         return self.result.partition(b"\n")[2]
+
+    @property
+    def meddled(self) -> bool:
+        """Whether the program wrote here itself before it was through."""
+        return bool(self.said) and not _LOADED.startswith(self.said[: len(_LOADED)])
 
     def _too_much(self, limits: Limits) -> bool:
         most = limits.output_bytes

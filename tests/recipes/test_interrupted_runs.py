@@ -230,7 +230,7 @@ def test_full_disk_while_logging_is_said_and_the_torn_row_is_written_again(
     assert_same_run(run_dir, undisturbed)
 
 
-def test_final_that_cannot_be_written_is_made_by_the_same_command(
+def test_what_stands_where_final_goes_is_named_and_final_is_made_by_the_same_command(
     tmp_path: Path, inputs: Path, undisturbed: Path
 ) -> None:
     recipe, run_dir = recipe_in(tmp_path, inputs), tmp_path / "run"
@@ -238,9 +238,8 @@ def test_final_that_cannot_be_written_is_made_by_the_same_command(
     shutil.rmtree(run_dir / "final")
     (run_dir / "final").write_text("in the way")
     code, output = run(*command_of(recipe), log=tmp_path / "log")
-    assert code == 1, output
-    assert f"cannot write {run_dir / 'final'}: " in output
-    assert "start again: a run goes on from its last checkpoint" in output
+    assert code == 2, output  # before anything loads
+    assert f"{run_dir / 'final'} stands where the run writes a directory" in output
     assert "Traceback" not in output
     (run_dir / "final").unlink()
     code, output = run(*command_of(recipe), log=tmp_path / "log")

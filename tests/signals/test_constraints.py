@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -16,6 +17,7 @@ from prefopt.signals.instructions import instruction, loose_variants
 from prefopt.signals.language import detect_language, detector_factory
 from prefopt.signals.sentences import split_sentences
 from tests.signals.cases import scores
+from tests.signals.readings import require_in_page, table
 
 ENGLISH = "The quick brown fox jumps over the lazy dog and then it goes home to sleep."
 FRENCH = "Le renard brun saute par-dessus le chien paresseux et puis il rentre dormir."
@@ -80,8 +82,10 @@ def test_each_constraint_tells_a_text_that_follows_from_one_that_does_not(
     assert item.follows(good) and not item.follows(bad)
 
 
-def test_every_constraint_has_a_case() -> None:
+def test_every_constraint_has_a_case_and_a_line_on_the_page() -> None:
     assert {case[0] for case in CASES} == set(CHECKS)
+    rows = [(type, json.dumps(args), good, bad) for type, args, good, bad in CASES]
+    require_in_page("constraints", table(("type", "args", "follows", "does not"), rows))
 
 
 # (id, arguments, text, followed): where a plain reading of the instruction would say otherwise, or a check

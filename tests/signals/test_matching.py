@@ -162,25 +162,51 @@ def test_multiple_choice_takes_letters_and_indices(gold: object) -> None:
     assert scores(get_signal("multiple_choice").fn(), "(B)", "(A)", "?", answer=gold) == [1, 0, 0]
 
 
-def test_exact_match_ignores_outer_and_repeated_space_only() -> None:
-    signal = get_signal("exact_match").fn()
-    assert scores(signal, " a  b\n", "ab", "A b", "a b.", answer="a b") == [1, 0, 0, 0]
+EXACT: list[tuple[object, dict[str, object], str, int]] = [
+    ("a b", {}, " a  b\n", 1),
+    ("a b", {}, "ab", 0),
+    ("a b", {}, "A b", 0),
+    ("a b", {}, "a b.", 0),
+    ("a b", {"ignore_case": True}, "A B", 1),
+    (["yes", "yeah"], {}, "yeah", 1),
+    (["yes", "yeah"], {}, "yes yeah", 0),
+    (2, {}, "2", 1),
+    (2, {"extract": r"\d+"}, "1, no: 2", 1),
+    (2, {"extract": r"= (\d+)"}, "1 + 1 = 2", 1),
+    (2, {"extract": r"= (\d+)"}, "2", 0),
+    ("2", {"extract": r"<answer>(.*?)</answer>"}, "<answer>2</answer> <answer>1</answer>", 0),
+]
+FOUND: list[tuple[str, str, int]] = [
+    (r"^ok\b", "ok then", 1),
+    (r"^ok\b", "not ok", 0),
+    (r"^ok\b", "okay", 0),
+    (r"^ok\b", "no\nok", 0),
+    (r"(?m)^ok\b", "no\nok", 1),
+    (r"(?i)OK$", "It is ok", 1),
+    (r"a.b", "a\nb", 0),
+    (r"(?s)a.b", "a\nb", 1),
+]
 
 
-def test_exact_match_takes_any_of_several_golds_case_aside() -> None:
-    signal = get_signal("exact_match").fn(ignore_case=True)
-    assert scores(signal, "YES", "yeah", "no", answer=["yes", "Yeah"]) == [1, 1, 0]
+@pytest.mark.parametrize(("gold", "options", "text", "score"), EXACT)
+def test_exact_match_is_of_the_whole_text_or_of_the_last_extract(
+    gold: object, options: dict[str, object], text: str, score: int
+) -> None:
+    assert scores(get_signal("exact_match").fn(**options), text, answer=gold) == [score]
 
 
-def test_exact_match_compares_the_last_extract() -> None:
-    signal = get_signal("exact_match").fn(extract=r"<answer>(.*?)</answer>")
-    texts = ("<answer>1</answer> <answer>2</answer>", "2", "<answer>1</answer>")
-    assert scores(signal, *texts, answer=2) == [1, 0, 0]
+@pytest.mark.parametrize(("pattern", "text", "score"), FOUND)
+def test_regex_searches_the_whole_response(pattern: str, text: str, score: int) -> None:
+    assert scores(get_signal("regex").fn(pattern=pattern), text) == [score]
 
 
-def test_regex_searches_the_whole_response() -> None:
-    signal = get_signal("regex").fn(pattern=r"^ok\b")
-    assert scores(signal, "ok then", "not ok", "okay") == [1, 0, 0]
+def test_the_page_says_what_equals_and_what_is_found() -> None:
+    said = [
+        (gold, ", ".join(f"{k}: {v}" for k, v in keys.items()) or None, text, score)
+        for gold, keys, text, score in EXACT
+    ]
+    require_in_page("exact", table(("gold answer", "keys", "response", "score"), said))
+    require_in_page("regex", table(("pattern", "response", "score"), FOUND))
 
 
 def test_regex_that_backtracks_without_end_is_stopped() -> None:

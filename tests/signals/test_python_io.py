@@ -22,6 +22,7 @@ from prefopt.signals.contest_cases import (
 from tests.eval.runs import write_jsonl
 from tests.pipelines.pipelines import build, rows, write_pipeline
 from tests.signals.cases import scores
+from tests.signals.readings import require_in_page, table
 
 ADD = "```python\na, b = map(int, input().split())\nprint(a + b)\n```"
 ZERO = "```python\nprint(0)\n```"
@@ -206,35 +207,44 @@ def test_the_name_of_a_function_may_stand_in_another_column() -> None:
     assert scores(signal, *texts, cases=cases, metadata='{"func_name": "add"}') == [1.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("printed", "expected", "options", "same"),
-    [
-        ("5\n", "5", ("lines", None), True),
-        ("5 \r\n6\t\n\n", "5\n6", ("lines", None), True),
-        ("5 6", "5\n6", ("lines", None), False),
-        ("5 6", "5\n6", ("tokens", None), True),
-        ("5  6", "5 6", ("lines", None), False),
-        (" 5", "5", ("lines", None), False),
-        (" 5", "5", ("tokens", None), True),
-        ("YES", "yes", ("lines", None), False),
-        ("0.333333", "0.333334", ("lines", None), False),
-        ("0.333333", "0.333334", ("lines", 1e-5), True),
-        ("1000001", "1000000", ("lines", 1e-5), True),
-        ("0.34", "0.33", ("lines", 1e-5), False),
-        ("5.0 x", "5 x", ("lines", 0.0), True),
-        ("5.0 y", "5 x", ("tokens", 1e-5), False),
-        ("nan", "1", ("lines", 1e9), False),
-        ("inf", "inf", ("lines", 1e-5), True),
-        ("1 2 3", "1 2", ("tokens", 1e-5), False),
-        ("1_0", "10", ("lines", 1e-5), False),
-        ("", "", ("lines", None), True),
-        ("0", "", ("lines", None), False),
-    ],
-)
+COMPARED: list[tuple[str, str, tuple[Any, float | None], bool]] = [
+    ("5\n", "5", ("lines", None), True),
+    ("5 \r\n6\t\n\n", "5\n6", ("lines", None), True),
+    ("5 6", "5\n6", ("lines", None), False),
+    ("5 6", "5\n6", ("tokens", None), True),
+    ("5  6", "5 6", ("lines", None), False),
+    (" 5", "5", ("lines", None), False),
+    (" 5", "5", ("tokens", None), True),
+    ("YES", "yes", ("lines", None), False),
+    ("0.333333", "0.333334", ("lines", None), False),
+    ("0.333333", "0.333334", ("lines", 1e-5), True),
+    ("1000001", "1000000", ("lines", 1e-5), True),
+    ("0.34", "0.33", ("lines", 1e-5), False),
+    ("5.0 x", "5 x", ("lines", 0.0), True),
+    ("5.0 y", "5 x", ("tokens", 1e-5), False),
+    ("nan", "1", ("lines", 1e9), False),
+    ("inf", "inf", ("lines", 1e-5), True),
+    ("1 2 3", "1 2", ("tokens", 1e-5), False),
+    ("1_0", "10", ("lines", 1e-5), False),
+    ("", "", ("lines", None), True),
+    ("0", "", ("lines", None), False),
+]
+
+
+@pytest.mark.parametrize(("printed", "expected", "options", "same"), COMPARED)
 def test_outputs_are_compared_as_checkers_of_contests_do(
     printed: str, expected: str, options: tuple[Any, float | None], same: bool
 ) -> None:
     assert same_text(printed, expected, *options) is same
+
+
+def test_the_page_says_which_outputs_are_the_same() -> None:
+    rows = [
+        (printed, expected, compare, tolerance, "yes" if same else "no")
+        for printed, expected, (compare, tolerance), same in COMPARED
+    ]
+    head = ("printed", "expected", "compare", "tolerance", "the same")
+    require_in_page("outputs", table(head, rows))
 
 
 def test_values_are_compared_through_lists_and_objects() -> None:

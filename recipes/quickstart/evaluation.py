@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.quickstart.judge import (
+    KEY_VARIABLE,
     NAME,
     TEMPLATE,
     Comparison,
@@ -78,7 +79,9 @@ def measure_judge(url: str, held_out: Sequence[Comparison]) -> dict[str, float]:
     from prefopt.signals.chat_client import ChatClient, Endpoint
     from prefopt.signals.chat_replies import Reply
 
-    client = ChatClient(Endpoint(url, NAME), {"temperature": 0.0, "max_tokens": 8}, None)
+    client = ChatClient(
+        Endpoint(url, NAME, KEY_VARIABLE), {"temperature": 0.0, "max_tokens": 8}, None
+    )
     asked = [each for pair in held_out for each in (pair, pair.swapped)]
     replies = client.complete_all([[{"role": "user", "content": e.prompt}] for e in asked])
     right = [
@@ -121,6 +124,7 @@ def _evaluate(url: str) -> None:
         "tasks.win_rate.format=text",
         f"tasks.win_rate.template={data / 'judge_template.txt'}",
         *(f"judge.base_url={url}", f"judge.model={NAME}", "judge.max_tokens=8"),
+        f"judge.api_key_env={KEY_VARIABLE}",
         f"judge.cache_dir={RUN_DIR / 'cache'}",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ TEMPLATE = "{prompt}{response_a}|{response_b}>"
 VERDICTS = {"a": "[[A]]", "b": "[[B]]", "tie": "[[C]]"}
 CHAT_TEMPLATE = "{{ bos_token }}{{ messages[0]['content'] }}"
 NAME = "judge"
+KEY_VARIABLE = "QUICKSTART_JUDGE_KEY"
+"""For `api_key_env`: what the server asks for, in the environment while it runs."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,10 @@ def served(model: Path, log: Path) -> Iterator[str]:
     try:
         host.begin()
         host.wait_until_ready()
+        os.environ[KEY_VARIABLE] = host.key
         yield f"{host.client.url}/v1"
     finally:
+        os.environ.pop(KEY_VARIABLE, None)
         host.close()
 
 

@@ -27,6 +27,8 @@ def guarded(command: Callable[[], object]) -> int:
     try:
         with stopping.handled(), _logs_on_stderr():
             command()
+            if sys.stdout:  # none where it was closed
+                sys.stdout.flush()  # a pipe that nobody reads is known now, not as Python ends
     except ConfigError as error:
         if speaks():  # every rank finds the same
             _say(f"{error}")

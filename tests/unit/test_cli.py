@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -318,3 +319,16 @@ def test_a_closed_pipe_ends_quietly() -> None:
     )
     assert run.stdout.startswith("A whole run.")
     assert run.stderr == ""
+
+
+@pytest.mark.parametrize("printed", ["a few words", "more than a buffer holds " * 1000])
+def test_a_pipe_that_nobody_reads_ends_quietly(
+    printed: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        assert guarded(lambda: nobody.write(printed)) == 0
+    # Closing wrote the rest to nowhere: a buffer that still had a pipe below it would have raised.
+    assert capfd.readouterr().err == ""

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -27,8 +28,6 @@ def guarded(command: Callable[[], object]) -> int:
     try:
         with stopping.handled(), _logs_on_stderr():
             command()
-            if sys.stdout:  # none where it was closed
-                sys.stdout.flush()  # a pipe that nobody reads is known now, not as Python ends
     except ConfigError as error:
         if speaks():  # every rank finds the same
             _say(f"{error}")
@@ -47,10 +46,33 @@ def guarded(command: Callable[[], object]) -> int:
         return stopped.code
     except KeyboardInterrupt:  # a library's own, or where signals are not ours to handle
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # `prefopt keys | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        if not _nobody_reads_stdout():  # a tracker's, an engine's: the command failed
+            raise
+        return 0  # `prefopt keys | head`
+    finally:
+        _flush_stdout()
     return 0
+
+
+def _nobody_reads_stdout() -> bool:
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or no file
+        poll = select.poll()
+        poll.register(
+            sys.stdout.fileno(), 0
+        )  # no event but those that are always told: error and hang-up
+        return bool(poll.poll(0))
+    return False
+
+
+def _flush_stdout() -> None:
+    """Whatever the ending: a failed flush as Python ends is a message on stderr, and exit code 120."""
+    if sys.stdout is None or sys.stdout.closed:  # `prefopt keys >&-`
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(text: str) -> None:

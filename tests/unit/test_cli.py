@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -321,14 +322,46 @@ def test_a_closed_pipe_ends_quietly() -> None:
     assert run.stderr == ""
 
 
+BAD = ConfigError("a key that is not there")
+
+
+def bad_recipe() -> None:
+    raise BAD
+
+
+@pytest.mark.parametrize(
+    ("then", "code"), [(lambda: None, 0), (bad_recipe, 2), (lambda: sys.exit(3), 3)]
+)
 @pytest.mark.parametrize("printed", ["a few words", "more than a buffer holds " * 1000])
-def test_a_pipe_that_nobody_reads_ends_quietly(
-    printed: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_pipe_that_nobody_reads_changes_no_code_and_says_nothing(
+    printed: str,
+    then: Callable[[], object],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """What did not fit the buffer ends the command where it stands; what did is found at its end."""
     read, write = os.pipe()
     os.close(read)
+
+    def command() -> None:
+        nobody.write(printed)
+        then()
+
     with open(write, "w", encoding="utf-8") as nobody:
         monkeypatch.setattr(sys, "stdout", nobody)
-        assert guarded(lambda: nobody.write(printed)) == 0
+        try:
+            ended = guarded(command)
+        except SystemExit as stop:
+            ended = stop.code
     # Closing wrote the rest to nowhere: a buffer that still had a pipe below it would have raised.
-    assert capfd.readouterr().err == ""
+    assert ended == (code if len(printed) < 100 else 0)
+    assert capfd.readouterr().err == (f"{BAD}\n" if ended == 2 else "")
+
+
+def test_another_pipe_that_breaks_is_no_success(capfd: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with pytest.raises(BrokenPipeError):
+        guarded(lambda: os.write(write, b"to a server that has died"))
+    os.close(write)

@@ -24,17 +24,19 @@ def send(number: int) -> None:
 def test_a_signal_ends_a_command_with_its_code_and_says_where_it_was(
     number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    started = signal.signal(number, signal.default_int_handler)  # under nohup SIGHUP is ignored
-    before = signal.getsignal(number)
-    progress.enter("loading the model")
-    progress.stands = "nothing was trained, and there is nothing to save"
-    assert guarded(lambda: send(number)) == 128 + number
+    # Set first, since a test run under nohup has SIGHUP ignored.
+    started = signal.signal(number, signal.default_int_handler)
+    try:
+        progress.enter("loading the model")
+        progress.stands = "nothing was trained, and there is nothing to save"
+        assert guarded(lambda: send(number)) == 128 + number
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, started)
     name = signal.Signals(number).name
     assert capfd.readouterr().err == (
         f"stopped by {name} while loading the model: nothing was trained, and there is nothing to save\n"
     )
-    assert signal.getsignal(number) is before
-    signal.signal(number, started)
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(capfd: pytest.CaptureFixture[str]) -> None:
